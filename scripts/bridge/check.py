@@ -1,0 +1,147 @@
+"""bridge check: one self-test of the environment, for people, for the image's %test and for the first line of a job.
+
+Prints one line a check: ok, warn or FAIL, with the value seen. Exit status 1 if any failed. `--json` prints the same as JSON.
+"""
+
+import ctypes
+import importlib
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from bridge import hardware
+from bridge.errors import UsageError
+from bridge.main import clean_environment, work_dir_problems
+from bridge.settings import ROOT, Settings
+
+IMPORTS = ("torch", "vllm", "verl", "ray", "transformers", "datasets", "wandb", "huggingface_hub")
+# NCCL and vLLM's workers share memory through /dev/shm; a container's default of 64 MiB is too small.
+LEAST_SHM = 1 << 30
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the report."""
+
+    check: str
+    status: str
+    seen: str
+
+
+def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int:
+    """Run all checks and report; returns 1 if any failed."""
+    unknown = [argument for argument in arguments if argument != "--json"]
+    if unknown:
+        raise UsageError(f"check takes only --json; got {' '.join(unknown)}.")
+    # Importing vLLM and others makes cache folders: below WORK_DIR, as in a stage.
+    os.environ.update(clean_environment(settings, env))
+    results = [result for check in CHECKS for result in check(settings, env)]
+    failed = [result for result in results if result.status == "FAIL"]
+    if "--json" in arguments:
+        print(json.dumps({"passed": not failed, "results": [asdict(result) for result in results]}, indent=1))
+    else:
+        for result in results:
+            print(f"{result.status:<5} {result.check:<22} {result.seen}")
+        print(f"{len(results) - len(failed)} passed, {len(failed)} failed")
+    return 1 if failed else 0
+
+
+def python_environment(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
+    """Python, and whether every package has the version of requirements.lock."""
+    yield Result("python", "ok" if sys.version_info[:2] == (3, 11) else "FAIL", sys.version.split()[0])
+    wrong = []
+    locked = locked_versions()
+    for name, version in locked.items():
+        try:
+            installed = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            installed = "missing"
+        if installed != version:
+            wrong.append(f"{name} {installed} instead of {version}")
+    yield Result("requirements.lock", "FAIL" if wrong else "ok", "; ".join(wrong) or f"{len(locked)} packages as locked")
+
+
+def locked_versions() -> dict[str, str]:
+    """Package -> version, from requirements.lock; lines with a marker for another platform are left out."""
+    pins = re.findall(r"^([\w.-]+)==([^\s;\\]+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
+    return dict(pins)
+
+
+def imports(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
+    """Whether the packages import, and from inside the environment."""
+    prefix = Path(sys.prefix).resolve()
+    for name in IMPORTS:
+        try:
+            module = importlib.import_module(name)
+        except ImportError as error:
+            yield Result(f"import {name}", "FAIL", str(error))
+            continue
+        inside = prefix in Path(module.__file__).resolve().parents
+        yield Result(f"import {name}", "ok" if inside else "FAIL", getattr(module, "__version__", "")
+                     if inside else f"comes from {module.__file__}, outside {prefix}")
+
+
+def nccl(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
+    """The NCCL that torch and vLLM really load; torch.cuda.nccl.version() is a compile-time constant and not asked."""
+    wanted = locked_versions()["nvidia-nccl-cu12"]
+    yield Result("cuda of torch", *cuda_build())
+    from vllm.utils import find_nccl_library
+
+    # torch has loaded its library by now: it is the one in this process's memory map.
+    mapped = sorted(set(re.findall(r"\S*/libnccl\.so\S*", Path("/proc/self/maps").read_text())))
+    for owner, path in [("torch", path) for path in mapped] + [("vllm", find_nccl_library())]:
+        number = ctypes.c_int()
+        ctypes.CDLL(path).ncclGetVersion(ctypes.byref(number))
+        found = f"{number.value // 10000}.{number.value // 100 % 100}.{number.value % 100}"
+        yield Result(f"nccl of {owner}", "ok" if found == wanted else "FAIL", f"{found} ({path})")
+    if not mapped:
+        yield Result("nccl of torch", "FAIL", "torch has loaded no libnccl")
+
+
+def cuda_build() -> tuple[str, str]:
+    """Status and CUDA version that torch was built for."""
+    import torch
+
+    version = torch.version.cuda or "none"
+    return ("ok" if version.startswith("12.") else "FAIL"), version
+
+
+def flash_attention(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
+    """flash-attn is needed on a GPU; the image has it, a virtual environment does not."""
+    try:
+        version = importlib.metadata.version("flash-attn")
+    except importlib.metadata.PackageNotFoundError:
+        status = "FAIL" if hardware.visible_gpus(env) else "warn"
+        yield Result("flash-attn", status, "not installed: training on a GPU needs the image")
+        return
+    importlib.import_module("flash_attn")
+    yield Result("flash-attn", "ok", version)
+
+
+def machine(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
+    """GPUs, cores, shared memory, names and the folder to work in."""
+    gpus = hardware.visible_gpus(env)
+    yield Result("GPUs visible", "ok" if gpus else "warn", ", ".join(
+        f"{gpu.name} ({gpu.memory / 2**30:.0f} GiB)" for gpu in gpus) or "none: only the rehearsal runs here")
+    yield Result("CPU cores", "ok", str(hardware.cpu_count()))
+    shared = shutil.disk_usage("/dev/shm").total
+    yield Result("/dev/shm", "ok" if shared >= LEAST_SHM else "warn", f"{shared / 2**30:.1f} GiB")
+    try:
+        yield Result("localhost", "ok", socket.gethostbyname("localhost"))
+    except OSError as error:
+        yield Result("localhost", "FAIL", f"does not resolve ({error}): torchrun and Ray need it in /etc/hosts")
+    problems = work_dir_problems(settings.work_dir)
+    yield Result("WORK_DIR", "FAIL" if problems else "ok", "; ".join(problems) or str(settings.work_dir))
+    if os.getuid() == 0:
+        yield Result("user", "warn", "running as root")
+
+
+CHECKS: list[Callable[[Settings, Mapping[str, str]], Iterator[Result]]] = [
+    python_environment, imports, nccl, flash_attention, machine]

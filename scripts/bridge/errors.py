@@ -1,0 +1,34 @@
+"""What a user can mend: said without a traceback, all at once, exit status 2."""
+
+import sys
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+
+
+class UsageError(Exception):
+    """One or more mistakes of the user, each with the value seen and the cure."""
+
+    def __init__(self, *problems: str):
+        super().__init__("\n".join(problems))
+        self.problems = list(problems)
+
+
+def say(message: str) -> None:
+    """Tell the user one thing, on stderr, so that stdout stays what a stage prints."""
+    print(f"bridge: {message}", file=sys.stderr, flush=True)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return ' Did you mean X?' for the known word most like this one, or nothing."""
+    match = get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {match[0]}?" if match else ""
+
+
+def exit_status(entry: Callable[[], int | None]) -> int:
+    """Run a program's entry; a UsageError becomes lines on stderr and status 2, anything else keeps its traceback."""
+    try:
+        return entry() or 0
+    except UsageError as error:
+        for problem in error.problems:
+            say(problem)
+        return 2

@@ -1,0 +1,157 @@
+"""Run one command as a child: show and log its output, collect metrics, forward signals, leave no orphan."""
+
+import ctypes
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from bridge import metrics
+from bridge.errors import say
+
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+# verl's SFT ranks and Ray's daemons need a moment to stop by themselves.
+GRACE_SECONDS = 20
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def run(command: list[str], env: Mapping[str, str], log: Path | None, metrics_file: metrics.Metrics | None,
+        secrets: list[str], on_step: Callable[[], None] = lambda: None) -> int:
+    """Run a command to its end.
+
+    Args:
+        command: the program and its arguments.
+        env: its whole environment.
+        log: file that the output is appended to, beside being shown; None for none.
+        metrics_file: gets what verl's console lines say.
+        secrets: values that are replaced by *** should the program print them.
+        on_step: called after each line of metrics and at the end.
+
+    Returns:
+        the exit status; 128 + N if the child (or this program) was ended by signal N.
+    """
+    # Descendants whose parent dies (Ray's daemons) become ours instead of init's, so that they can be found and ended.
+    LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    child = subprocess.Popen(command, env=dict(env), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=end_with_parent)
+    received: list[int] = []
+
+    def forward(number, _frame):
+        # The second one does not wait: stop_all follows.
+        received.append(number)
+        if child.poll() is None:
+            child.send_signal(number if len(received) == 1 else signal.SIGKILL)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with open(log or os.devnull, "ab", buffering=0) as log_file:
+            copy_output(child, log_file, metrics_file, secrets, on_step, received)
+        if received:
+            say(f"{signal.Signals(received[0]).name} received: passed on to the {Path(command[0]).name} process")
+        status = wait(child, GRACE_SECONDS if received else None)
+    finally:
+        stop_all()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    on_step()
+    if received:
+        return 128 + received[0]
+    return 128 - status if status < 0 else status
+
+
+def wait(child: subprocess.Popen, seconds: float | None) -> int:
+    """Wait for the child; kill it when it takes longer than this (None: as long as it takes)."""
+    try:
+        return child.wait(seconds)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        return child.wait()
+
+
+def end_with_parent() -> None:
+    """In the child: be told to end should the bridge itself be killed."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def copy_output(child: subprocess.Popen, log_file, metrics_file, secrets, on_step, received: list[int]) -> None:
+    """Copy the child's output to stdout and the log until it ends, line by line (a progress bar's \\r ends a line too)."""
+    hidden = [secret.encode() for secret in secrets if secret]
+    pending, stop_at = b"", None
+
+    def emit(data: bytes) -> None:
+        for secret in hidden:
+            data = data.replace(secret, b"***")
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+        log_file.write(data)
+
+    source = child.stdout.fileno()
+    while True:
+        ready, _, _ = select.select([source], [], [], 0.2)
+        if ready:
+            data = os.read(source, 65536)
+            if not data:
+                break
+            *lines, pending = re.split(rb"(?<=[\r\n])", pending + data)
+            for line in lines:
+                emit(line)
+                row = metrics_file and metrics.parse(line.decode(errors="replace"))
+                if row:
+                    metrics_file.add(*row)
+                    on_step()
+        elif pending and len(pending) > 8192:
+            # No end of line in sight: show it rather than hold it back.
+            emit(pending)
+            pending = b""
+        if received and stop_at is None:
+            stop_at = time.monotonic() + GRACE_SECONDS
+        if stop_at and time.monotonic() > stop_at:
+            break
+        # Descendants may hold the pipe open after the child has ended: do not wait for them.
+        if not ready and child.poll() is not None:
+            break
+    emit(pending)
+
+
+def children() -> list[int]:
+    """Process ids whose parent is this process."""
+    me, found = str(os.getpid()), []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            # The name may hold spaces and brackets: the fields after the last ")" are state and parent.
+            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if parent == me:
+            found.append(int(folder.name))
+    return found
+
+
+def stop_all() -> None:
+    """End every descendant that is left: ask first, then kill. Those of the killed become ours and follow."""
+    for number, seconds in ((signal.SIGTERM, GRACE_SECONDS / 2), (signal.SIGKILL, GRACE_SECONDS)):
+        deadline, asked = time.monotonic() + seconds, set()
+        while time.monotonic() < deadline:
+            reap()
+            left = children()
+            if not left:
+                return
+            for process in left:
+                if process not in asked:
+                    asked.add(process)
+                    os.kill(process, number)
+            time.sleep(0.05)
+
+
+def reap() -> None:
+    """Collect the descendants that have ended."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass

@@ -1,0 +1,202 @@
+"""The door: `bridge STAGE [--dry-run] [key=value ...]`. Make, Slurm and `apptainer run` all come in here."""
+
+import os
+import resource
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping
+from contextlib import nullcontext
+from importlib import import_module
+from pathlib import Path
+
+from bridge import __version__
+from bridge import settings as settings_module
+from bridge.errors import UsageError, exit_status, nearest, say
+from bridge.settings import Settings
+from bridge.stages import STAGES, TOOLS, Plan
+
+# A WORK_DIR with less than this (bytes) cannot even keep a log.
+LEAST_FREE = 64 << 20
+
+
+def main() -> int:
+    """Entry of the `bridge` program; returns its exit status."""
+    return exit_status(lambda: run(sys.argv[1:], os.environ))
+
+
+def usage() -> str:
+    """The help text, made from the stage table."""
+    rows = [(stage.name, stage.help) for stage in STAGES.values()] + list(TOOLS.items())
+    return "\n".join([
+        "bridge STAGE [--dry-run] [key=value ...]",
+        "",
+        *(f"  {name:<10}{text}" for name, text in rows),
+        "",
+        "--dry-run shows the command and what would happen. key=value changes verl's configuration (sft, ppo),",
+        "e.g. `bridge ppo trainer.total_epochs=1`. Settings come from the environment: see .env.example.",
+    ])
+
+
+def run(argv: list[str], env: Mapping[str, str]) -> int:
+    """Do what the command line says."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if argv[0] == "--version":
+        print(__version__)
+        return 0
+    name, arguments = argv[0], argv[1:]
+    known = [*STAGES, *TOOLS]
+    if name not in known:
+        raise UsageError(f"{name!r} is no stage. Stages: {', '.join(known)}.{nearest(name, known)}")
+    if "--help" in arguments or "-h" in arguments:
+        print(usage())
+        return 0
+    if name in TOOLS:
+        return import_module(f"bridge.{name}").run(settings_module.read(env), env, arguments)
+    dry_run = "--dry-run" in arguments
+    overrides = [argument for argument in arguments if argument != "--dry-run"]
+    return run_stage(name, env, overrides, dry_run)
+
+
+def run_stage(name: str, env: Mapping[str, str], overrides: list[str], dry_run: bool) -> int:
+    """Check, plan, show and run one stage; returns its command's exit status."""
+    stage = STAGES[name]
+    problems = [f"stage {name!r} needs {setting}. Set it in .env (see .env.example)."
+                for setting in stage.needs if not env.get(setting)]
+    if overrides and not stage.trains:
+        problems.append(f"stage {name!r} takes no arguments but --dry-run; got {' '.join(overrides)}. "
+                        "Its settings come from the environment (see .env.example).")
+    try:
+        settings = settings_module.read(env)
+        problems += work_dir_problems(settings.work_dir)
+    except UsageError as error:
+        problems = error.problems + problems
+    if problems:
+        raise UsageError(*problems)
+
+    child_env = clean_environment(settings, env)
+    plan = stage.plan(settings, child_env, overrides, dry_run)
+    for note in plan.notes:
+        say(note)
+    if plan.finished:
+        say(plan.finished)
+        return 0
+    if dry_run:
+        show(plan)
+        return 0
+    if plan.keep_log:
+        plan.record_dir.mkdir(parents=True, exist_ok=True)
+    from bridge import runs
+
+    with runs.locked(plan.record_dir) if plan.keep_log else nullcontext():
+        if stage.trains:
+            # What another run did here before the lock was ours counts.
+            plan = stage.plan(settings, child_env, overrides, dry_run)
+        if plan.finished:
+            say(plan.finished)
+            return 0
+        show(plan)
+        return run_plan(name, plan, child_env)
+
+
+def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
+    """Run what was planned, keeping the record; returns the exit status."""
+    from bridge import checkpoints, launch, runs
+    from bridge.metrics import Metrics
+
+    secrets = runs.secret_values(env)
+    record = runs.begin(plan, env)
+    metrics = None
+    env = {**env, **plan.env}
+    if env.get("RAY_TMPDIR"):
+        Path(env["RAY_TMPDIR"]).mkdir(mode=0o700, exist_ok=True)
+    if plan.keep_log:
+        runs.write(plan.record_dir, record, secrets)
+        if not plan.resume_step:
+            (plan.record_dir / "log.txt").unlink(missing_ok=True)
+    if plan.checkpoints:
+        plan.checkpoints.mkdir(exist_ok=True)
+        newest = checkpoints.newest_complete(plan.checkpoints, name)
+        for done in checkpoints.prepare_resume(plan.checkpoints, name, newest, plan.steps_per_epoch):
+            say(done)
+        metrics = Metrics(plan.record_dir / "metrics.jsonl", plan.resume_step)
+
+    def prune() -> None:
+        for path in checkpoints.prune(plan.checkpoints, name, plan.keep) if plan.checkpoints else ():
+            say(f"removed the old checkpoint {path.name} (KEEP={plan.keep})")
+
+    try:
+        status = launch.run(plan.command, env, plan.record_dir / "log.txt" if plan.keep_log else None, metrics,
+                            secrets, prune)
+    finally:
+        if metrics:
+            metrics.close()
+        if env.get("RAY_TMPDIR"):
+            shutil.rmtree(env["RAY_TMPDIR"], ignore_errors=True)
+    if plan.keep_log or (status == 0 and plan.record_dir.is_dir()):
+        runs.write(plan.record_dir, runs.end(record, status), secrets)
+    if status:
+        say(f"{name} failed with exit status {status}"
+            + (f"; the log is {plan.record_dir / 'log.txt'}" if plan.keep_log else ""))
+    return status
+
+
+def show(plan: Plan) -> None:
+    """Print the command so that it can be pasted into a shell. It holds no secret: those are in the environment."""
+    assignments = [f"{name}={value}" for name, value in plan.env.items()]
+    print("+ " + shlex.join(["env", *assignments, *plan.command]), flush=True)
+
+
+def work_dir_problems(work_dir: Path) -> list[str]:
+    """What keeps WORK_DIR from being written to. Its last folder is made when needed, its parent must be there."""
+    cure = "Set WORK_DIR in .env to a folder on a disk with room."
+    if work_dir.exists() and not work_dir.is_dir():
+        return [f"WORK_DIR={work_dir} is a file. {cure}"]
+    folder = work_dir if work_dir.is_dir() else work_dir.parent
+    if not folder.is_dir():
+        return [f"WORK_DIR={work_dir}: its parent folder {folder} does not exist. Make it, or correct WORK_DIR."]
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return [f"WORK_DIR={work_dir} cannot be written to (read-only or not yours). {cure}"]
+    free = shutil.disk_usage(folder).free
+    if free < LEAST_FREE:
+        return [f"WORK_DIR={work_dir} is full: {free >> 20} MiB are free. {cure}"]
+    return []
+
+
+def clean_environment(settings: Settings, env: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a stage: the user's, without what harms, with all caches below WORK_DIR.
+
+    Says everything that it changes and that a user might have meant. Also raises the limit of virtual memory.
+    """
+    cleaned = dict(env)
+    for name in ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
+        if cleaned.pop(name, None) is not None:
+            say(f"unset {name}: it is for AMD GPUs, and verl stops when it is there beside CUDA_VISIBLE_DEVICES")
+    for name in ("PYTHONPATH", "PYTHONHOME"):
+        if cleaned.pop(name, None):
+            say(f"unset {name}: modules from outside the environment would be taken")
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+        limit = "unlimited" if hard == resource.RLIM_INFINITY else f"{hard >> 10} KiB, the hard limit"
+        say(f"ulimit -v raised from {soft >> 10} KiB to {limit}")
+    hf_home = Path(cleaned.get("HF_HOME") or Path(cleaned.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface")
+    cache = settings.work_dir / "cache"
+    cleaned.update(
+        PYTHONNOUSERSITE="1",
+        # The login of `huggingface-cli login` stays where it is.
+        HF_TOKEN_PATH=cleaned.get("HF_TOKEN_PATH") or str(hf_home / "token"),
+        HF_HOME=str(cache / "huggingface"),
+        XDG_CACHE_HOME=str(cache),
+        TRITON_CACHE_DIR=str(cache / "triton"),
+        TORCHINDUCTOR_CACHE_DIR=str(cache / "inductor"),
+        VLLM_CACHE_ROOT=str(cache / "vllm"),
+        WANDB_CACHE_DIR=str(cache / "wandb"),
+        WANDB_DATA_DIR=str(cache / "wandb"),
+        MPLCONFIGDIR=str(cache / "matplotlib"),
+        VLLM_NO_USAGE_STATS="1",
+        HF_HUB_DISABLE_TELEMETRY="1",
+    )
+    return cleaned

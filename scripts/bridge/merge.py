@@ -1,0 +1,196 @@
+"""The merge stage: the shards of a checkpoint become one Hugging Face model, which is then tried out.
+
+    python -m bridge.merge CHECKPOINT_FOLDER OUTPUT_FOLDER
+
+verl's own merger joins the shards (verl.model_merger); what it leaves undone is done and verified here.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from bridge import checkpoints
+from bridge.errors import UsageError, exit_status, say
+from bridge.settings import Settings
+from bridge.stages import Plan
+
+# A problem in GSM8K's form, to see that the merged model answers at all.
+QUESTION = "Tom has 3 apples and buys 4 more. How many apples does he have?"
+ANSWER_TOKENS = 32
+
+
+def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
+    """Find the checkpoint and say what to run.
+
+    Raises:
+        UsageError: no such stage, step or folder, or nothing whole in it.
+    """
+    if settings.ckpt and (settings.step or settings.stage in ("sft", "ppo")):
+        raise UsageError("CKPT= names a checkpoint by its folder, STAGE= and STEP= one of this run. Give one or the other.")
+    if settings.ckpt:
+        stage, shards = "ckpt", shards_of(settings.ckpt)
+    else:
+        stage = settings.stage or newest_stage(settings)
+        if stage == "ckpt":
+            raise UsageError("STAGE=ckpt goes with CKPT=, the folder of the checkpoint.")
+        shards = checkpoint_of(settings, stage).path / checkpoints.parts(stage)[0]
+    output = settings.merged_dir(stage)
+    return Plan(
+        command=[sys.executable, "-u", "-m", "bridge.merge", str(shards), str(output)],
+        env={"WORK_DIR": str(settings.work_dir), "HF_HUB_OFFLINE": "1"},
+        record_dir=settings.stage_dir(stage) / "merge",
+        keep_log=True,
+        notes=[f"merge: {shards} -> {output}"],
+    )
+
+
+def newest_stage(settings: Settings) -> str:
+    """The last stage of the chain that has a complete checkpoint; sft if none has."""
+    for stage in ("ppo", "sft"):
+        if checkpoints.newest_complete(settings.stage_dir(stage) / "checkpoints", stage):
+            return stage
+    return "sft"
+
+
+def checkpoint_of(settings: Settings, stage: str) -> checkpoints.Checkpoint:
+    """The checkpoint of STEP=, or the newest complete one."""
+    folder = settings.stage_dir(stage) / "checkpoints"
+    found = checkpoints.list_checkpoints(folder, stage)
+    if not found:
+        raise UsageError(f"no checkpoints in {folder}. Run `make {stage}` first (RUN={settings.run}).")
+    steps = ", ".join(f"{checkpoint.step}{'' if checkpoint.complete else ' (incomplete)'}" for checkpoint in found)
+    wanted = [checkpoint for checkpoint in found if settings.step in (None, checkpoint.step)]
+    if not wanted:
+        raise UsageError(f"STEP={settings.step}: no such checkpoint in {folder}. There are: {steps}.")
+    complete = [checkpoint for checkpoint in wanted if checkpoint.complete]
+    if not complete:
+        raise UsageError(*(f"{checkpoint.path} is incomplete: {'; '.join(checkpoint.faults)}." for checkpoint in wanted),
+                         f"Continue the run (`make {stage}`) so that it saves again, or name another step (there are: {steps}).")
+    return complete[-1]
+
+
+def shards_of(folder: Path) -> Path:
+    """The folder of model shards in any folder that verl wrote: global_step_N, or actor inside it."""
+    if not folder.is_dir():
+        raise UsageError(f"CKPT={folder} is no folder. Name one that verl wrote, e.g. .../global_step_58.")
+    shards = folder / "actor" if (folder / "actor").is_dir() else folder
+    faults = checkpoints.shard_faults(shards, kinds=("model",))
+    if faults:
+        raise UsageError(f"CKPT={folder} is no whole checkpoint of verl: {'; '.join(faults)}. Name a folder like "
+                         ".../global_step_58 (or .../global_step_435/actor).")
+    architectures = json.loads((shards / "huggingface" / "config.json").read_text()).get("architectures") or [""]
+    if "ForCausalLM" not in architectures[0]:
+        raise UsageError(f"CKPT={folder} holds a {architectures[0]}, which writes no text. "
+                         "PPO's model is in the folder actor; critic is its value function.")
+    return shards
+
+
+def main() -> None:
+    """Merge, complete, verify; the output folder appears whole or not at all."""
+    parser = argparse.ArgumentParser(description="Merge the shards of a verl checkpoint and verify the result.")
+    parser.add_argument("shards", type=Path)
+    parser.add_argument("output", type=Path)
+    arguments = parser.parse_args()
+    temporary = arguments.output.with_name(arguments.output.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    raw = temporary / "raw"
+    try:
+        subprocess.run([sys.executable, "-u", "-m", "verl.model_merger", "merge", "--backend", "fsdp",
+                        "--local_dir", str(arguments.shards), "--target_dir", str(raw)], check=True)
+        complete_and_verify(raw, temporary)
+        shutil.rmtree(raw)
+        replace_folder(temporary, arguments.output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    size = checkpoints.size(arguments.output)
+    print(f"merged: {arguments.output} ({size / 1e6:.1f} MB)")
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Put a folder in another's place."""
+    old = target.with_name(target.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.rename(target, old)
+    os.rename(new, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def complete_and_verify(raw: Path, output: Path) -> None:
+    """Load what verl's merger wrote, write it properly, load that again and let it answer.
+
+    verl's merger writes tied embeddings twice (SmolLM2: 326 MB instead of 269 MB) and checks nothing.
+
+    Raises:
+        UsageError: the merged model is not whole; says in what.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    def load(folder: Path):
+        model, info = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.bfloat16, output_loading_info=True)
+        wrong = {kind: names for kind, names in info.items() if names}
+        if wrong:
+            raise UsageError(f"the merged model in {folder} does not load cleanly: {wrong}. The checkpoint is damaged or "
+                             "was written by another version of verl.")
+        return model
+
+    model = load(raw)
+    tokenizer = AutoTokenizer.from_pretrained(raw)
+    problems = []
+    infinite = [name for name, tensor in model.named_parameters() if not torch.isfinite(tensor).all()]
+    if infinite:
+        problems.append(f"weights that are not finite: {', '.join(infinite[:5])} (training diverged; try a lower rate)")
+    if model.config.tie_word_embeddings and not saved_tied_equal(raw):
+        problems.append("the embeddings are tied, but the checkpoint holds two different ones")
+    if not tokenizer.chat_template:
+        problems.append("the tokenizer has no chat template (the base model's folder has to have one)")
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        problems.append(f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}")
+    if problems:
+        raise UsageError(*problems)
+    # Where it was trained is nobody's business on the hub.
+    model.config._name_or_path = ""
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+
+    model = load(output).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    count = sum(tensor.numel() for tensor in model.parameters())
+    stored = sum(file.stat().st_size for file in output.glob("*.safetensors"))
+    if stored > 1.02 * count * 2 + (1 << 20):
+        raise UsageError(f"{stored / 1e6:.1f} MB of weights for {count / 1e6:.1f} M parameters in bf16: something is "
+                         "written twice.")
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}], add_generation_prompt=True,
+                                           return_tensors="pt", return_dict=True).to(model.device)
+    answer = model.generate(input_ids=prompt["input_ids"], attention_mask=prompt["attention_mask"], max_new_tokens=ANSWER_TOKENS,
+                            do_sample=False, temperature=None, top_p=None, top_k=None,
+                            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id)
+    new = answer[0, prompt["input_ids"].shape[1]:]
+    if not len(new):
+        raise UsageError("the merged model generated nothing")
+    say(f"{count / 1e6:.2f} M parameters; tied embeddings: {'yes' if model.config.tie_word_embeddings else 'no'}")
+    say(f"asked:    {QUESTION}")
+    say(f"answered: {tokenizer.decode(new, skip_special_tokens=True)!r}")
+
+
+def saved_tied_equal(folder: Path) -> bool:
+    """Whether the output weights in a folder's safetensors files, if there, equal the input embeddings."""
+    import torch
+    from safetensors import safe_open
+
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            for name in ("lm_head.weight", "model.embed_tokens.weight"):
+                if name in tensors.keys():  # noqa: SIM118 - safe_open is no dict
+                    found[name] = tensors.get_tensor(name)
+    return len(found) < 2 or torch.equal(*found.values())
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))

@@ -1,0 +1,77 @@
+"""The ppo stage: verl's PPO trainer on Ray. What is particular to it; the rest is in train.py."""
+
+import hashlib
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bridge.settings import Settings
+
+MODULE = "verl.trainer.main_ppo"
+
+
+def environment(stage_dir: Path) -> dict[str, str]:
+    """Variables of the trainer's own."""
+    # Ray's sockets must be on a local disk, and their path has to stay below 107 bytes: short, and one a run.
+    name = hashlib.sha256(str(stage_dir).encode()).hexdigest()[:8]
+    return {"RAY_TMPDIR": f"/tmp/bridge-{os.getuid()}-{name}", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+def overrides(settings: Settings) -> list[str]:
+    """What the settings mean in verl's words."""
+    keep = settings.keep or "null"
+    found = [f"trainer.max_actor_ckpt_to_keep={keep}", f"trainer.max_critic_ckpt_to_keep={keep}"]
+    if settings.tp:
+        found.append(f"actor_rollout_ref.rollout.tensor_model_parallel_size={settings.tp}")
+    return found
+
+
+def command(ranks: int, module: list[str], arguments: list[str]) -> list[str]:
+    """One process; Ray starts the workers."""
+    return [sys.executable, "-u", "-m", *module, *arguments]
+
+
+def columns(config: Mapping[str, Any]) -> list[str]:
+    """Columns that the trainer reads."""
+    return [config["data"]["prompt_key"], config["data"]["reward_fn_key"], "reward_model.ground_truth"]
+
+
+def divisibility(config: Mapping[str, Any], world: int, heads: int | None) -> list[str]:
+    """Which numbers do not divide at this number of GPUs (verl floors some of them in silence).
+
+    Args:
+        heads: attention heads of the model; None if not known.
+    """
+    actor, critic, rollout = config["actor_rollout_ref"]["actor"], config["critic"], config["actor_rollout_ref"]["rollout"]
+    batch, tp = config["data"]["train_batch_size"], rollout["tensor_model_parallel_size"]
+    faults = []
+    if batch * rollout["n"] % world:
+        faults.append(f"data.train_batch_size={batch} does not divide by {world} GPUs")
+    for name, part in (("actor_rollout_ref.actor", actor), ("critic", critic)):
+        mini, micro = part["ppo_mini_batch_size"], part["ppo_micro_batch_size_per_gpu"]
+        if mini % world:
+            faults.append(f"{name}.ppo_mini_batch_size={mini} does not divide by {world} GPUs")
+        elif not part["use_dynamic_bsz"] and micro and (mini // world) % micro:
+            faults.append(f"{mini // world} rows a GPU ({name}.ppo_mini_batch_size={mini} / {world}) do not divide by "
+                          f"ppo_micro_batch_size_per_gpu={micro}")
+        if mini > batch:
+            faults.append(f"{name}.ppo_mini_batch_size={mini} is more than data.train_batch_size={batch}")
+    if world % tp:
+        faults.append(f"TP={tp} does not divide {world} GPUs")
+    if heads and heads % tp:
+        faults.append(f"TP={tp} does not divide the model's {heads} attention heads")
+    return faults
+
+
+def row_problems(config: Mapping[str, Any], world: int, train_rows: int, val_rows: int) -> list[str]:
+    """Too little data for one step."""
+    batch = config["data"]["train_batch_size"]
+    problems = []
+    if train_rows < batch:
+        problems.append(f"{train_rows} training rows are less than one batch of {batch}. Use more data, or a smaller "
+                        "data.train_batch_size.")
+    if val_rows < 1:
+        problems.append("there are no validation rows. Use more data.")
+    return problems

@@ -1,0 +1,101 @@
+"""bridge rehearse: the whole chain, small, with verl's real trainers, on this machine (CPU or one GPU).
+
+Works in WORK_DIR/rehearsal, which it empties first. Uploads to a stand-in for the hub on this machine, never to the real one.
+"""
+
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+
+import pyarrow.parquet
+
+from bridge import checkpoints, hardware, launch, metrics, model
+from bridge import settings as settings_module
+from bridge.errors import UsageError, say
+from bridge.main import work_dir_problems
+from bridge.settings import Settings
+from bridge.standin_hub import Account, StandInHub
+
+REPOSITORY = "rehearsal/bridge"
+ACCOUNT = Account("rehearsal")
+TOKEN = "token-of-the-stand-in-hub"
+
+# (what the table calls it, stage, settings of this step)
+STEPS = (
+    ("data", "data", {}),
+    ("model", "model", {}),
+    ("sft", "sft", {}),
+    ("merge sft", "merge", {"STAGE": "sft"}),
+    ("ppo", "ppo", {"INIT": "sft"}),
+    ("merge ppo", "merge", {"STAGE": "ppo"}),
+    ("upload", "upload", {"STAGE": "ppo"}),
+)
+
+
+def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int:
+    """Run the chain; stops at the first stage that fails and returns its exit status."""
+    if arguments:
+        raise UsageError(f"rehearse takes no arguments; got {' '.join(arguments)}. "
+                         "MODEL=, DATA_SOURCE= and GPUS= apply.")
+    problems = work_dir_problems(settings.work_dir)
+    if problems:
+        raise UsageError(*problems)
+    folder = settings.work_dir / "rehearsal"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    ranks = settings.gpus or (1 if hardware.visible_gpus(env) else 2)
+    rows = []
+    with StandInHub(folder / "hub", tokens={TOKEN: ACCOUNT}) as hub:
+        chain_env = {
+            "MODEL": "tiny", "DATA_SOURCE": "builtin", **env, **hub.env(TOKEN),
+            "WORK_DIR": str(folder), "RUN": "default", "PROFILE": "rehearsal", "GPUS": str(ranks),
+            "HF_REPO": REPOSITORY, "PUBLIC": "0", "WANDB_MODE": "offline",
+        }
+        for name in ("WANDB_API_KEY", "STEP", "CKPT"):
+            chain_env.pop(name, None)
+        # A relative folder is meant from where the person stands, which stays the same here.
+        chain = settings_module.read(chain_env)
+        for name, stage, extra in STEPS:
+            say(f"--- {name}")
+            started = time.monotonic()
+            status = launch.run([sys.executable, "-m", "bridge", stage], {**chain_env, **extra}, None, None, [])
+            if status:
+                say(f"the rehearsal stopped at {name}")
+                return status
+            rows.append((name, time.monotonic() - started, outcome(name, chain, hub)))
+    print(table(rows))
+    return 0
+
+
+def outcome(name: str, settings: Settings, hub: StandInHub) -> str:
+    """What a step left behind, read from its files."""
+    if name == "data":
+        counts = [pyarrow.parquet.ParquetFile(settings.data_dir / f"{part}.parquet").metadata.num_rows
+                  for part in ("train", "test")]
+        return f"{counts[0]} + {counts[1]} rows"
+    if name == "model":
+        return f"{settings.model_dir.name}, {model.parameter_count(settings.model_dir) / 1e6:.3g} M parameters"
+    if name in ("sft", "ppo"):
+        return training_outcome(name, metrics.read(settings.stage_dir(name) / "metrics.jsonl"))
+    if name.startswith("merge "):
+        merged = settings.merged_dir(name.split()[1])
+        return f"{checkpoints.size(merged) / 1e6:.3g} MB, {merged}"
+    return f"{len(hub.files(REPOSITORY))} files at {hub.url}/{REPOSITORY}"
+
+
+def training_outcome(stage: str, rows: list[dict]) -> str:
+    """First and last value of what the stage is to improve."""
+    key, word = {"sft": ("train/loss", "loss"), "ppo": ("critic/score/mean", "reward")}[stage]
+    values = [row[key] for row in rows if key in row]
+    text = f"{len(rows)} steps, {word} {values[0]:.3f} -> {values[-1]:.3f}"
+    last = rows[-1].get("val/loss")
+    return text + (f", validation loss {last:.3f}" if last is not None else "")
+
+
+def table(rows: list[tuple[str, float, str]]) -> str:
+    """The closing table: stage, seconds, what came out."""
+    total = sum(seconds for _, seconds, _ in rows)
+    lines = [f"{'stage':<11}{'seconds':>8}  what came out"]
+    lines += [f"{name:<11}{seconds:>8.1f}  {text}" for name, seconds, text in [*rows, ("all", total, "")]]
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,153 @@
+"""The record of a run: run.json beside the checkpoints, and the lock that keeps a second run out."""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import socket
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from bridge import hardware
+from bridge.compose import flatten
+from bridge.errors import UsageError, say
+from bridge.settings import CONFIGS, ROOT, SECRETS
+from bridge.stages import Plan
+
+# Keys that may differ when a run is continued: where from, and what depends on the machine or on housekeeping.
+MAY_DIFFER = ("trainer.resume_mode", "trainer.resume_from_path", "ray_init.num_cpus", "trainer.max_ckpt_to_keep",
+              "trainer.max_actor_ckpt_to_keep", "trainer.max_critic_ckpt_to_keep")
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """The run.json of a folder, None if there is none."""
+    file = folder / "run.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def write(folder: Path, record: Mapping[str, Any], secrets: list[str]) -> None:
+    """Write run.json whole or not at all, with any secret that slipped into a value masked."""
+    text = json.dumps(record, indent=1, ensure_ascii=False)
+    for secret in secrets:
+        text = text.replace(secret, "***")
+    temporary = folder / "run.json.tmp"
+    temporary.write_text(text + "\n")
+    os.replace(temporary, folder / "run.json")
+
+
+def secret_values(env: Mapping[str, str]) -> list[str]:
+    """The secrets in an environment, to be masked wherever text is kept."""
+    return [env[name] for name in SECRETS if env.get(name)]
+
+
+def sha256(file: Path) -> str:
+    """Hash of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout (with "-dirty" if it was edited), or what the image was built from; None if unknown."""
+    if os.environ.get("BRIDGE_COMMIT"):
+        return os.environ["BRIDGE_COMMIT"]
+    if not (ROOT / ".git").exists():
+        return None
+    found = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"],
+                           capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None
+
+
+def machine(env: Mapping[str, str]) -> dict[str, Any]:
+    """Where and with what a run was made."""
+    return {
+        "host": socket.gethostname(),
+        "job": env.get("SLURM_JOB_ID"),
+        "python": platform.python_version(),
+        "driver": hardware.driver_version(),
+        "gpus": [gpu.name for gpu in hardware.visible_gpus(env)],
+        "cpus": hardware.cpu_count(),
+        "git_commit": git_commit(),
+        "lock_sha256": sha256(ROOT / "requirements.lock"),
+        "configs_sha256": {str(file.relative_to(CONFIGS)): sha256(file) for file in sorted(CONFIGS.rglob("*.yaml"))},
+        # Apptainer sets the first, the OCI image the second; neither: run from a virtual environment.
+        "image": env.get("APPTAINER_CONTAINER") or env.get("BRIDGE_IMAGE"),
+    }
+
+
+def begin(plan: Plan, env: Mapping[str, str]) -> dict[str, Any]:
+    """The record at the start of a run. Attempts before a resume stay in it; a fresh start forgets them."""
+    before = read(plan.record_dir) if plan.resume_step else None
+    attempt = {"started": now(), "from_step": plan.resume_step, "command": plan.command, "environment": plan.env,
+               **machine(env)}
+    return {
+        "status": "running",
+        "config": plan.config,
+        "inputs": plan.inputs,
+        "work_dir": plan.env.get("WORK_DIR"),
+        "attempts": [*(before["attempts"] if before else []), attempt],
+    }
+
+
+def end(record: dict[str, Any], status: int) -> dict[str, Any]:
+    """The record at the end of a run."""
+    record["status"] = "finished" if status == 0 else "failed"
+    record["attempts"][-1].update(ended=now(), exit_status=status)
+    return record
+
+
+def difference(record: Mapping[str, Any], plan: Plan) -> list[str]:
+    """What differs between a recorded run and the one planned, as "key: recorded -> planned" lines.
+
+    A WORK_DIR that was moved is no difference.
+    """
+    moved = json.dumps([record["config"], record["inputs"]]).replace(
+        json.dumps(record["work_dir"])[1:-1], json.dumps(plan.env["WORK_DIR"])[1:-1])
+    config, inputs = json.loads(moved)
+    lines = []
+    for old, new in ((config, plan.config), (inputs, plan.inputs)):
+        old, new = flatten(old), flatten(new)
+        lines += [f"{key}: {old.get(key)} -> {new.get(key)}" for key in sorted(old.keys() | new.keys())
+                  if key not in MAY_DIFFER and old.get(key) != new.get(key)]
+    return lines
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock; it goes with the process, however that ends.
+
+    Raises:
+        UsageError: another process holds it.
+    """
+    file = open(folder / ".lock", "a+")  # noqa: SIM115 - held as long as the lock
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.seek(0)
+            raise UsageError(f"another run works in {folder} ({file.read().strip() or 'unknown process'}). "
+                             "Wait for it, or give this one a name of its own: RUN=NAME.") from None
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
+        # Some parallel file systems are mounted without locks.
+        say(f"{folder} is on a file system without locks: nothing keeps a second run out of it")
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {now()}\n")
+        file.flush()
+        yield
+    finally:
+        file.close()

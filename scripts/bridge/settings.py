@@ -1,0 +1,148 @@
+"""Every setting a person may give: read from the environment once, checked all at once.
+
+The explanation of each name is in .env.example. `.env` itself is read on the host (scripts/host/container.sh):
+here there is only the environment.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from bridge.errors import UsageError, nearest
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs"
+SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "HUGGING_FACE_HUB_TOKEN")
+
+# What the tutorial left for the reader to replace.
+PLACEHOLDER = re.compile(r"YOU_[A-Z_]+")
+# Names become folders, run names and parts of a command.
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The checked settings. Paths are absolute; numbers that were not given are None (then they are measured)."""
+
+    work_dir: Path
+    run: str
+    profile: str
+    model: str
+    data_source: str
+    init: str
+    stage: str | None
+    step: int | None
+    ckpt: Path | None
+    gpus: int | None
+    tp: int | None
+    keep: int | None
+    hf_repo: str | None
+    public: bool
+    wandb_project: str
+
+    @property
+    def data_dir(self) -> Path:
+        """Folder of train.parquet and test.parquet."""
+        return self.work_dir / "data" / "gsm8k"
+
+    @property
+    def model_dir(self) -> Path:
+        """Folder of the base model: a local MODEL as it is, any other below models/ under its own name."""
+        if is_local(self.model):
+            return Path(os.path.abspath(os.path.expanduser(self.model)))
+        name = {"smollm2": "SmolLM2-135M-Instruct"}.get(self.model, self.model.rsplit("/", 1)[-1])
+        return self.work_dir / "models" / name
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of this run, with one folder a stage."""
+        return self.work_dir / "runs" / self.run
+
+    def stage_dir(self, stage: str) -> Path:
+        """Folder of one stage of this run."""
+        return self.run_dir / stage
+
+    def merged_dir(self, stage: str) -> Path:
+        """Folder of the merged Hugging Face model of a stage."""
+        return self.stage_dir(stage) / "merged"
+
+
+def is_local(name: str) -> bool:
+    """Tell a folder from a name on the hub: folders are written with a leading /, ./, ../ or ~."""
+    return name.startswith(("/", "./", "../", "~"))
+
+
+def profiles() -> list[str]:
+    """Names of the profiles there are, for any stage."""
+    return sorted({file.stem for file in CONFIGS.glob("profile/*/*.yaml")})
+
+
+def read(env: Mapping[str, str]) -> Settings:
+    """Read and check the settings.
+
+    Args:
+        env: the environment; empty values count as not given.
+
+    Raises:
+        UsageError: with every mistake found, not only the first.
+    """
+    problems: list[str] = []
+
+    def given(name: str, default: str | None = None) -> str | None:
+        value = env.get(name, "").strip()
+        if PLACEHOLDER.search(value):
+            problems.append(f"{name}={value!r} still holds the tutorial's placeholder. Put your own name there.")
+        return value or default
+
+    def choice(name: str, known: list[str], default: str | None) -> str | None:
+        value = given(name, default)
+        if value is not None and value not in known:
+            problems.append(f"{name}={value!r} is unknown. Use one of: {', '.join(known)}.{nearest(value, known)}")
+        return value
+
+    def number(name: str, least: int, example: str) -> int | None:
+        value = given(name)
+        if value is None:
+            return None
+        if not re.fullmatch(r"[0-9]+", value) or int(value) < least:
+            problems.append(f"{name}={value!r} is not {example}, a whole number of at least {least}.")
+            return None
+        return int(value)
+
+    run = given("RUN", "default")
+    if not NAME.fullmatch(run) or "global_step_" in run:
+        # verl looks for "global_step_" in the whole path of a checkpoint.
+        problems.append(f"RUN={run!r} is not a run's name. Use letters, digits, '.', '_' and '-', e.g. RUN=lr-2e-6.")
+    keep = given("KEEP", "2")
+    if keep != "all" and (not re.fullmatch(r"[0-9]+", keep) or int(keep) < 2):
+        problems.append(f"KEEP={keep!r}: use a number of checkpoints of at least 2 (while one is written the "
+                        "other must still be there), or KEEP=all.")
+        keep = "2"
+    repo = given("HF_REPO")
+    if repo is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        problems.append(f"HF_REPO={repo!r} is not of the form OWNER/NAME.")
+    given("WANDB_ENTITY")
+    public = choice("PUBLIC", ["0", "1"], "0")
+    ckpt = given("CKPT")
+    settings = Settings(
+        work_dir=Path(os.path.abspath(os.path.expanduser(given("WORK_DIR", "work")))),
+        run=run,
+        profile=choice("PROFILE", profiles(), "tutorial"),
+        model=given("MODEL", "meta-llama/Llama-3.2-1B-Instruct"),
+        data_source=given("DATA_SOURCE", "hub"),
+        init=choice("INIT", ["base", "sft"], "base"),
+        stage=choice("STAGE", ["sft", "ppo", "ckpt"], None),
+        step=number("STEP", 1, "a training step"),
+        ckpt=Path(os.path.abspath(os.path.expanduser(ckpt))) if ckpt else None,
+        gpus=number("GPUS", 1, "a number of GPUs"),
+        tp=number("TP", 1, "a tensor parallel size"),
+        keep=None if keep == "all" else int(keep),
+        hf_repo=repo,
+        public=public == "1",
+        wandb_project=given("WANDB_PROJECT", "competition_verl_test"),
+    )
+    if problems:
+        raise UsageError(*problems)
+    return settings

@@ -1,0 +1,269 @@
+"""Plan the two stages that verl trains, sft and ppo: what they share."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+
+from bridge import checkpoints, hardware, model, runs
+from bridge.compose import compose, compose_checked
+from bridge.errors import UsageError
+from bridge.settings import CONFIGS, Settings
+from bridge.stages import Plan
+
+# Keys that only the door sets, and the setting that does.
+OWNED = {
+    "trainer.n_gpus_per_node": "GPUS=",
+    "trainer.default_local_dir": "WORK_DIR= and RUN=",
+    "trainer.resume_mode": "RUN= (a run is continued by itself)",
+    "trainer.resume_from_path": "RUN= (a run is continued by itself)",
+    "trainer.max_ckpt_to_keep": "KEEP=",
+    "trainer.max_actor_ckpt_to_keep": "KEEP=",
+    "trainer.max_critic_ckpt_to_keep": "KEEP=",
+    "actor_rollout_ref.rollout.tensor_model_parallel_size": "TP=",
+    "model.partial_pretrain": "MODEL=",
+    "actor_rollout_ref.model.path": "MODEL= and INIT=",
+    "profile/sft": "PROFILE=",
+    "profile/ppo": "PROFILE=",
+}
+
+DATA_KEYS = ("train_files", "val_files")
+
+
+def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list[str], dry_run: bool) -> Plan:
+    """Check one training stage and say what to run.
+
+    Raises:
+        UsageError: everything found wrong with the hardware, the overrides, the data, the model or the run folder.
+    """
+    trainer = import_module(f"bridge.{stage}")
+    notes: list[str] = []
+    profile, gpus, on_cpu = choose_hardware(stage, settings, env, notes, dry_run)
+    stage_dir = settings.stage_dir(stage)
+    model_dir = settings.merged_dir("sft") if stage == "ppo" and settings.init == "sft" else settings.model_dir
+    if stage == "ppo":
+        notes.append(f"INIT={settings.init}: actor and critic start from {model_dir}")
+    own_env = {
+        "WORK_DIR": str(settings.work_dir),
+        "BRIDGE_MODEL_DIR": str(model_dir),
+        "BRIDGE_STAGE_DIR": str(stage_dir),
+        "BRIDGE_RUN_NAME": f"{model_dir.name if settings.init == 'base' or stage == 'sft' else 'sft'}"
+                           f"_{stage}_{settings.run}",
+        "WANDB_PROJECT": settings.wandb_project,
+        "WANDB_DIR": str(stage_dir),
+        # Everything was fetched before: a compute node without internet must not wait for the hub.
+        "HF_HUB_OFFLINE": "1",
+        **trainer.environment(stage_dir),
+    }
+    if not (env.get("WANDB_API_KEY") or has_wandb_login(env)) and env.get("WANDB_MODE") is None:
+        own_env["WANDB_MODE"] = "offline"
+        notes.append(f"no WANDB_API_KEY and no wandb login: metrics stay in {stage_dir} "
+                     "(send them later with `wandb sync`)")
+    own = [f"profile/{stage}={profile}", *trainer.overrides(settings)]
+    if gpus is None:
+        # A dry run on a machine without GPUs: shown for as many as the configuration says.
+        gpus = compose(stage, own, own_env)["trainer"]["n_gpus_per_node"]
+        notes.append(f"GPUS is not given and no GPU is visible here: shown for {gpus}")
+    own.append(f"trainer.n_gpus_per_node={gpus}")
+    config = compose_checked(stage, own, overrides, own_env, OWNED)
+
+    problems = []
+    rows = data_problems(config, trainer.columns(config), problems)
+    model_problems = model.check_model_folder(model_dir)
+    if model_problems:
+        problems += model_problems
+        if stage == "ppo" and settings.init == "sft":
+            problems.append("INIT=sft starts from the merged result of the sft stage. Run `make sft` and "
+                            "`make merge STAGE=sft` first, or use INIT=base.")
+        elif not model_dir.is_dir():
+            problems.append(f"Run `make model` first (MODEL={settings.model}).")
+    heads = None if model_problems else model.attention_heads(model_dir)
+    world = gpus * config["trainer"]["nnodes"]
+    faults = trainer.divisibility(config, world, heads)
+    if faults:
+        possible = [n for n in range(1, 65) if not trainer.divisibility(config, n, heads)]
+        problems += [f"GPUS={gpus}: {fault}." for fault in faults]
+        problems.append("Possible with these settings: " + (f"GPUS={', '.join(map(str, possible))}." if possible else
+                                                            "no number of GPUs; change the batch sizes."))
+    if rows:
+        problems += trainer.row_problems(config, world, *rows)
+    if problems:
+        raise UsageError(*problems)
+
+    made = Plan(
+        command=[], env=own_env, record_dir=stage_dir, keep_log=True, notes=notes, config=config,
+        inputs={"data": {key: [runs.sha256(file) for file in data_files(config, key)] for key in DATA_KEYS},
+                "model": model_fingerprint(model_dir)},
+        checkpoints=stage_dir / "checkpoints", keep=settings.keep,
+        # The last, smaller batch of an epoch is dropped.
+        steps_per_epoch=rows[0] // config["data"]["train_batch_size"])
+    newest = checkpoints.newest_complete(made.checkpoints, stage)
+    finished = check_continuation(stage, settings, made, newest)
+    check_disk(stage, settings, made, model.parameter_count(model_dir), notes)
+    resume_step = newest.step if newest else 0
+    resume = (["trainer.resume_mode=disable"] if newest is None else
+              ["trainer.resume_mode=resume_path", f"trainer.resume_from_path={quote(str(newest.path))}"])
+    if newest:
+        notes.append(f"continuing from {newest.path} (step {newest.step})")
+    if stage == "ppo":
+        resume.append(f"ray_init.num_cpus={max(hardware.cpu_count(), gpus + 2)}")
+        if on_cpu:
+            own_env["BRIDGE_CPU_RANKS"] = str(gpus)
+    if not on_cpu:
+        limit_gpus(gpus, env, own_env, notes)
+    device = "ranks on CPU" if on_cpu else "GPUs"
+    notes.insert(0, f"{stage}: {gpus} {device}, profile {profile}, run {settings.run}, model {model_dir.name}")
+    arguments = ["--config-dir", str(CONFIGS), "--config-name", stage, *own, *resume, *overrides]
+    command = trainer.command(gpus, ["bridge.on_cpu", trainer.MODULE] if on_cpu else [trainer.MODULE], arguments)
+    return Plan(**{**vars(made), "command": command, "resume_step": resume_step, "finished": finished})
+
+
+def quote(value: str) -> str:
+    """A value for Hydra's grammar, whatever is in it."""
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def choose_hardware(stage: str, settings: Settings, env: Mapping[str, str], notes: list[str],
+                    dry_run: bool) -> tuple[str, int | None, bool]:
+    """Return (profile, GPUs or ranks, whether on CPU). A dry run only notes what is wrong with the hardware."""
+    gpus = hardware.visible_gpus(env)
+    if not gpus and (CONFIGS / "profile" / stage / f"{settings.profile}_cpu.yaml").is_file():
+        ranks = settings.gpus or 2
+        notes.append(f"no GPU visible: {ranks} ranks on {hardware.cpu_count()} CPU cores, over gloo")
+        return f"{settings.profile}_cpu", ranks, True
+    problem = None
+    if not gpus:
+        problem = (f"no GPU visible (profile {settings.profile} needs one). With Apptainer pass --nv; on Slurm ask for "
+                   "--gpus-per-node; on CPU use PROFILE=rehearsal.")
+    elif settings.gpus and settings.gpus > len(gpus):
+        visible = env.get("CUDA_VISIBLE_DEVICES")
+        problem = (f"GPUS={settings.gpus}, but {len(gpus)} visible"
+                   + (f" (CUDA_VISIBLE_DEVICES={visible})." if visible else ".") + f" Use GPUS={len(gpus)} or less.")
+    else:
+        busy = [gpu for gpu in gpus[:settings.gpus] if gpu.memory_used > 0.1 * gpu.memory]
+        if busy:
+            problem = "; ".join(f"GPU {gpu.device} is in use ({gpu.memory_used / 2**30:.0f} of "
+                                f"{gpu.memory / 2**30:.0f} GiB)" for gpu in busy) + \
+                ". Name free ones with CUDA_VISIBLE_DEVICES=."
+    if problem and not dry_run:
+        raise UsageError(problem)
+    if problem:
+        notes.append(f"warning: {problem}")
+    return settings.profile, settings.gpus or len(gpus) or None, False
+
+
+def limit_gpus(gpus: int, env: Mapping[str, str], own_env: dict[str, str], notes: list[str]) -> None:
+    """Let the trainer see only as many GPUs as it uses: the first of those visible."""
+    visible = hardware.visible_gpus(env)
+    if len(visible) > gpus:
+        own_env["CUDA_VISIBLE_DEVICES"] = ",".join(gpu.device for gpu in visible[:gpus])
+        notes.append(f"CUDA_VISIBLE_DEVICES={own_env['CUDA_VISIBLE_DEVICES']} (the first {gpus} of {len(visible)})")
+    elif env.get("CUDA_VISIBLE_DEVICES"):
+        notes.append(f"CUDA_VISIBLE_DEVICES={env['CUDA_VISIBLE_DEVICES']} (as given)")
+
+
+def has_wandb_login(env: Mapping[str, str]) -> bool:
+    """Whether `wandb login` was done before: it leaves its key in the netrc file."""
+    file = Path(env.get("NETRC") or Path.home() / ".netrc")
+    host = (env.get("WANDB_BASE_URL") or "https://api.wandb.ai").split("//")[-1].split("/")[0]
+    return file.is_file() and host in file.read_text()
+
+
+def data_files(config: Mapping[str, Any], key: str) -> list[Path]:
+    """The parquet files that a configuration names; verl takes one name or a list."""
+    value = config["data"][key]
+    return [Path(os.path.expanduser(file)) for file in (value if isinstance(value, list) else [value])]
+
+
+def data_problems(config: Mapping[str, Any], columns: list[str], problems: list[str]) -> tuple[int, int] | None:
+    """Check that the parquet files are there with these columns ("a.b": a field of a struct).
+
+    Returns (training rows, validation rows), None if something is wrong (appended to problems).
+    """
+    counts = dict.fromkeys(DATA_KEYS, 0)
+    before = len(problems)
+    for key in DATA_KEYS:
+        for path in data_files(config, key):
+            if not path.is_file():
+                problems.append(f"no data at {path}. Run `make data` first.")
+                continue
+            try:
+                parquet = pyarrow.parquet.ParquetFile(path)
+            except pyarrow.ArrowInvalid as error:
+                problems.append(f"{path} is no parquet file ({error}). Run `make data` again.")
+                continue
+            there = {column.path.replace(".list.element", "") for column in parquet.schema} | set(
+                parquet.schema_arrow.names)
+            there = {prefix for column in there for prefix in (column, column.rsplit(".", 1)[0])}
+            missing = [column for column in columns if column not in there]
+            if missing:
+                problems.append(f"{path} has no column {', '.join(missing)} (it has "
+                                f"{', '.join(parquet.schema_arrow.names)}). Make it with `make data`.")
+            counts[key] += parquet.metadata.num_rows
+    if len(problems) > before:
+        return None
+    return tuple(counts.values())
+
+
+def model_fingerprint(folder: Path) -> dict[str, Any]:
+    """What identifies a model folder without reading gigabytes: its configuration's hash and the sizes of its weights."""
+    return {"config": runs.sha256(folder / "config.json"),
+            "weights": {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))}}
+
+
+def check_continuation(stage: str, settings: Settings, planned: Plan, newest: checkpoints.Checkpoint | None) -> str | None:
+    """Compare with what the run folder holds. Returns why nothing is left to do, None if something is.
+
+    Raises:
+        UsageError: the folder holds another configuration's run.
+    """
+    record = runs.read(planned.record_dir)
+    if record is None:
+        if newest:
+            raise UsageError(f"{planned.checkpoints} holds checkpoints but no run.json beside it says what they were made "
+                             "with. Give this run another name (RUN=NAME), or move them away.")
+        return None
+    trainer = planned.config["trainer"]
+    total = trainer["total_training_steps"] or planned.steps_per_epoch * trainer["total_epochs"]
+    # A run that was ended between its last save and its end is finished too: verl would train and save one step more.
+    done = record["status"] == "finished" or (newest is not None and newest.step >= total)
+    if newest is None and not done:
+        # Nothing to continue: a run that failed before its first checkpoint may be started with other settings.
+        return None
+    lines = runs.difference(record, planned)
+    if lines:
+        shown = lines[:12] + ([f"... and {len(lines) - 12} more"] if len(lines) > 12 else [])
+        raise UsageError(
+            f"run {settings.run!r} in {planned.record_dir} was made with other settings, so it is neither continued nor "
+            "overwritten. Use RUN=NAME for a new run, or the settings it had. Different (recorded -> now):\n  "
+            + "\n  ".join(shown))
+    if done:
+        where = f"newest checkpoint: {newest.path}" if newest else "no checkpoint was asked for"
+        return f"{stage} of run {settings.run!r} is finished ({where}). Nothing to do; RUN=NAME starts another."
+    return None
+
+
+def check_disk(stage: str, settings: Settings, planned: Plan, parameters: int, notes: list[str]) -> None:
+    """Compare the disk that checkpoints need with what is free.
+
+    Raises:
+        UsageError: too little is free.
+    """
+    if planned.config["trainer"]["save_freq"] <= 0 and stage == "ppo":
+        return
+    one = checkpoints.expected_size(stage, parameters)
+    # SFT without save_freq saves once, at the end. While one is written, the others are still there.
+    most = 1 if planned.config["trainer"]["save_freq"] <= 0 else (settings.keep or 1) + 1
+    there = checkpoints.size(planned.checkpoints)
+    existing = next(folder for folder in (planned.record_dir, *planned.record_dir.parents) if folder.is_dir())
+    needed, free = max(0, most * one - there), shutil.disk_usage(existing).free
+    kept = "all (KEEP=all: more with every save)" if settings.keep is None else settings.keep
+    notes.append(f"checkpoints: {one / 1e9:.3g} GB each, kept: {kept}; needs {needed / 1e9:.3g} GB, "
+                 f"{free / 1e9:.3g} GB free in {settings.work_dir}")
+    if needed > free:
+        raise UsageError(f"too little disk in {settings.work_dir}: {most} checkpoints of {one / 1e9:.3g} GB need "
+                         f"{needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free. Make room, or put WORK_DIR elsewhere.")

@@ -1,0 +1,36 @@
+"""What several unit tests need: an environment for the door, and a small model and data to point it at."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# What a person's shell would have, without any setting of the bridge.
+SHELL = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
+
+
+def bridge(*arguments: str, **env: str) -> subprocess.CompletedProcess:
+    """Run the door as a person would; returns what it printed and its exit status."""
+    return subprocess.run([sys.executable, "-m", "bridge", *arguments], env={**SHELL, **env}, capture_output=True, text=True,
+                          check=False, timeout=300)
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory) -> Path:
+    """A WORK_DIR with the built-in data and the tiny model, made by the door itself. Not to be written to."""
+    work_dir = tmp_path_factory.mktemp("prepared")
+    for stage in ("data", "model"):
+        result = bridge(stage, WORK_DIR=str(work_dir), DATA_SOURCE="builtin", MODEL="tiny")
+        assert result.returncode == 0, result.stderr
+    return work_dir
+
+
+@pytest.fixture
+def env(prepared: Path, tmp_path: Path) -> dict[str, str]:
+    """Settings of a rehearsal run in a WORK_DIR of its own, with that data and model."""
+    for name in ("data", "models"):
+        (tmp_path / name).symlink_to(prepared / name)
+    return {"WORK_DIR": str(tmp_path), "MODEL": "tiny", "PROFILE": "rehearsal", "GPUS": "2"}

@@ -1,0 +1,61 @@
+"""A small chat model's files, and a way to run a stage's program against the stand-in hub."""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+
+# The beginning of Llama 3.2's chat template, which is what depends on the day.
+LLAMA_TEMPLATE = """{{- bos_token }}
+{%- if not date_string is defined %}
+    {%- if strftime_now is defined %}
+        {%- set date_string = strftime_now("%d %b %Y") %}
+    {%- else %}
+        {%- set date_string = "26 Jul 2024" %}
+    {%- endif %}
+{%- endif %}
+{{- "Today Date: " + date_string + "\\n\\n" }}
+{%- for message in messages %}{{- message['role'] + ': ' + message['content'] }}{%- endfor %}"""
+
+
+def safetensors(shapes: dict[str, list[int]]) -> bytes:
+    """A file of zeros in bf16."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = 2
+        for length in shape:
+            size *= length
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(end)
+
+
+def model_files(template: str = "{{ messages }}") -> dict[str, bytes]:
+    """A model in two parts: 8 x 4 embeddings, tied, and one projection of 4 x 4. 48 parameters."""
+    parts = {"model-00001-of-00002.safetensors": {"model.embed_tokens.weight": [8, 4], "lm_head.weight": [8, 4]},
+             "model-00002-of-00002.safetensors": {"model.layers.0.q.weight": [4, 4]}}
+    weight_map = {name: part for part, shapes in parts.items() for name in shapes}
+    return {
+        "config.json": json.dumps({"model_type": "llama", "num_attention_heads": 4, "tie_word_embeddings": True}).encode(),
+        "tokenizer.json": b"{}",
+        "tokenizer_config.json": json.dumps({"chat_template": template, "bos_token": "<s>"}).encode(),
+        "model.safetensors.index.json": json.dumps({"weight_map": weight_map}).encode(),
+        **{part: safetensors(shapes) for part, shapes in parts.items()},
+    }
+
+
+def write_files(folder, files: dict[str, bytes]):
+    """Write files into a new folder; return it."""
+    folder.mkdir(parents=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def run_module(module: str, *arguments, env: dict[str, str]) -> subprocess.CompletedProcess:
+    """Run `python -m bridge.MODULE` with nothing of this machine's logins in its environment."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    return subprocess.run([sys.executable, "-m", f"bridge.{module}", *map(str, arguments)], capture_output=True, text=True,
+                          timeout=120, env={**ours, "HF_TOKEN_PATH": "/nonexistent/token", **env})

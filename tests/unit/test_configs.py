@@ -1,0 +1,169 @@
+"""The configuration: equal to the tutorial where it must be, true to verl's tree, checked before the start."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import bridge
+
+from bridge.compose import compose, compose_checked, flatten, verl_config_dir
+from bridge.errors import UsageError
+from bridge.settings import CONFIGS
+from bridge.train import OWNED
+
+# The tutorial's own commands, from `-m MODULE` on, as typed there.
+TUTORIAL = {
+    "sft": """
+        data.train_files=$HOME/data/gsm8k/train.parquet
+        data.val_files=$HOME/data/gsm8k/test.parquet
+        data.prompt_key=extra_info
+        data.response_key=extra_info
+        data.prompt_dict_keys=['question']
+        +data.response_dict_keys=['answer']
+        data.micro_batch_size_per_gpu=8
+        model.partial_pretrain=$HOME/model/Llama-3.2-1B-Instruct
+        trainer.project_name=gsm8k-sft
+        trainer.experiment_name=$HOME/model/Llama-3.2-1B-Instruct
+        trainer.total_epochs=2
+        trainer.default_local_dir=$HOME/training/sft/checkpoints
+        trainer.logger=['console','wandb']
+        trainer.project_name=$WANDB_PROJECT_NAME
+        trainer.experiment_name=$WANDB_RUN_NAME""",
+    "ppo": """
+        data.train_files=$HOME/data/gsm8k/train.parquet
+        data.val_files=$HOME/data/gsm8k/test.parquet
+        data.train_batch_size=256
+        data.max_prompt_length=512
+        data.max_response_length=256
+        data.dataloader_num_workers=0
+        actor_rollout_ref.model.path=$HOME/model/Llama-3.2-1B-Instruct
+        actor_rollout_ref.actor.optim.lr=1e-6
+        actor_rollout_ref.actor.ppo_mini_batch_size=64
+        actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4
+        actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=8
+        actor_rollout_ref.rollout.tensor_model_parallel_size=1
+        actor_rollout_ref.rollout.gpu_memory_utilization=0.4
+        actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=4
+        critic.optim.lr=1e-5
+        critic.model.path=$HOME/model/Llama-3.2-1B-Instruct
+        critic.ppo_micro_batch_size_per_gpu=4
+        algorithm.kl_ctrl.kl_coef=0.001
+        trainer.logger=['console']
+        trainer.val_before_train=False
+        trainer.n_gpus_per_node=8
+        trainer.nnodes=1
+        trainer.save_freq=10
+        trainer.test_freq=10
+        trainer.default_local_dir=$HOME/training/ppo/checkpoints
+        trainer.logger=['console','wandb']
+        trainer.project_name=$WANDB_PROJECT_NAME
+        trainer.experiment_name=$WANDB_RUN_NAME
+        trainer.total_epochs=15""",
+}
+# All that may differ: where things lie, what they are called, resuming, retention, and what depends on the machine.
+MAY_DIFFER = {
+    "sft": {"data.train_files", "data.val_files", "model.partial_pretrain", "trainer.default_local_dir", "trainer.experiment_name",
+            "trainer.resume_mode", "trainer.max_ckpt_to_keep"},
+    "ppo": {"data.train_files", "data.val_files", "actor_rollout_ref.model.path", "critic.model.path",
+            "critic.model.tokenizer_path", "reward_model.model.input_tokenizer", "trainer.default_local_dir",
+            "trainer.experiment_name", "trainer.resume_mode", "trainer.max_actor_ckpt_to_keep", "trainer.max_critic_ckpt_to_keep", "ray_init.num_cpus"},
+}
+VERL_NAME = {"sft": "sft_trainer", "ppo": "ppo_trainer"}
+NAMES = {"WORK_DIR": "/w", "BRIDGE_MODEL_DIR": "/m", "BRIDGE_STAGE_DIR": "/s", "BRIDGE_RUN_NAME": "r", "WANDB_PROJECT": "p"}
+# verl reads this key (utils/dataset/sft_dataset.py) though its own YAML does not list it: the tutorial's "+".
+NOT_IN_VERLS_YAML = {"data.response_dict_keys"}
+
+
+def compose_as_verl_does(name: str, arguments: list[str], env: dict[str, str]) -> dict:
+    script = Path(__file__).with_name("compose_as_verl_does.py")
+    result = subprocess.run([sys.executable, str(script), str(verl_config_dir()), name, "--cfg", "job", "--resolve", *arguments],
+                            env={**os.environ, **env}, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return flatten(yaml.safe_load(result.stdout))
+
+
+def launched(stage: str, dry_run: str) -> tuple[list[str], dict[str, str]]:
+    """The trainer's arguments and environment out of the door's printed command."""
+    words = shlex.split(dry_run.removeprefix("+ env "))
+    arguments = words[words.index("--config-dir"):]
+    return arguments, dict(word.split("=", 1) for word in words if "=" in word and word.split("=", 1)[0].isupper())
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_the_tutorial_profile_launches_the_tutorials_configuration_key_by_key(stage, env):
+    shell = {"HOME": "/home/student", "WANDB_PROJECT_NAME": "competition_verl_test", "WANDB_RUN_NAME": "llama3.2_test"}
+    typed = shlex.split(TUTORIAL[stage])
+    for name, value in shell.items():
+        typed = [word.replace(f"${name}", value) for word in typed]
+    wanted = compose_as_verl_does(VERL_NAME[stage], typed, {})
+    result = bridge(stage, "--dry-run", **{**env, "PROFILE": "tutorial", "GPUS": "8"})
+    assert result.returncode == 0, result.stderr
+    arguments, variables = launched(stage, result.stdout)
+    found = compose_as_verl_does(VERL_NAME[stage], arguments, variables)
+    different = {key for key in wanted.keys() | found.keys() if wanted.get(key, "absent") != found.get(key, "absent")}
+    assert different == MAY_DIFFER[stage]
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+@pytest.mark.parametrize("profile", ["tutorial", "rehearsal", "rehearsal_cpu"])
+def test_what_the_door_checks_is_what_the_trainer_composes(stage, profile):
+    ours = flatten(compose(stage, [f"profile/{stage}={profile}"], NAMES))
+    theirs = compose_as_verl_does(VERL_NAME[stage], ["--config-dir", str(CONFIGS), "--config-name", stage,
+                                                     f"profile/{stage}={profile}"], NAMES)
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda file: str(file.relative_to(CONFIGS)))
+def test_every_key_of_ours_is_a_key_of_verls(file):
+    # Hydra refuses a mistyped key on the command line but takes it in silence from a YAML file.
+    stage = file.parent.name if file.parent.name in VERL_NAME else file.stem
+    verl = compose_as_verl_does(VERL_NAME[stage], [], {})
+    nodes = {key.rsplit(".", i)[0] for key in verl for i in range(key.count(".") + 1)}
+    ours = yaml.safe_load(file.read_text())
+    for section in ("defaults", "hydra"):
+        ours.pop(section, None)
+    assert set(flatten(ours)) - nodes <= NOT_IN_VERLS_YAML
+
+
+def test_no_file_of_ours_has_the_name_of_one_of_verls():
+    # Hydra would ignore ours in silence.
+    theirs = {file.relative_to(verl_config_dir()) for file in verl_config_dir().rglob("*.yaml")}
+    assert not theirs & {file.relative_to(CONFIGS) for file in CONFIGS.rglob("*.yaml")}
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda file: str(file.relative_to(CONFIGS)))
+def test_every_configuration_says_what_it_is_and_every_key_why(file):
+    lines = [line for line in file.read_text().splitlines() if line != "# @package _global_"]
+    assert lines[0].startswith("# ") and len(lines[0]) > 30
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("trainer.totl_epochs=1", "Did you mean trainer.total_epochs?"),
+    ("total_epochs=1", "is not a setting of verl's ppo trainer"),
+    ("trainer.total_epochs=many", "trainer.total_epochs is a number"),
+    ("trainer.val_before_train=3", "trainer.val_before_train is True or False"),
+    ("trainer.n_gpus_per_node=4", "GPUS="),
+    ("profile/ppo=tuned", "PROFILE="),
+    ("--gpus", "is no option of a stage"),
+    ("no equals", "is not of the form key=value"),
+])
+def test_a_wrong_override_is_refused_with_the_cure(override, message):
+    with pytest.raises(UsageError, match="(?s)" + message.replace("?", "[?]")):
+        compose_checked("ppo", [], [override], NAMES, OWNED)
+
+
+def test_all_wrong_overrides_are_named_at_once():
+    with pytest.raises(UsageError) as error:
+        compose_checked("ppo", [], ["trainer.totl_epochs=1", "critic.lr=2"], NAMES, OWNED)
+    assert len(error.value.problems) == 2
+
+
+def test_new_keys_and_lists_and_strings_pass_as_hydra_has_them():
+    config = compose_checked("ppo", [], ["+data.seed=3", "data.train_files=[a,b]", "trainer.project_name='x y'"], NAMES, OWNED)
+    assert config["data"]["seed"] == 3
+    assert config["data"]["train_files"] == ["a", "b"]
+    assert config["trainer"]["project_name"] == "x y"

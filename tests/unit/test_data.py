@@ -1,0 +1,492 @@
+"""The data stage: verl's rows to the letter, nothing written when anything is wrong."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+
+from bridge import data, settings
+from bridge.errors import UsageError, exit_status
+from bridge.problems import TEMPLATES, problems
+
+GSM8K_DIR = Path(os.environ.get("GSM8K_DIR") or settings.ROOT.parent / "shared" / "data" / "gsm8k")
+GOOD = {"question": "Two and 1,000?", "answer": "2+1000=<<2+1000=1002>>1002\n#### 1,002"}
+
+
+@pytest.fixture(scope="module")
+def builtin():
+    return problems()
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    if not GSM8K_DIR.is_dir():
+        pytest.skip(f"the real GSM8K is not in {GSM8K_DIR} (set GSM8K_DIR)")
+    output = tmp_path_factory.mktemp("real")
+    data.main([str(GSM8K_DIR), "--output", str(output)])
+    return output
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A folder with one good row a split."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for split in data.SPLITS:
+        (folder / f"{split}.jsonl").write_text(json.dumps({**GOOD, "question": f"{split}?"}) + "\n", encoding="utf-8")
+    return folder
+
+
+def line(**changes) -> bytes:
+    return json.dumps({**GOOD, **changes}).encode()
+
+
+def rows_of(file: Path) -> list[dict]:
+    return pyarrow.parquet.read_table(file).to_pylist()
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def fails(source: object, output: Path) -> list[str]:
+    with pytest.raises(UsageError) as error:
+        data.main([str(source), "--output", str(output)])
+    return error.value.problems
+
+
+def written_as_verl_does(rows: list[dict], split: str, file: Path) -> None:
+    """Write with `datasets` and a map over the rows, as verl 0.5.0's preprocessing does."""
+    import datasets
+
+    def record(row, index):
+        question, answer = row.pop("question"), row.pop("answer")
+        found = re.search("#### (\\-?[0-9\\.\\,]+)", answer)
+        return {
+            "data_source": "openai/gsm8k",
+            "prompt": [
+                {
+                    "role": "user",
+                    "content": question + " Let's think step by step and output the final answer after \"####\".",
+                }
+            ],
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": found.group(0).split("#### ")[1].replace(",", "")},
+            "extra_info": {"split": split, "index": index, "answer": answer, "question": question},
+        }
+
+    made = datasets.Dataset.from_list(rows).map(record, with_indices=True, load_from_cache_file=False)
+    made.to_parquet(str(file))
+
+
+def assert_same_table(ours: Path, theirs: Path) -> None:
+    import datasets
+
+    our_table, their_table = pyarrow.parquet.read_table(ours), pyarrow.parquet.read_table(theirs)
+    assert our_table.schema.equals(their_table.schema)
+    assert our_table.equals(their_table)
+    features = datasets.Features.from_arrow_schema
+    assert features(our_table.schema) == features(their_table.schema)
+
+
+def test_real_data_has_gsm8ks_row_counts(real):
+    assert len(rows_of(real / "train.parquet")) == 7473
+    assert len(rows_of(real / "test.parquet")) == 1319
+
+
+def test_first_real_row_is_verls_to_the_letter(real):
+    question = (
+        "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. "
+        "How many clips did Natalia sell altogether in April and May?"
+    )
+    row = rows_of(real / "train.parquet")[0]
+    assert list(row) == ["data_source", "prompt", "ability", "reward_model", "extra_info"]
+    assert row == {
+        "data_source": "openai/gsm8k",
+        "prompt": [
+            {
+                "role": "user",
+                "content": question + ' Let\'s think step by step and output the final answer after "####".',
+            }
+        ],
+        "ability": "math",
+        "reward_model": {"style": "rule", "ground_truth": "72"},
+        "extra_info": {
+            "split": "train",
+            "index": 0,
+            "question": question,
+            "answer": "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n"
+            "Natalia sold 48+24 = <<48+24=72>>72 clips altogether in April and May.\n#### 72",
+        },
+    }
+
+
+@pytest.mark.parametrize("split", data.SPLITS)
+def test_real_table_equals_what_datasets_writes_for_verl(real, tmp_path, split):
+    lines = (GSM8K_DIR / f"{split}.jsonl").read_text(encoding="utf-8").split("\n")
+    written_as_verl_does([json.loads(text) for text in lines if text], split, tmp_path / "verl.parquet")
+    assert_same_table(real / f"{split}.parquet", tmp_path / "verl.parquet")
+
+
+def test_builtin_table_equals_what_datasets_writes_for_verl(builtin, tmp_path):
+    ours = data.write(builtin, tmp_path / "ours")
+    for split, rows in builtin.items():
+        written_as_verl_does(rows, split, tmp_path / f"{split}.parquet")
+        assert_same_table(ours[split], tmp_path / f"{split}.parquet")
+
+
+def test_verls_scorer_gives_every_builtin_answer_full_marks(builtin):
+    from verl.utils.reward_score.gsm8k import compute_score
+
+    for row in builtin["train"] + builtin["test"]:
+        truth = data.ground_truth(row["answer"])
+        assert compute_score(row["answer"], truth) == 1.0, row
+        assert compute_score(row["answer"] + "1", truth) == 0.0, row
+
+
+def test_verls_scorer_gives_every_real_answer_full_marks(real):
+    from verl.utils.reward_score.gsm8k import compute_score
+
+    for row in rows_of(real / "test.parquet"):
+        assert compute_score(row["extra_info"]["answer"], row["reward_model"]["ground_truth"]) == 1.0, row
+
+
+def test_builtin_arithmetic_is_right():
+    for row in [row for rows in problems(3000, 300, seed=7).values() for row in rows]:
+        *steps, last = row["answer"].split("\n")
+        # Numbers that the text has, besides those worked out by earlier steps.
+        known = {int(number) for number in re.findall(r"[0-9]+", row["question"])}
+        known |= {2} if re.search("half|twice", row["question"]) else set()
+        for text in steps:
+            left, sign, right, result, noted, shown = re.fullmatch(
+                r"[^0-9]*([0-9]+)([-+*/])([0-9]+)=<<\1\2\3=([0-9]+)>>(([0-9]+))[^0-9]*", text
+            ).groups()
+            left, right, result = int(left), int(right), int(result)
+            expected = {"+": left + right, "-": left - right, "*": left * right, "/": left / right}[sign]
+            assert result == expected and result >= 0 and noted == shown == str(result), row
+            assert {left, right} <= known, row
+            known.add(result)
+        assert last == f"#### {result}", row
+
+
+def test_builtin_problems_are_short_and_of_many_kinds(builtin):
+    for rows in builtin.values():
+        assert max(len(f"{row['question']} {row['answer']}".split()) for row in rows) < 50
+        shapes = {re.sub(r"[0-9]+|\b[A-Z]\w+", "", row["question"].split(". ")[-1]) for row in rows}
+        assert len(shapes) >= 8
+    assert len(TEMPLATES) >= 8
+
+
+def test_builtin_problems_are_the_same_on_every_machine(builtin):
+    assert problems() == builtin
+    assert problems(seed=1) != builtin
+    assert builtin["train"][0] == {
+        "question": "Ken has 5 eggs and gets 6 more. How many eggs does Ken have now?",
+        "answer": "Ken has 5+6=<<5+6=11>>11 eggs.\n#### 11",
+    }
+    # Python's hash seed, which differs from process to process, plays no part.
+    code = "import json; from bridge.problems import problems; print(json.dumps(problems()))"
+    child = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": "1"}, capture_output=True, check=True
+    )
+    assert json.loads(child.stdout) == builtin
+
+
+def test_builtin_parquet_files_are_the_same_bytes_every_time(tmp_path):
+    for name in ("one", "two"):
+        data.main(["builtin", "--output", str(tmp_path / name)])
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+
+
+def test_no_builtin_question_occurs_twice(builtin):
+    questions = [row["question"] for rows in builtin.values() for row in rows]
+    assert len(set(questions)) == len(questions)
+
+
+def test_builtin_test_rows_do_not_depend_on_the_number_of_train_rows(builtin):
+    assert problems(train_rows=5)["test"] == builtin["test"]
+
+
+def test_more_builtin_rows_than_there_are_problems_are_refused(monkeypatch):
+    fixed = ("How many?", ["1+1=<<1+1=2>>2"], 2)
+    monkeypatch.setattr("bridge.problems.TEMPLATES", (lambda random: fixed,))
+    with pytest.raises(UsageError, match="not 3 different builtin problems"):
+        problems(train_rows=2, test_rows=1)
+
+
+def test_numbers_of_builtin_rows_can_be_given(tmp_path, capsys):
+    data.main(["builtin", "--output", str(tmp_path), "--train-rows", "20", "--test-rows", "3", "--seed", "5"])
+    assert len(rows_of(tmp_path / "train.parquet")) == 20
+    assert len(rows_of(tmp_path / "test.parquet")) == 3
+    out = capsys.readouterr().out.splitlines()
+    assert out == [
+        f"{tmp_path / 'train.parquet'}: 20 rows from builtin problems",
+        f"{tmp_path / 'test.parquet'}: 3 rows from builtin problems",
+    ]
+
+
+@pytest.mark.parametrize("options", [["--train-rows", "0"], ["--test-rows", "many"], ["--train-rows", "-3"]])
+def test_numbers_that_are_no_rows_are_refused(tmp_path, options):
+    with pytest.raises(SystemExit) as end:
+        data.main(["builtin", "--output", str(tmp_path / "output"), *options])
+    assert end.value.code == 2
+    assert not (tmp_path / "output").exists()
+
+
+def test_numbers_of_rows_are_refused_for_other_sources(source, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        data.main([str(source), "--output", str(tmp_path / "output"), "--train-rows", "5"])
+    assert end.value.code == 2
+    assert "are for builtin problems" in capsys.readouterr().err
+
+
+def test_folder_rows_keep_their_order_and_commas_leave_only_the_truth(source, tmp_path):
+    texts = [line(question=f"Number {index}?\u2028\u00e9", id=index) for index in range(30)]
+    # As editors on Windows leave them: byte order mark, CRLF, blank lines at the end.
+    (source / "train.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(texts) + b"\r\n\r\n")
+    data.main([str(source), "--output", str(tmp_path / "output")])
+    rows = rows_of(tmp_path / "output" / "train.parquet")
+    assert [row["extra_info"]["question"] for row in rows] == [f"Number {index}?\u2028\u00e9" for index in range(30)]
+    assert [row["extra_info"]["index"] for row in rows] == list(range(30))
+    assert rows[0]["reward_model"] == {"style": "rule", "ground_truth": "1002"}
+    assert rows[0]["extra_info"]["answer"] == GOOD["answer"]
+
+
+def test_line_separators_within_a_text_do_not_end_a_row(source, tmp_path):
+    row = json.dumps({**GOOD, "question": "One\u2028two\x85three?"}, ensure_ascii=False)
+    (source / "test.jsonl").write_text(row + "\n", encoding="utf-8")
+    data.main([str(source), "--output", str(tmp_path / "output")])
+    assert len(rows_of(tmp_path / "output" / "test.parquet")) == 1
+
+
+@pytest.mark.parametrize("answer", ["#### 5", "a\n#### -5", "a\n#### 1,234.5  \n", "a\r\n#### .5", "#### 5\n#### 5"])
+def test_answers_in_gsm8ks_form_are_taken(answer):
+    found = re.search("#### (\\-?[0-9\\.\\,]+)", answer)
+    assert data.ground_truth(answer) == found.group(0).split("#### ")[1].replace(",", "")
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (b"{", "not JSON (Expecting property name"),
+        (b'{"question": "\xff"}', "not UTF-8 (invalid start byte at byte 15)"),
+        (b'["question"]', "not a JSON object but of type list"),
+        (b"null", "not a JSON object but of type NoneType"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"1" * 5000, "4300 digits"),
+        (b'{"question": "a?"}', "has no 'answer'"),
+        (b'{"answer": "#### 1"}', "has no 'question'"),
+        (line(question=""), "its 'question' is empty"),
+        (line(question=" \n"), "its 'question' is empty"),
+        (line(question=7), "its 'question' is not a text but of type int"),
+        (line(answer=None), "its 'answer' is not a text but of type NoneType"),
+        (line(question="\ud83d"), "its 'question' holds half a character"),
+        (line(answer="It is 5."), "the answer's last line is not '#### NUMBER' but 'It is 5.'"),
+        (line(answer="#### 5\nIt is 5."), "last line is not '#### NUMBER' but 'It is 5.'"),
+        (line(answer="#### five"), "last line is not '#### NUMBER'"),
+        (line(answer="####5"), "last line is not '#### NUMBER'"),
+        (line(answer="#### $5"), "last line is not '#### NUMBER'"),
+        (line(answer="#### \u0665"), "last line is not '#### NUMBER'"),
+        (line(answer="#### 1.2.3"), "'1.2.3' after '####' is not a number"),
+        (line(answer="#### ,"), "',' after '####' is not a number"),
+        (line(answer="#### -."), "'-.' after '####' is not a number"),
+        (line(answer="#### 4\n#### 5"), "verl takes the first"),
+    ],
+)
+def test_bad_row_is_named_with_its_reason(source, tmp_path, bad, reason):
+    (source / "test.jsonl").write_bytes(line() + b"\n" + bad + b"\n" + line())
+    first, last = fails(source, tmp_path / "output")
+    assert first.startswith(f"{source / 'test.jsonl'}, line 2: ")
+    assert reason in first
+    assert "Nothing was written" in last
+    assert not (tmp_path / "output").exists()
+
+
+def test_all_bad_rows_of_both_files_are_named_at_once(source, tmp_path):
+    (source / "train.jsonl").write_bytes(b"\n".join([b"{", line(), b"7", b"", line(answer="5")]))
+    (source / "test.jsonl").write_bytes(b"\n".join([line(), b"\xff", line()]))
+    shown = fails(source, tmp_path / "output")
+    assert [text.split(": ")[0] for text in shown[:-1]] == [
+        f"{source / 'train.jsonl'}, line 1",
+        f"{source / 'train.jsonl'}, line 3",
+        f"{source / 'train.jsonl'}, line 5",
+        f"{source / 'test.jsonl'}, line 2",
+    ]
+
+
+def test_a_long_list_of_bad_rows_is_cut_and_the_rest_counted(source, tmp_path):
+    (source / "train.jsonl").write_bytes(b"{}\n" * 57)
+    shown = fails(source, tmp_path / "output")
+    assert len(shown) == data.SHOWN + 2
+    assert shown[-2] == "... and 37 more bad rows."
+
+
+def test_bad_rows_leave_old_files_untouched(source, tmp_path):
+    output = tmp_path / "output"
+    data.main(["builtin", "--output", str(output), "--train-rows", "3", "--test-rows", "2"])
+    before = content(output)
+    (source / "test.jsonl").write_bytes(b"{}")
+    fails(source, output)
+    assert content(output) == before
+    assert sorted(os.listdir(output)) == ["test.parquet", "train.parquet"]
+
+
+@pytest.mark.parametrize("empty", [b"", b"\n \n", b"\xef\xbb\xbf"])
+def test_files_without_rows_are_refused(source, tmp_path, empty):
+    for split in data.SPLITS:
+        (source / f"{split}.jsonl").write_bytes(empty)
+    shown = fails(source, tmp_path / "output")
+    assert shown[:2] == [f"{source / 'train.jsonl'} has no rows.", f"{source / 'test.jsonl'} has no rows."]
+    assert not (tmp_path / "output").exists()
+
+
+def test_missing_folder_is_named_with_the_possibilities(tmp_path):
+    for missing in (tmp_path / "nowhere", "./nowhere", "~/nowhere", "nowhere"):
+        (text,) = fails(missing, tmp_path / "output")
+        assert f"DATA_SOURCE='{missing}'" in text
+        assert "hub" in text and "builtin" in text and "train.jsonl" in text
+
+
+@pytest.mark.parametrize(("typo", "meant"), [("buildin", "builtin"), ("HUB", "hub"), ("built-in", "builtin")])
+def test_mistyped_source_is_met_with_the_nearest(tmp_path, typo, meant):
+    (text,) = fails(typo, tmp_path / "output")
+    assert text.endswith(f"Did you mean {meant}?")
+
+
+def test_every_file_that_a_folder_lacks_is_named(source, tmp_path):
+    (source / "train.jsonl").unlink()
+    (text,) = fails(source, tmp_path / "output")
+    assert str(source / "train.jsonl") in text
+    (source / "test.jsonl").unlink()
+    assert len(fails(source, tmp_path / "output")) == 2
+
+
+def test_folder_may_be_relative_or_in_the_home(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("source", "./source", "../" + tmp_path.name + "/source", "~/source", str(source)):
+        assert data.checked_source(name) == str(source)
+
+
+def test_a_folder_called_hub_needs_a_path(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source.rename("hub")
+    assert data.checked_source("hub") == "hub"
+    assert data.checked_source("./hub") == str(tmp_path / "hub")
+
+
+@pytest.mark.parametrize("failing", data.SPLITS)
+@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_both_files_appear_or_none(source, tmp_path, monkeypatch, failing, old, error):
+    output = tmp_path / "output"
+    if old:
+        data.main(["builtin", "--output", str(output), "--train-rows", "3", "--test-rows", "2"])
+    before = content(output)
+    replace, failed = os.replace, []
+
+    def fail_once(new, file):
+        if Path(file) == output / f"{failing}.parquet" and not failed:
+            failed.append(file)
+            raise error("as asked")
+        replace(new, file)
+
+    monkeypatch.setattr(os, "replace", fail_once)
+    with pytest.raises(error, match="as asked"):
+        data.main([str(source), "--output", str(output)])
+    assert content(output) == before
+    assert sorted(os.listdir(output)) == sorted(before)
+
+
+def test_a_full_disk_leaves_nothing_behind(source, tmp_path, monkeypatch):
+    def full(table, file):
+        Path(file).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pyarrow.parquet, "write_table", full)
+    with pytest.raises(OSError, match="No space left"):
+        data.main([str(source), "--output", str(tmp_path / "output")])
+    assert os.listdir(tmp_path / "output") == []
+
+
+def test_new_files_replace_old_ones(source, tmp_path):
+    for _ in range(2):
+        data.main([str(source), "--output", str(tmp_path / "output")])
+    data.main(["builtin", "--output", str(tmp_path / "output")])
+    assert len(rows_of(tmp_path / "output" / "train.parquet")) == 512
+    assert sorted(os.listdir(tmp_path / "output")) == ["test.parquet", "train.parquet"]
+
+
+@pytest.mark.parametrize(
+    "surroundings", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_ENDPOINT": "no-url"}]
+)
+def test_unreachable_hub_names_the_cures(tmp_path, surroundings):
+    # A process of its own, because the hub's libraries read the environment when they are imported.
+    child = subprocess.run(
+        [sys.executable, "-m", "bridge.data", "hub", "--output", str(tmp_path / "output")],
+        env={**os.environ, "HF_HOME": str(tmp_path / "cache"), **surroundings},
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 2
+    assert "Traceback" not in child.stderr
+    for word in ("openai/gsm8k", "machine with internet", "DATA_SOURCE=folder", "train.jsonl", "DATA_SOURCE=builtin"):
+        assert word in child.stderr
+    assert not (tmp_path / "output").exists()
+
+
+def test_rows_of_the_hub_are_checked_and_written_alike(tmp_path, monkeypatch):
+    import datasets
+
+    asked = []
+    rows = {split: [{**GOOD, "question": f"{split}?"}] * 3 for split in data.SPLITS}
+
+    def load_dataset(*names):
+        asked.append(names)
+        return datasets.DatasetDict({split: datasets.Dataset.from_list(rows[split]) for split in data.SPLITS})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    data.main(["hub", "--output", str(tmp_path / "output")])
+    assert asked == [("openai/gsm8k", "main")]
+    assert [row["extra_info"]["index"] for row in rows_of(tmp_path / "output" / "train.parquet")] == [0, 1, 2]
+    rows["test"] = [GOOD, {**GOOD, "answer": "5"}]
+    first, _ = fails("hub", tmp_path / "other")
+    assert first.startswith("openai/gsm8k test, row 2: the answer's last line is not '#### NUMBER' but '5'")
+    assert not (tmp_path / "other").exists()
+
+
+def test_builtin_and_folder_do_not_import_datasets(source, tmp_path):
+    for name in ("builtin", source):
+        code = "import sys; from bridge.data import main; main(sys.argv[1:]); assert 'datasets' not in sys.modules"
+        subprocess.run([sys.executable, "-c", code, str(name), "--output", str(tmp_path / "output")], check=True)
+
+
+def test_mistakes_end_with_status_2(source, tmp_path, monkeypatch, capsys):
+    (source / "train.jsonl").write_bytes(b"{}")
+    monkeypatch.setattr(sys, "argv", ["data", str(source), "--output", str(tmp_path / "output")])
+    assert exit_status(data.main) == 2
+    assert f"bridge: {source / 'train.jsonl'}, line 1: has no 'question'" in capsys.readouterr().err
+
+
+def test_plan_runs_this_module_with_the_checked_source(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    env = {"WORK_DIR": str(tmp_path / "work"), "DATA_SOURCE": "source"}
+    plan = data.plan(settings.read(env), env)
+    folder = tmp_path / "work" / "data" / "gsm8k"
+    assert plan.command == [sys.executable, "-m", "bridge.data", str(source), "--output", str(folder)]
+    assert plan.record_dir == folder
+    assert not plan.keep_log
+    assert not (tmp_path / "work").exists()
+    for name in ("hub", "builtin"):
+        assert data.plan(settings.read({**env, "DATA_SOURCE": name}), env).command[3] == name
+
+
+def test_plan_refuses_an_unknown_source(tmp_path):
+    env = {"WORK_DIR": str(tmp_path), "DATA_SOURCE": "buildin"}
+    with pytest.raises(UsageError, match="Did you mean builtin"):
+        data.plan(settings.read(env), env)
