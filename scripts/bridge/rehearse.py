@@ -49,9 +49,10 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
     with StandInHub(folder / "hub", tokens={TOKEN: ACCOUNT}) as hub:
         chain_env = {
             "MODEL": "tiny", "DATA_SOURCE": "builtin", **env, **hub.env(TOKEN),
-            "WORK_DIR": str(folder), "RUN": "default", "PROFILE": "rehearsal", "GPUS": str(ranks),
-            "HF_REPO": REPOSITORY, "PUBLIC": "0", "WANDB_MODE": "offline",
+            "WORK_DIR": str(folder), "RUN": "default", "GPUS": str(ranks), "HF_REPO": REPOSITORY,
+            "PUBLIC": "0", "WANDB_MODE": "offline",
         }
+        chain_env["PROFILE"] = "tiny" if chain_env["MODEL"] == "tiny" else "rehearsal"
         for name in ("WANDB_API_KEY", "STEP", "CKPT"):
             chain_env.pop(name, None)
         # A relative folder is meant from where the person stands, which stays the same here.

@@ -29,7 +29,11 @@ OWNED = {
     "actor_rollout_ref.model.path": "MODEL= and INIT=",
     "profile/sft": "PROFILE=",
     "profile/ppo": "PROFILE=",
+    "device/sft": "PROFILE=rehearsal (the CPU is used where no GPU is visible)",
+    "device/ppo": "PROFILE=rehearsal (the CPU is used where no GPU is visible)",
 }
+# Profiles small enough for a machine without a GPU.
+ON_CPU = ("rehearsal", "tiny")
 
 DATA_KEYS = ("train_files", "val_files")
 
@@ -42,7 +46,7 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
     """
     trainer = import_module(f"bridge.{stage}")
     notes: list[str] = []
-    profile, gpus, on_cpu = choose_hardware(stage, settings, env, notes, dry_run)
+    gpus, on_cpu = choose_hardware(settings, env, notes, dry_run)
     stage_dir = settings.stage_dir(stage)
     model_dir = settings.merged_dir("sft") if stage == "ppo" and settings.init == "sft" else settings.model_dir
     if stage == "ppo":
@@ -63,7 +67,7 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
         own_env["WANDB_MODE"] = "offline"
         notes.append(f"no WANDB_API_KEY and no wandb login: metrics stay in {stage_dir} "
                      "(send them later with `wandb sync`)")
-    own = [f"profile/{stage}={profile}", *trainer.overrides(settings)]
+    own = [f"profile/{stage}={settings.profile}", *([f"device/{stage}=cpu"] if on_cpu else []), *trainer.overrides(settings)]
     if gpus is None:
         # A dry run on a machine without GPUs: shown for as many as the configuration says.
         gpus = compose(stage, own, own_env)["trainer"]["n_gpus_per_node"]
@@ -116,7 +120,7 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
     if not on_cpu:
         limit_gpus(gpus, env, own_env, notes)
     device = "ranks on CPU" if on_cpu else "GPUs"
-    notes.insert(0, f"{stage}: {gpus} {device}, profile {profile}, run {settings.run}, model {model_dir.name}")
+    notes.insert(0, f"{stage}: {gpus} {device}, profile {settings.profile}, run {settings.run}, model {model_dir.name}")
     arguments = ["--config-dir", str(CONFIGS), "--config-name", stage, *own, *resume, *overrides]
     command = trainer.command(gpus, ["bridge.on_cpu", trainer.MODULE] if on_cpu else [trainer.MODULE], arguments)
     return Plan(**{**vars(made), "command": command, "resume_step": resume_step, "finished": finished})
@@ -127,14 +131,12 @@ def quote(value: str) -> str:
     return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-def choose_hardware(stage: str, settings: Settings, env: Mapping[str, str], notes: list[str],
-                    dry_run: bool) -> tuple[str, int | None, bool]:
-    """Return (profile, GPUs or ranks, whether on CPU). A dry run only notes what is wrong with the hardware."""
+def choose_hardware(settings: Settings, env: Mapping[str, str], notes: list[str], dry_run: bool) -> tuple[int | None, bool]:
+    """Return (GPUs or ranks, whether on CPU). A dry run only notes what is wrong with the hardware."""
     gpus = hardware.visible_gpus(env)
-    if not gpus and (CONFIGS / "profile" / stage / f"{settings.profile}_cpu.yaml").is_file():
-        ranks = settings.gpus or 2
-        notes.append(f"no GPU visible: {ranks} ranks on {hardware.cpu_count()} CPU cores, over gloo")
-        return f"{settings.profile}_cpu", ranks, True
+    if not gpus and settings.profile in ON_CPU:
+        notes.append(f"no GPU visible: on {hardware.cpu_count()} CPU cores, over gloo")
+        return settings.gpus or 2, True
     problem = None
     if not gpus:
         problem = (f"no GPU visible (profile {settings.profile} needs one). With Apptainer pass --nv; on Slurm ask for "
@@ -153,7 +155,7 @@ def choose_hardware(stage: str, settings: Settings, env: Mapping[str, str], note
         raise UsageError(problem)
     if problem:
         notes.append(f"warning: {problem}")
-    return settings.profile, settings.gpus or len(gpus) or None, False
+    return settings.gpus or len(gpus) or None, False
 
 
 def limit_gpus(gpus: int, env: Mapping[str, str], own_env: dict[str, str], notes: list[str]) -> None:

@@ -132,7 +132,7 @@ def check_rights(repo: str, public: bool, folder: Path) -> None:
         if private and public:
             say(f"{repo} exists and is private, and stays so. To publish it: {api.endpoint}/{repo}/settings")
         # create_repo is no test of write access: where the repository exists, the client takes its 403 for success. The
-        # question how a file would be sent is one, and sends nothing for a small text file.
+        # question how a file would be sent is one (huggingface_hub#1182), and sends nothing for a small text file.
         api.preupload_lfs_files(repo, [CommitOperationAdd("config.json", folder / "config.json")])
     say(f"{account['name']} may write to {repo} ({'private' if private else 'public'})")
 

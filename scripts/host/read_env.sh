@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Read .env into the environment: its only reader. Runs: host, sourced.
 #   source scripts/host/read_env.sh; read_settings
 # The grammar is narrow, because all other readers of such files disagree: see the top of .env.example.
@@ -77,6 +78,7 @@ read_settings() {
             problems+=("$where: $name still holds the tutorial's placeholder YOU_.... Put your own value there.")
         else
             [[ -z $quote ]] || value=${value:1:${#value}-2}
+            # shellcheck disable=SC2088 # the tilde as written in the file
             [[ $value != "~" && $value != "~/"* ]] || value=$HOME${value#\~}
             [[ ${found[$name]-$value} == "$value" ]] ||
                 problems+=("$where gives $name another value than a line before. Keep one.")

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Find uv, or fetch it into .uv. Runs: host, sourced.
 #   source scripts/host/uv.sh; "$uv" --version
 

@@ -33,4 +33,4 @@ def env(prepared: Path, tmp_path: Path) -> dict[str, str]:
     """Settings of a rehearsal run in a WORK_DIR of its own, with that data and model."""
     for name in ("data", "models"):
         (tmp_path / name).symlink_to(prepared / name)
-    return {"WORK_DIR": str(tmp_path), "MODEL": "tiny", "PROFILE": "rehearsal", "GPUS": "2"}
+    return {"WORK_DIR": str(tmp_path), "MODEL": "tiny", "PROFILE": "tiny", "GPUS": "2"}

@@ -1,0 +1,37 @@
+# shellcheck shell=bash
+# Choose the container engine and its image. Runs: host, sourced after read_env.sh.
+#   source scripts/host/engine.sh; choose_engine ppo
+# Sets ENGINE (not given: the first on PATH) and IMAGE; ends the script with 2 where there is no image. Only the
+# rehearsal, which needs no GPU, then makes a .venv by itself and runs there.
+
+choose_engine() { # STAGE
+    local asked=${ENGINE:-} there=1 build cure="For what needs no GPU there is also: make venv, then ENGINE=none."
+    for ENGINE in ${asked:-apptainer singularity podman docker none}; do
+        ! command -v "$ENGINE" > /dev/null || break
+    done
+    case $ENGINE in
+    apptainer | singularity)
+        IMAGE=${IMAGE:-$checkout/bridge.sif} build=image
+        [[ -f $IMAGE || $IMAGE == *://* ]] || there=0
+        ;;
+    podman | docker)
+        IMAGE=${IMAGE:-localhost/bridge:latest} build=oci
+        "$ENGINE" image inspect "$IMAGE" > /dev/null 2>&1 || there=0
+        ;;
+    none) [[ -n $asked ]] || there=0 ;;
+    *) fail "ENGINE=$ENGINE is none of apptainer, singularity, podman, docker, none." ;;
+    esac
+    [[ $ENGINE == none ]] || command -v "$ENGINE" > /dev/null ||
+        fail "ENGINE=$ENGINE is not on PATH. Load its module, or choose another engine."
+    if [[ $there == 0 && -z $asked && $1 == rehearse ]]; then
+        echo "bridge: no image here: the rehearsal runs in .venv" >&2
+        "$checkout/scripts/host/venv.sh"
+        ENGINE=none
+    elif [[ $there == 0 && $ENGINE == none ]]; then
+        fail "no apptainer, singularity, podman or docker on PATH. Load the module of one, or install one. $cure"
+    elif [[ $there == 0 ]]; then
+        fail "there is no image $IMAGE for $ENGINE. make $build builds it; IMAGE= names another. $cure"
+    fi
+    [[ $ENGINE != none || -x $checkout/.venv/bin/bridge ]] ||
+        fail "ENGINE=none needs .venv, which is not there. make venv makes it."
+}

@@ -1,0 +1,25 @@
+# shellcheck shell=bash
+# Make the settings that name files absolute, and find existing logins. Runs: host, sourced after read_env.sh.
+#   source scripts/host/paths.sh; settle_paths
+# Paths are meant from where the user is, and are the same inside and outside a container.
+
+absolute() { realpath -ms -- "${1/#\~\//$HOME/}"; }
+
+# As in scripts/bridge/settings.py: a folder is written with /, ./, ../ or ~, all else is a name on the hub.
+is_local() { [[ $1 == [/~]* || $1 == ./* || $1 == ../* ]]; }
+
+settle_paths() {
+    local login above
+    WORK_DIR=$(absolute "${WORK_DIR:-work}")
+    above=${WORK_DIR%/*}/
+    [[ -d $above ]] || fail "WORK_DIR=$WORK_DIR: there is no folder $above. Make it, or correct WORK_DIR."
+    [[ -d $WORK_DIR || ! -e $WORK_DIR ]] || fail "WORK_DIR=$WORK_DIR is not a folder."
+    export WORK_DIR
+    [[ -z ${CKPT:-} ]] || CKPT=$(absolute "$CKPT")
+    ! is_local "${MODEL:-}" || MODEL=$(absolute "$MODEL")
+    ! is_local "${DATA_SOURCE:-}" || DATA_SOURCE=$(absolute "$DATA_SOURCE")
+    # An existing login is as good as HF_TOKEN and WANDB_API_KEY.
+    login=${HF_TOKEN_PATH:-${HF_HOME:-${XDG_CACHE_HOME:-$HOME/.cache}/huggingface}/token}
+    [[ ! -f $login ]] || export HF_TOKEN_PATH=$login
+    [[ ! -f ${NETRC:=$HOME/.netrc} ]] || export NETRC
+}

@@ -1,0 +1,164 @@
+"""The whole chain on CPU with verl's real trainers: run once, then looked at from all sides."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bridge import checkpoints, launch, metrics, runs
+from bridge.rehearse import REPOSITORY, STEPS, TOKEN
+
+# In 64 steps the random model's loss has to fall to less than half (seen: 6.4 -> 2.3).
+LOSS_FALLS_BY = 2.0
+
+
+class Rehearsal:
+    """What a rehearsal left behind."""
+
+    def __init__(self, work_dir: Path):
+        secrets = {"WANDB_API_KEY": "a-wandb-key-that-must-not-appear", "HF_TOKEN": "hf_the_users_own_token_must_not_appear"}
+        shell = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+        self.secrets = [*secrets.values(), TOKEN]
+        result = subprocess.run([sys.executable, "-m", "bridge", "rehearse"], env={**shell, **secrets, "WORK_DIR": str(work_dir)},
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=1500)
+        self.output = result.stdout
+        assert result.returncode == 0, self.output[-6000:]
+        self.folder = work_dir / "rehearsal"
+        self.left_running = launch_left(work_dir)
+
+    def stage(self, name: str) -> Path:
+        return self.folder / "runs" / "default" / name
+
+
+def launch_left(work_dir: Path) -> list[str]:
+    """Processes that still have this WORK_DIR in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(work_dir).encode() in (folder / "environ").read_bytes():
+                found.append((folder / "cmdline").read_text().replace("\0", " "))
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+    return found
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory) -> Rehearsal:
+    return Rehearsal(tmp_path_factory.mktemp("作業 folder"))
+
+
+def test_the_closing_table_has_a_row_for_every_step(rehearsal):
+    table = rehearsal.output[rehearsal.output.index("\nstage  "):]
+    rows = re.findall(r"^(.+?) +(\d+\.\d)", table, re.MULTILINE)
+    assert [name for name, _ in rows] == [*(name for name, _, _ in STEPS), "all"]
+    assert float(rows[-1][1]) == pytest.approx(sum(float(seconds) for _, seconds in rows[:-1]), abs=1)
+
+
+def test_sft_learns(rehearsal):
+    rows = metrics.read(rehearsal.stage("sft") / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 65))
+    losses = [row["train/loss"] for row in rows]
+    assert losses[0] > LOSS_FALLS_BY * losses[-1]
+    assert losses[0] > LOSS_FALLS_BY * rows[-1]["val/loss"]
+
+
+def test_ppo_measures_rewards_and_updates_actor_and_critic(rehearsal):
+    rows = metrics.read(rehearsal.stage("ppo") / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2]
+    for row in rows:
+        assert 0 <= row["critic/score/mean"] <= 1
+        assert row["actor/grad_norm"] > 0 and row["critic/grad_norm"] > 0
+        assert row["actor/lr"] == pytest.approx(1e-6) and row["critic/lr"] == pytest.approx(1e-5)
+
+
+def test_ppo_starts_from_the_merged_sft_model(rehearsal):
+    config = runs.read(rehearsal.stage("ppo"))["config"]
+    assert config["actor_rollout_ref"]["model"]["path"] == config["critic"]["model"]["path"]
+    assert config["actor_rollout_ref"]["model"]["path"] == str(rehearsal.stage("sft") / "merged")
+
+
+def test_two_ranks_took_part(rehearsal):
+    for stage in ("sft", "ppo"):
+        newest = checkpoints.newest_complete(rehearsal.stage(stage) / "checkpoints", stage)
+        shards = newest.path / checkpoints.parts(stage)[0] / "fsdp_config.json"
+        assert json.loads(shards.read_text())["world_size"] == 2
+
+
+def test_every_run_leaves_a_record_and_a_log(rehearsal):
+    for stage in ("sft", "ppo", "sft/merge", "ppo/merge", "ppo/upload"):
+        record = runs.read(rehearsal.stage(stage))
+        assert record["status"] == "finished" and record["attempts"][-1]["exit_status"] == 0
+        assert (rehearsal.stage(stage) / "log.txt").stat().st_size > 0
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_the_merged_model_loads_answers_and_holds_its_tied_embeddings_once(rehearsal, stage):
+    import torch
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = rehearsal.stage(stage) / "merged"
+    with safe_open(folder / "model.safetensors", framework="pt") as tensors:
+        names = set(tensors.keys())
+    assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "2+2?"}], add_generation_prompt=True, return_tensors="pt")
+    assert model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4).shape[1] > prompt.shape[1]
+    assert str(rehearsal.folder) not in (folder / "config.json").read_text()
+
+
+def test_the_merged_weights_are_those_of_the_checkpoint(rehearsal):
+    # Joined here by hand: each rank holds its rows of a tensor, in order.
+    import torch
+    from safetensors.torch import load_file
+
+    shards = checkpoints.newest_complete(rehearsal.stage("sft") / "checkpoints", "sft").path
+    ranks = [torch.load(shards / f"model_world_size_2_rank_{rank}.pt", weights_only=False) for rank in range(2)]
+    merged = load_file(rehearsal.stage("sft") / "merged" / "model.safetensors")
+    for name, tensor in merged.items():
+        whole = torch.cat([rank[name].to_local() for rank in ranks]).to(torch.bfloat16)
+        assert torch.equal(tensor, whole), name
+
+
+def test_training_changed_the_weights_from_base_to_sft_to_ppo(rehearsal):
+    import torch
+    from safetensors.torch import load_file
+
+    name = "model.layers.0.mlp.up_proj.weight"
+    base, sft, ppo = (load_file(folder / "model.safetensors")[name].float() for folder in (
+        rehearsal.folder / "models" / "tiny", rehearsal.stage("sft") / "merged", rehearsal.stage("ppo") / "merged"))
+    assert not torch.equal(base, sft)
+    # Two steps at 1e-6 are below bf16's resolution for most weights, but not for all.
+    critic = rehearsal.stage("ppo") / "checkpoints" / "global_step_2" / "actor" / "model_world_size_2_rank_0.pt"
+    trained = torch.load(critic, weights_only=False)[name].to_local().float()
+    assert ppo.shape == sft.shape and not torch.equal(trained, sft[:trained.shape[0]])
+
+
+def test_the_stand_in_hub_holds_exactly_the_merged_model(rehearsal):
+    objects = {file.read_bytes() for file in (rehearsal.folder / "hub" / "objects").iterdir()}
+    merged = {file.read_bytes() for file in (rehearsal.stage("ppo") / "merged").iterdir()}
+    assert merged <= objects
+    assert f"{REPOSITORY} (commit " in rehearsal.output and "private" in rehearsal.output
+
+
+def test_wandb_is_kept_offline_in_the_run_folder(rehearsal):
+    for stage in ("sft", "ppo"):
+        assert list(rehearsal.stage(stage).glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_no_secret_is_in_any_file_or_in_the_output(rehearsal):
+    for secret in rehearsal.secrets:
+        assert secret not in rehearsal.output
+        for file in rehearsal.folder.rglob("*"):
+            if file.is_file():
+                assert secret.encode() not in file.read_bytes(), file
+
+
+def test_no_process_is_left(rehearsal):
+    assert rehearsal.left_running == []
+    assert launch.children.__module__ == "bridge.launch"

@@ -1,0 +1,316 @@
+"""The door from outside: what a person types, what is said, that nothing is written when it is wrong."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from conftest import ROOT, SHELL, bridge
+
+from bridge import runs
+from bridge.stages import STAGES, TOOLS
+
+
+def tree(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def refused(env: dict[str, str], *arguments: str) -> str:
+    """Run, see that it was refused as a user's mistake and wrote nothing; returns what was said."""
+    folder = Path(env["WORK_DIR"])
+    before = tree(folder) if folder.is_dir() else None
+    result = bridge(*arguments, **env)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    assert (tree(folder) if folder.is_dir() else None) == before
+    return result.stderr
+
+
+def write_parquet(env: dict[str, str], **columns) -> None:
+    """Give the run data of its own."""
+    folder = Path(env["WORK_DIR"]) / "data"
+    folder.unlink()
+    (folder / "gsm8k").mkdir(parents=True)
+    for name in ("train", "test"):
+        pyarrow.parquet.write_table(pyarrow.table(columns), folder / "gsm8k" / f"{name}.parquet")
+
+
+def test_help_lists_every_stage():
+    result = bridge("--help")
+    assert result.returncode == 0
+    assert all(re.search(rf"^  {name} ", result.stdout, re.MULTILINE) for name in [*STAGES, *TOOLS])
+
+
+def test_help_and_a_dry_run_import_nothing_slow(env):
+    # torch takes seconds; a dry run is to answer at once.
+    for arguments in (["--help"], ["ppo", "--dry-run"]):
+        code = ("import sys; from bridge.main import main; sys.argv[1:] = sys.argv[1:]; main(); "
+                "print('SLOW', [name for name in ('torch', 'transformers', 'ray', 'vllm', 'verl') if name in sys.modules])")
+        result = subprocess.run([sys.executable, "-c", code, *arguments], env={**SHELL, **env}, capture_output=True, text=True,
+                                check=True)
+        assert "SLOW []" in result.stdout
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_a_dry_run_prints_a_command_that_can_be_pasted_and_writes_nothing(env, stage):
+    before = tree(Path(env["WORK_DIR"]))
+    result = bridge(stage, "--dry-run", "trainer.project_name='a b'", **env)
+    assert result.returncode == 0, result.stderr
+    [line] = result.stdout.splitlines()
+    words = shlex.split(line.removeprefix("+ "))
+    assert words[0] == "env" and words[-1] == "trainer.project_name='a b'"
+    assert tree(Path(env["WORK_DIR"])) == before
+
+
+def test_no_secret_is_in_the_dry_run(env):
+    secrets = {"HF_TOKEN": "hf_very_secret", "WANDB_API_KEY": "wandb_very_secret"}
+    result = bridge("ppo", "--dry-run", **env, **secrets)
+    assert result.returncode == 0
+    assert "very_secret" not in result.stdout + result.stderr
+    # With a key there wandb is online.
+    assert "WANDB_MODE=offline" not in result.stdout
+
+
+def test_eight_gpus_are_planned_on_a_machine_without_any_with_a_warning(env):
+    result = bridge("ppo", "--dry-run", **{**env, "PROFILE": "tutorial", "GPUS": "8", "CUDA_VISIBLE_DEVICES": "-1"})
+    assert result.returncode == 0
+    assert "no GPU visible" in result.stderr and "trainer.n_gpus_per_node=8" in result.stdout
+
+
+def test_without_a_gpu_only_the_rehearsal_starts(env):
+    said = refused({**env, "PROFILE": "tutorial", "CUDA_VISIBLE_DEVICES": "-1"}, "sft")
+    assert "no GPU visible" in said and "PROFILE=rehearsal" in said
+
+
+def test_a_stage_names_everything_that_is_missing(env):
+    said = refused({**env, "GPUS": "eight", "RUN": "a/b"}, "upload")
+    assert "HF_REPO" in said and "GPUS='eight'" in said and "RUN='a/b'" in said
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["ppoo"], "Did you mean ppo?"),
+    (["data", "trainer.total_epochs=1"], "takes no arguments"),
+    (["sft", "--fast"], "is no option"),
+    (["sft", "trainer.totl_epochs=1"], "Did you mean trainer.total_epochs?"),
+])
+def test_a_wrong_command_line_is_refused(env, arguments, message):
+    assert message in refused(env, *arguments)
+
+
+@pytest.mark.parametrize(("stage", "settings", "message"), [
+    ("ppo", {"PROFILE": "tutorial", "GPUS": "3"}, "Possible with these settings: GPUS=1, 2, 4, 8, 16."),
+    ("sft", {"PROFILE": "tutorial", "GPUS": "9"}, "data.train_batch_size=256 does not divide by 9 GPUs"),
+    ("ppo", {"GPUS": "2", "TP": "3"}, "TP=3 does not divide 2 GPUs"),
+    ("ppo", {"PROFILE": "tutorial", "GPUS": "8", "TP": "8"}, "TP=8 does not divide the model's 4 attention heads"),
+    ("sft", {"GPUS": "eight"}, "GPUS='eight'"),
+    ("sft", {"GPUS": "0"}, "GPUS='0'"),
+    ("sft", {"PROFILE": "rehersal"}, "Did you mean rehearsal?"),
+])
+def test_numbers_that_do_not_divide_are_refused_with_those_that_would(env, stage, settings, message):
+    assert message in refused({**env, **settings}, stage, "--dry-run")
+
+
+def test_a_model_folder_that_is_not_there_is_refused_with_the_cure(env):
+    assert "make model" in refused({**env, "MODEL": "smollm2"}, "sft")
+    assert "does not exist" in refused({**env, "MODEL": "/no/such/model"}, "sft")
+
+
+def test_a_model_without_a_tokenizer_is_refused(env, prepared, tmp_path):
+    folder = tmp_path / "no tokenizer"
+    folder.mkdir()
+    for file in (prepared / "models" / "tiny").iterdir():
+        if not file.name.startswith("token"):
+            (folder / file.name).write_bytes(file.read_bytes())
+    assert "tokenizer" in refused({**env, "MODEL": str(folder)}, "sft")
+
+
+def test_missing_data_is_refused_with_the_cure(env):
+    (Path(env["WORK_DIR"]) / "data").unlink()
+    assert "make data" in refused(env, "sft")
+
+
+def test_data_without_the_columns_is_refused(env):
+    write_parquet(env, question=["a"], answer=["b"])
+    assert "has no column extra_info.question, extra_info.answer (it has question, answer)" in refused(env, "sft")
+    assert "has no column prompt, data_source, reward_model.ground_truth" in refused(env, "ppo")
+
+
+def test_data_that_is_no_parquet_is_refused(env):
+    write_parquet(env, question=["a"])
+    (Path(env["WORK_DIR"]) / "data" / "gsm8k" / "train.parquet").write_text("hello")
+    assert "is no parquet file" in refused(env, "sft")
+
+
+def test_too_little_data_is_refused_before_verl_would_end_without_a_step(env):
+    write_parquet(env, extra_info=[{"question": "a", "answer": "b"}] * 3)
+    said = refused(env, "sft")
+    assert "3 training rows are less than one batch of 16" in said and "3 validation rows are less than 8" in said
+
+
+def test_empty_data_is_refused(env):
+    extra_info = pyarrow.array([], pyarrow.struct([("question", pyarrow.string()), ("answer", pyarrow.string())]))
+    write_parquet(env, extra_info=extra_info)
+    assert "0 training rows" in refused(env, "sft")
+
+
+def test_ppo_from_sft_before_a_merge_is_refused(env):
+    assert "make merge STAGE=sft" in refused({**env, "INIT": "sft"}, "ppo")
+
+
+def test_merging_without_checkpoints_is_refused(env):
+    assert "no checkpoints in" in refused({**env, "STAGE": "sft"}, "merge")
+    assert "CKPT=" in refused({**env, "CKPT": "/no/such"}, "merge")
+
+
+def test_merging_a_half_written_checkpoint_is_refused_and_says_what_is_missing(env):
+    folder = Path(env["WORK_DIR"]) / "runs" / "default" / "sft" / "checkpoints" / "global_step_5"
+    folder.mkdir(parents=True)
+    (folder / "fsdp_config.json").write_text('{"world_size": 2}')
+    (folder / "model_world_size_2_rank_0.pt").write_bytes(b"PK\x03\x04 cut")
+    said = refused({**env, "STAGE": "sft"}, "merge")
+    assert "model_world_size_2_rank_0.pt is cut short" in said and "model_world_size_2_rank_1.pt is missing" in said
+    assert "model_world_size_2_rank_0.pt is cut short" in refused({**env, "CKPT": str(folder)}, "merge")
+    assert "STEP=7: no such checkpoint" in refused({**env, "STAGE": "sft", "STEP": "7"}, "merge")
+
+
+def test_a_missing_parent_of_the_work_folder_is_refused(tmp_path):
+    said = refused({"WORK_DIR": str(tmp_path / "no" / "such")}, "data")
+    assert "its parent folder" in said and "does not exist" in said
+
+
+def test_a_work_folder_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "is a file" in refused({"WORK_DIR": str(tmp_path / "file")}, "data")
+
+
+@pytest.mark.parametrize(("options", "message"), [("ro,size=200m", "cannot be written to"), ("size=1m", "is full")])
+def test_a_read_only_or_full_work_folder_is_refused(tmp_path, options, message):
+    if os.getuid() != 0:
+        pytest.skip("mounting a file system needs root")
+    command = f"mount -t tmpfs -o {options} none {shlex.quote(str(tmp_path))} && exec {sys.executable} -m bridge data"
+    result = subprocess.run(["unshare", "--mount", "bash", "-c", command], capture_output=True, text=True, check=False,
+                            env={**SHELL, "WORK_DIR": str(tmp_path), "DATA_SOURCE": "builtin"})
+    assert result.returncode == 2 and message in result.stderr, result.stderr
+
+
+def test_checkpoints_that_cannot_fit_on_the_disk_are_refused_before_the_start(env, prepared):
+    if os.getuid() != 0:
+        pytest.skip("mounting a file system needs root")
+    runs_dir = Path(env["WORK_DIR"]) / "runs"
+    runs_dir.mkdir()
+    # The folder of runs on a disk of its own, with room for a log but not for the checkpoints of a larger model.
+    command = f"mount -t tmpfs -o size=2m none {shlex.quote(str(runs_dir))} && exec {sys.executable} -m bridge sft"
+    result = subprocess.run(["unshare", "--mount", "bash", "-c", command], capture_output=True, text=True, check=False,
+                            env={**SHELL, **env})
+    assert result.returncode == 2 and "too little disk" in result.stderr, result.stderr
+
+
+def test_amd_variables_and_python_paths_are_unset_and_that_is_said(env):
+    hostile = {"ROCR_VISIBLE_DEVICES": "0", "HIP_VISIBLE_DEVICES": "0", "PYTHONPATH": "/nowhere"}
+    result = bridge("sft", "--dry-run", **env, **hostile)
+    assert result.returncode == 0
+    assert all(f"unset {name}" in result.stderr for name in hostile)
+
+
+def test_a_lower_limit_of_virtual_memory_is_raised_and_that_is_said(env):
+    result = subprocess.run(["bash", "-c", f"ulimit -S -v 40000000; {sys.executable} -m bridge sft --dry-run"],
+                            env={**SHELL, **env}, capture_output=True, text=True, check=False)
+    assert result.returncode == 0 and "ulimit -v raised from 40000000 KiB to unlimited" in result.stderr
+
+
+def test_work_dir_may_have_spaces_and_any_letters(prepared, tmp_path):
+    folder = tmp_path / "作業 folder's, ü:1"
+    folder.mkdir()
+    (folder / "data").symlink_to(prepared / "data")
+    (folder / "models").symlink_to(prepared / "models")
+    result = bridge("sft", "--dry-run", WORK_DIR=str(folder), MODEL="tiny", PROFILE="rehearsal")
+    assert result.returncode == 0, result.stderr
+    assert f"WORK_DIR={folder}" in shlex.split(result.stdout.removeprefix("+ "))
+
+
+# ---- runs
+
+
+def finished_run(env: dict[str, str], **changes) -> Path:
+    """A run folder as a finished sft without checkpoints leaves it; `changes` are made to its record."""
+    planned = bridge("sft", "--dry-run", **env)
+    assert planned.returncode == 0, planned.stderr
+    code = ("import os, sys, json; from pathlib import Path; from bridge import runs, settings, stages, main\n"
+            "s = settings.read(os.environ); plan = stages.STAGES['sft'].plan(s, dict(os.environ), [], True)\n"
+            "plan.record_dir.mkdir(parents=True); runs.write(plan.record_dir, runs.begin(plan, os.environ), [])")
+    subprocess.run([sys.executable, "-c", code], env={**SHELL, **env}, check=True, capture_output=True)
+    folder = Path(env["WORK_DIR"]) / "runs" / env.get("RUN", "default") / "sft"
+    record = {**runs.read(folder), "status": "finished", **changes}
+    (folder / "run.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_a_finished_stage_is_not_started_again(env):
+    finished_run(env)
+    result = bridge("sft", **env)
+    assert result.returncode == 0 and "is finished" in result.stderr and result.stdout == ""
+
+
+def test_a_run_with_other_settings_is_neither_continued_nor_overwritten(env):
+    finished_run(env)
+    said = refused(env, "sft", "optim.lr=1e-3")
+    assert "optim.lr: 0.006 -> 0.001" in said and "RUN=NAME" in said
+
+
+def test_a_run_whose_data_changed_is_not_continued(env):
+    folder = finished_run(env)
+    record = runs.read(folder)
+    record["inputs"]["data"]["train_files"] = ["0" * 64]
+    (folder / "run.json").write_text(json.dumps(record))
+    assert "data.train_files" in refused(env, "sft")
+
+
+def test_housekeeping_settings_may_differ(env):
+    finished_run(env)
+    assert "is finished" in bridge("sft", **{**env, "KEEP": "5"}).stderr
+
+
+def test_a_work_folder_that_moved_is_no_difference(env, tmp_path_factory):
+    finished_run(env)
+    moved = tmp_path_factory.mktemp("moved") / "work ü"
+    Path(env["WORK_DIR"]).rename(moved)
+    result = bridge("sft", **{**env, "WORK_DIR": str(moved)})
+    assert "is finished" in result.stderr, result.stderr
+
+
+def test_two_runs_in_one_folder_at_once_are_refused(env):
+    folder = Path(env["WORK_DIR"]) / "runs" / "default" / "sft"
+    folder.mkdir(parents=True)
+    holder = subprocess.Popen([sys.executable, "-c", "import sys, time; from pathlib import Path; from bridge import runs\n"
+                               "with runs.locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)", str(folder)],
+                              stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        said = refused(env, "sft")
+        assert f"another run works in {folder}" in said and f"process {holder.pid}" in said
+    finally:
+        holder.kill()
+        holder.communicate()
+    # The lock goes with its process, however that ended.
+    with runs.locked(folder):
+        pass
+
+
+def test_the_record_masks_a_secret_that_slipped_into_a_value(tmp_path):
+    runs.write(tmp_path, {"config": {"x": "abc-s3cret"}}, ["s3cret"])
+    assert runs.read(tmp_path) == {"config": {"x": "abc-***"}}
+
+
+def test_the_record_says_what_was_run_with_what(env):
+    record = runs.read(finished_run(env))
+    [attempt] = record["attempts"]
+    assert attempt["lock_sha256"] == runs.sha256(ROOT / "requirements.lock")
+    assert attempt["command"][0] == sys.executable
+    assert {"host", "python", "gpus", "driver", "git_commit", "configs_sha256", "started", "from_step"} <= attempt.keys()
+    assert record["config"]["trainer"]["n_gpus_per_node"] == 2

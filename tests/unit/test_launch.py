@@ -1,0 +1,122 @@
+"""Running a child: output, exit status, signals, orphans. Each in a process of its own, as the door has it."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from conftest import SHELL
+
+from bridge import metrics
+
+# The door's part around the child; the child's program is the argument after the log's folder.
+DOOR = """
+import sys, os
+from pathlib import Path
+from bridge import launch
+from bridge.metrics import Metrics
+folder = Path(sys.argv[1])
+sys.exit(launch.run([sys.executable, "-u", "-c", sys.argv[2]], os.environ, folder / "log.txt",
+                    Metrics(folder / "metrics.jsonl", 0), ["s3cret"], lambda: (folder / "called").touch()))
+"""
+
+
+def start(folder: Path, program: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", DOOR, str(folder), textwrap.dedent(program)], env=SHELL,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def alive(process_id: int) -> bool:
+    try:
+        return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_output_is_shown_and_logged_and_metrics_are_kept(tmp_path):
+    door = start(tmp_path, """
+        import sys
+        print("first"); print("second", file=sys.stderr); print("step:1 - loss:2.5"); print("no end of line", end="")""")
+    out, _ = door.communicate(timeout=60)
+    assert out == "first\nsecond\nstep:1 - loss:2.5\nno end of line"
+    assert (tmp_path / "log.txt").read_text() == out
+    assert metrics.read(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.5}]
+    assert (tmp_path / "called").exists()
+
+
+@pytest.mark.parametrize("status", [0, 1, 2, 77])
+def test_the_exit_status_is_passed_on(tmp_path, status):
+    door = start(tmp_path, f"raise SystemExit({status})")
+    door.communicate(timeout=60)
+    assert door.returncode == status
+
+
+def test_a_child_ended_by_a_signal_gives_128_and_its_number(tmp_path):
+    door = start(tmp_path, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    door.communicate(timeout=60)
+    assert door.returncode == 137
+
+
+def test_a_secret_in_the_output_is_masked(tmp_path):
+    out, _ = start(tmp_path, "print('token s3cret end')").communicate(timeout=60)
+    assert out == "token *** end\n"
+    assert "s3cret" not in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_the_child_which_may_finish_its_work(tmp_path, number):
+    door = start(tmp_path, f"""
+        import signal, sys, time
+        def end(*_): print("saved"); sys.exit(0)
+        signal.signal({int(number)}, end); print("ready"); time.sleep(60)""")
+    wait_for(lambda: (tmp_path / "log.txt").exists() and "ready" in (tmp_path / "log.txt").read_text())
+    door.send_signal(number)
+    out, _ = door.communicate(timeout=30)
+    assert "saved" in out
+    assert door.returncode == 128 + number
+
+
+def test_no_orphan_is_left_not_even_a_daemon_that_ignores_sigterm(tmp_path):
+    # As Ray's daemons: in a session of its own, its parent gone, the pipe still open.
+    door = start(tmp_path, """
+        import os, signal, subprocess, sys
+        daemon = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(300)"
+        child = subprocess.Popen([sys.executable, "-c", daemon], start_new_session=True, stdout=subprocess.PIPE)
+        child.stdout.readline()
+        print("daemon", child.pid)""")
+    out, _ = door.communicate(timeout=60)
+    assert door.returncode == 0
+    assert not alive(int(out.split()[1]))
+
+
+def test_the_child_ends_when_the_door_is_killed(tmp_path):
+    door = start(tmp_path, "import os, time; print(os.getpid()); time.sleep(300)")
+    wait_for(lambda: (tmp_path / "log.txt").exists() and (tmp_path / "log.txt").read_text().endswith("\n"))
+    child = int((tmp_path / "log.txt").read_text())
+    os.kill(door.pid, signal.SIGKILL)
+    door.communicate(timeout=30)
+    wait_for(lambda: not alive(child))
+
+
+def test_a_child_that_ignores_the_signal_is_killed_by_the_second(tmp_path):
+    door = start(tmp_path, """
+        import signal, time
+        signal.signal(signal.SIGTERM, signal.SIG_IGN); print("ready"); time.sleep(300)""")
+    wait_for(lambda: (tmp_path / "log.txt").exists() and "ready" in (tmp_path / "log.txt").read_text())
+    door.terminate()
+    time.sleep(0.5)
+    assert door.poll() is None
+    door.terminate()
+    door.communicate(timeout=30)
+    assert door.returncode == 128 + signal.SIGTERM

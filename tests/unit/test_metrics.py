@@ -1,0 +1,54 @@
+"""metrics.jsonl out of what verl prints."""
+
+import json
+import math
+
+import pytest
+
+from bridge import metrics
+
+
+@pytest.mark.parametrize(("line", "step", "values"), [
+    ("step:1 - train/loss:6.5 - train/lr(1e-3):1.3e-05\n", 1, {"train/loss": 6.5, "train/lr(1e-3)": 1.3e-05}),
+    ("\x1b[36m(TaskRunner pid=25030)\x1b[0m step:12 - actor/entropy:6.58 - critic/lr:1e-05 - perf/mfu/actor:0.0\n", 12,
+     {"actor/entropy": 6.58, "critic/lr": 1e-05, "perf/mfu/actor": 0.0}),
+    ("Epoch 1/1:   3%|x         | 1/32 [00:01<00:57,  1.87s/it]step:2 - train/loss:-6.57", 2, {"train/loss": -6.57}),
+    ("step:3 - a:nan - b:inf - c:-inf", 3, {"a": math.nan, "b": math.inf, "c": -math.inf}),
+    ("step:64 - val/loss:2.35 Epoch 2/2: 100%", 64, {"val/loss": 2.35}),
+    ("step:5 - val-core/openai/gsm8k/reward/mean@1:0.25", 5, {"val-core/openai/gsm8k/reward/mean@1": 0.25}),
+])
+def test_a_line_of_metrics_is_understood(line, step, values):
+    found_step, found = metrics.parse(line)
+    assert found_step == step
+    assert found == pytest.approx(values, nan_ok=True)
+
+
+@pytest.mark.parametrize("line", ["", "global_step:3 - x:1", "step:3", "trainer/step:3 - x:1", "step: 3 - x",
+                                  "next step:4 - none"])
+def test_other_lines_are_not(line):
+    assert metrics.parse(line) is None
+
+
+def test_one_line_a_step_written_at_once(tmp_path):
+    file = metrics.Metrics(tmp_path / "metrics.jsonl", 0)
+    file.add(1, {"loss": 2.0})
+    assert metrics.read(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.0}]
+    file.add(2, {"loss": 1.0})
+    file.add(2, {"val": 1.5})
+    assert metrics.read(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "val": 1.5}]
+    file.close()
+
+
+def test_a_resumed_run_drops_the_steps_that_it_repeats(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 6)) + '{"step": 6, "lo')
+    file = metrics.Metrics(path, after_step=3)
+    file.add(4, {"loss": 1.0})
+    file.close()
+    assert [row["step"] for row in metrics.read(path)] == [1, 2, 3, 4]
+
+
+def test_a_fresh_run_starts_with_an_empty_file(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    metrics.Metrics(tmp_path / "metrics.jsonl", after_step=0).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
