@@ -28,14 +28,14 @@ if [[ $ENGINE != none ]]; then
     [[ -d $WORK_DIR ]] || mkdir -- "$WORK_DIR"
     bind "$WORK_DIR" "$WORK_DIR"
     bind "$checkout/configs" /opt/bridge/configs ro
-    [[ ! -d ${TMPDIR:-} ]] || bind "$TMPDIR" "$TMPDIR"
+    for path in "${TMPDIR:-}" "${RAY_TMPDIR:-}"; do [[ ! -d $path ]] || bind "$path" "$path"; done
     for name in MODEL DATA_SOURCE CKPT HF_TOKEN_PATH NETRC SSL_CERT_FILE REQUESTS_CA_BUNDLE; do
         path=${!name:-}
         # What is in WORK_DIR is there already, and a mount of its own would stand in the way of a rename.
         [[ $path != /* || ! -e $path || $path == "$WORK_DIR"/* ]] || bind "$path" "$path" ro
     done
     for name in $(compgen -e); do
-        [[ $name =~ ^(SLURM_.*|MASTER_.*|TERM|USER|TMPDIR|NETRC|BRIDGE_COMMIT)$ ]] || is_known "$name" || continue
+        [[ $name =~ ^(SLURM_.*|MASTER_.*|TERM|USER|TMPDIR|NETRC|BRIDGE_.*)$ ]] || is_known "$name" || continue
         names+=("$name")
     done
 fi

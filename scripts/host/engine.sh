@@ -16,7 +16,9 @@ choose_engine() { # STAGE
         ;;
     podman | docker)
         IMAGE=${IMAGE:-localhost/bridge:latest} build=oci
-        "$ENGINE" image inspect "$IMAGE" > /dev/null 2>&1 || there=0
+        # run.json records it; Apptainer tells by itself.
+        BRIDGE_IMAGE="$IMAGE $("$ENGINE" image inspect --format '{{.Id}}' "$IMAGE" 2> /dev/null)" || there=0
+        export BRIDGE_IMAGE
         ;;
     none) [[ -n $asked ]] || there=0 ;;
     *) fail "ENGINE=$ENGINE is none of apptainer, singularity, podman, docker, none." ;;

@@ -17,7 +17,7 @@ settle_paths() {
     export WORK_DIR
     [[ -z ${CKPT:-} ]] || CKPT=$(absolute "$CKPT")
     ! is_local "${MODEL:-}" || MODEL=$(absolute "$MODEL")
-    ! is_local "${DATA_SOURCE:-}" || DATA_SOURCE=$(absolute "$DATA_SOURCE")
+    [[ ${DATA_SOURCE:-} == @(|hub|builtin) || ! -d $DATA_SOURCE ]] || DATA_SOURCE=$(absolute "$DATA_SOURCE")
     # An existing login is as good as HF_TOKEN and WANDB_API_KEY.
     login=${HF_TOKEN_PATH:-${HF_HOME:-${XDG_CACHE_HOME:-$HOME/.cache}/huggingface}/token}
     [[ ! -f $login ]] || export HF_TOKEN_PATH=$login

@@ -1,7 +1,6 @@
 """The whole chain on CPU with verl's real trainers: run once, then looked at from all sides."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -9,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from bridge import checkpoints, launch, metrics, runs
+from bridge import checkpoints, metrics, runs
 from bridge.rehearse import REPOSITORY, STEPS, TOKEN
+from door import SHELL, left_running
 
 # In 64 steps the random model's loss has to fall to less than half (seen: 6.4 -> 2.3).
 LOSS_FALLS_BY = 2.0
@@ -21,29 +21,16 @@ class Rehearsal:
 
     def __init__(self, work_dir: Path):
         secrets = {"WANDB_API_KEY": "a-wandb-key-that-must-not-appear", "HF_TOKEN": "hf_the_users_own_token_must_not_appear"}
-        shell = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
         self.secrets = [*secrets.values(), TOKEN]
-        result = subprocess.run([sys.executable, "-m", "bridge", "rehearse"], env={**shell, **secrets, "WORK_DIR": str(work_dir)},
+        result = subprocess.run([sys.executable, "-m", "bridge", "rehearse"], env={**SHELL, **secrets, "WORK_DIR": str(work_dir)},
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=1500)
         self.output = result.stdout
         assert result.returncode == 0, self.output[-6000:]
         self.folder = work_dir / "rehearsal"
-        self.left_running = launch_left(work_dir)
+        self.left_running = left_running(work_dir)
 
     def stage(self, name: str) -> Path:
         return self.folder / "runs" / "default" / name
-
-
-def launch_left(work_dir: Path) -> list[str]:
-    """Processes that still have this WORK_DIR in their environment."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if str(work_dir).encode() in (folder / "environ").read_bytes():
-                found.append((folder / "cmdline").read_text().replace("\0", " "))
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
-            continue
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -161,4 +148,3 @@ def test_no_secret_is_in_any_file_or_in_the_output(rehearsal):
 
 def test_no_process_is_left(rehearsal):
     assert rehearsal.left_running == []
-    assert launch.children.__module__ == "bridge.launch"

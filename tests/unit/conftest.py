@@ -1,21 +1,10 @@
-"""What several unit tests need: an environment for the door, and a small model and data to point it at."""
+"""What several unit tests need: a small model and data to point the door at."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-# What a person's shell would have, without any setting of the bridge.
-SHELL = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
-
-
-def bridge(*arguments: str, **env: str) -> subprocess.CompletedProcess:
-    """Run the door as a person would; returns what it printed and its exit status."""
-    return subprocess.run([sys.executable, "-m", "bridge", *arguments], env={**SHELL, **env}, capture_output=True, text=True,
-                          check=False, timeout=300)
+from door import bridge
 
 
 @pytest.fixture(scope="session")

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import bridge
 
 from bridge.compose import compose, compose_checked, flatten, verl_config_dir
 from bridge.errors import UsageError
 from bridge.settings import CONFIGS
 from bridge.train import OWNED
+from door import bridge
 
 # The tutorial's own commands, from `-m MODULE` on, as typed there.
 TUTORIAL = {

@@ -11,10 +11,10 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import ROOT, SHELL, bridge
 
 from bridge import runs
 from bridge.stages import STAGES, TOOLS
+from door import ROOT, SHELL, bridge
 
 
 def tree(folder: Path) -> set[str]:

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SHELL
 
 from bridge import metrics
+from door import SHELL
 
 # The door's part around the child; the child's program is the argument after the log's folder.
 DOOR = """

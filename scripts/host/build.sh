@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# Build the image: bridge.sif with Apptainer, or the same for Podman and Docker. Runs: host.
+#   scripts/host/build.sh sif
+#   IMAGE=bridge.oci.tar scripts/host/build.sh oci      also as an archive, to be carried elsewhere
+# BASE=, BOOTSTRAP= and FLASH_ATTN_WHEEL= are for sites that do not reach the usual places: see .env.example.
+set -euo pipefail
+# shellcheck source=scripts/host/read_env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/read_env.sh"
+read_settings
+what=${1:-}
+name=localhost/bridge:latest
+
+need_space() { # GIB FOLDER CURE
+    local free
+    free=$(($(df --output=avail -k "$2" | tail -n 1) / 1024 / 1024))
+    ((free >= $1)) || fail "$2 has $free GiB free, and the build needs about $1 GiB there. $3"
+}
+first_of() { # TOOL...: the first that is on PATH, or nothing
+    local tool
+    for tool in "$@"; do ! command -v "$tool" > /dev/null || { echo "$tool" && break; }; done
+}
+
+case $what in
+sif)
+    tool=$(first_of apptainer singularity)
+    [[ -n $tool ]] || fail "no apptainer on PATH. Load its module or install it, or make oci with Podman or Docker."
+    image=$(realpath -ms -- "${IMAGE:-$checkout/bridge.sif}")
+    need_space 12 "${APPTAINER_TMPDIR:-${TMPDIR:-/tmp}}" "Set APPTAINER_TMPDIR to a folder with more, on a local disk."
+    need_space 5 "$(dirname "$image")" "Make room, or set IMAGE to a file elsewhere."
+    ;;
+oci)
+    tool=$(first_of buildah podman docker)
+    [[ -n $tool ]] || fail "no buildah, podman or docker on PATH. Install one, or make image with Apptainer."
+    image=${IMAGE:-$name}
+    [[ $image == "$name" || $image == *.tar ]] || fail "IMAGE=$image: the build is called $name; IMAGE=FILE.tar stores it too."
+    ;;
+*) fail "build.sh takes sif or oci, not '$what'." ;;
+esac
+[[ ! -f ${BASE:-} ]] || BASE=$(realpath -- "$BASE")
+wheel=${FLASH_ATTN_WHEEL:-}
+[[ ! -d $wheel ]] || wheel=$(find "$wheel" -name 'flash_attn-*.whl' | sort | head -n 1)
+[[ -z ${FLASH_ATTN_WHEEL:-} || -f $wheel ]] || fail "FLASH_ATTN_WHEEL=$FLASH_ATTN_WHEEL is no wheel, and no folder with one."
+
+# For the build alone, never in the image: the certificates that this host trusts, and a wheel of flash-attn.
+inputs=$checkout/scripts/image/inputs partial=''
+trap 'rm -rf "$inputs" "$partial"' EXIT
+rm -rf "$inputs"
+mkdir "$inputs"
+for bundle in "${SSL_CERT_FILE:-}" /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.crt /etc/ssl/ca-bundle.pem; do
+    [[ ! -f $bundle ]] || { cp -L "$bundle" "$inputs/certificates.crt" && break; }
+done
+[[ -z $wheel ]] || cp -L "$wheel" "$inputs"
+
+cd "$checkout"
+commit=$(git describe --always --dirty --abbrev=40 --exclude '*' 2> /dev/null) || commit=''
+arguments=(--build-arg "COMMIT=$commit")
+[[ -z ${BASE:-} ]] || arguments+=(--build-arg "BASE=$BASE")
+SECONDS=0
+if [[ $what == sif ]]; then
+    [[ -z ${BOOTSTRAP:-} ]] || arguments+=(--build-arg "BOOTSTRAP=$BOOTSTRAP")
+    # Level 6 of zstd packs the 9 GB in 100 s on two cores. Older versions have no choice.
+    ! "$tool" build --help | grep -q -- --mksquashfs-args || arguments+=(--mksquashfs-args "-comp zstd -Xcompression-level 6")
+    # Under another name until it is whole.
+    partial=$image.partial
+    "$tool" build --force --bind "$checkout/scripts/image:/mnt" "${arguments[@]}" "$partial" apptainer.def
+    mv -f "$partial" "$image"
+    size=$(du -h --apparent-size "$image" | cut -f 1)
+else
+    "$tool" build --file Containerfile --tag "$name" "${arguments[@]}" .
+    size=$("$tool" images --format '{{.Size}}' "$name")
+    [[ $image == "$name" ]] || case $tool in
+    buildah) buildah push "$name" "oci-archive:$image:bridge" ;;
+    podman) podman save --format oci-archive --output "$image" "$name" ;;
+    docker) docker save --output "$image" "$name" ;;
+    esac
+fi
+echo "bridge: built $image: $size in $((SECONDS / 60)) min $((SECONDS % 60)) s"

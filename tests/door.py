@@ -1,0 +1,29 @@
+"""The door as tests use it: run it like a person would, and see what it leaves running."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# What a person's shell would have, without any setting of the bridge.
+SHELL = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
+
+
+def bridge(*arguments: str, **env: str) -> subprocess.CompletedProcess:
+    """Run the door to its end; returns what it printed and its exit status."""
+    return subprocess.run([sys.executable, "-m", "bridge", *arguments], env={**SHELL, **env}, capture_output=True, text=True,
+                          check=False, timeout=600)
+
+
+def left_running(work_dir: Path) -> list[str]:
+    """Command lines of the processes that have this WORK_DIR in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(work_dir).encode() in (folder / "environ").read_bytes():
+                found.append((folder / "cmdline").read_text().replace("\0", " "))
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            # Ended meanwhile, or another user's.
+            continue
+    return found
