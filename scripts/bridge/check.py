@@ -42,6 +42,8 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
         raise UsageError(f"check takes only --json; got {' '.join(unknown)}.")
     # Importing vLLM and others makes cache folders: below WORK_DIR, as in a stage.
     os.environ.update(clean_environment(settings, env))
+    # vLLM logs to stdout, where the report goes.
+    os.environ["VLLM_CONFIGURE_LOGGING"] = "0"
     results = [result for check in CHECKS for result in check(settings, env)]
     failed = [result for result in results if result.status == "FAIL"]
     if "--json" in arguments:

@@ -75,7 +75,7 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
     own.append(f"trainer.n_gpus_per_node={gpus}")
     config = compose_checked(stage, own, overrides, own_env, OWNED)
 
-    problems = []
+    problems = interface_problems(env)
     rows = data_problems(config, trainer.columns(config), problems)
     model_problems = model.check_model_folder(model_dir)
     if model_problems:
@@ -166,6 +166,21 @@ def limit_gpus(gpus: int, env: Mapping[str, str], own_env: dict[str, str], notes
         notes.append(f"CUDA_VISIBLE_DEVICES={own_env['CUDA_VISIBLE_DEVICES']} (the first {gpus} of {len(visible)})")
     elif env.get("CUDA_VISIBLE_DEVICES"):
         notes.append(f"CUDA_VISIBLE_DEVICES={env['CUDA_VISIBLE_DEVICES']} (as given)")
+
+
+def interface_problems(env: Mapping[str, str], folder: Path = Path("/sys/class/net")) -> list[str]:
+    """NCCL_SOCKET_IFNAME that matches no card of this machine: NCCL would stop minutes later (nccl#1837).
+
+    NCCL's grammar: names or beginnings of names, by comma; "=" before them asks for the whole name, "^" excludes.
+    """
+    wanted = env.get("NCCL_SOCKET_IFNAME", "")
+    cards = sorted(card.name for card in folder.iterdir()) if folder.is_dir() else []
+    exact, names = wanted.startswith("="), wanted.lstrip("=").split(",")
+    if not wanted or wanted.startswith("^") or any(
+            card == name or (not exact and card.startswith(name)) for card in cards for name in names):
+        return []
+    return [f"NCCL_SOCKET_IFNAME={wanted}: no such network card here; there are {', '.join(cards)}. Name one of them, or leave "
+            "it out (NCCL then chooses)."]
 
 
 def has_wandb_login(env: Mapping[str, str]) -> bool:

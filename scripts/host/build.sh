@@ -43,9 +43,8 @@ wheel=${FLASH_ATTN_WHEEL:-}
 
 # For the build alone, never in the image: the certificates that this host trusts, and a wheel of flash-attn.
 inputs=$checkout/scripts/image/inputs partial=''
+mkdir "$inputs" 2> /dev/null || fail "$inputs is there: another build is running, or one was killed. Then remove it."
 trap 'rm -rf "$inputs" "$partial"' EXIT
-rm -rf "$inputs"
-mkdir "$inputs"
 for bundle in "${SSL_CERT_FILE:-}" /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.crt /etc/ssl/ca-bundle.pem; do
     [[ ! -f $bundle ]] || { cp -L "$bundle" "$inputs/certificates.crt" && break; }
 done
@@ -59,7 +58,7 @@ SECONDS=0
 if [[ $what == sif ]]; then
     [[ -z ${BOOTSTRAP:-} ]] || arguments+=(--build-arg "BOOTSTRAP=$BOOTSTRAP")
     # Level 6 of zstd packs the 9 GB in 100 s on two cores. Older versions have no choice.
-    ! "$tool" build --help | grep -q -- --mksquashfs-args || arguments+=(--mksquashfs-args "-comp zstd -Xcompression-level 6")
+    [[ $("$tool" build --help) != *--mksquashfs-args* ]] || arguments+=(--mksquashfs-args "-comp zstd -Xcompression-level 6")
     # Under another name until it is whole.
     partial=$image.partial
     "$tool" build --force --bind "$checkout/scripts/image:/mnt" "${arguments[@]}" "$partial" apptainer.def

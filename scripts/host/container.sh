@@ -21,8 +21,11 @@ export USER BRIDGE_COMMIT
 # What goes into the container: files at the same path as outside, and named variables.
 # The engines agree on --mount, which is CSV: a path may hold a comma, a colon or a quote.
 options=() names=()
+field() { if [[ $1 == *[,\"]* ]]; then echo "\"${1//\"/\"\"}\""; else echo "$1"; fi; }
 bind() { # PATH DESTINATION [ro]
-    options+=(--mount "type=bind,\"source=${1//\"/\"\"}\",\"destination=${2//\"/\"\"}\"${3:+,$3}")
+    local mount
+    mount="type=bind,$(field "source=$1"),$(field "destination=$2")${3:+,$3}"
+    [[ "${options[*]+${options[*]}} " == *"$mount "* ]] || options+=(--mount "$mount")
 }
 if [[ $ENGINE != none ]]; then
     [[ -d $WORK_DIR ]] || mkdir -- "$WORK_DIR"
@@ -32,7 +35,8 @@ if [[ $ENGINE != none ]]; then
     for name in MODEL DATA_SOURCE CKPT HF_TOKEN_PATH NETRC SSL_CERT_FILE REQUESTS_CA_BUNDLE; do
         path=${!name:-}
         # What is in WORK_DIR is there already, and a mount of its own would stand in the way of a rename.
-        [[ $path != /* || ! -e $path || $path == "$WORK_DIR"/* ]] || bind "$path" "$path" ro
+        [[ $path == /* && -e $path && $path != "$WORK_DIR"/* ]] || continue
+        bind "$path" "$path" ro
     done
     for name in $(compgen -e); do
         [[ $name =~ ^(SLURM_.*|MASTER_.*|TERM|USER|TMPDIR|NETRC|BRIDGE_.*)$ ]] || is_known "$name" || continue

@@ -26,7 +26,8 @@ if ! .venv/bin/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'
 fi
 
 echo "bridge: installing the locks into .venv (8 GB; minutes the first time)" >&2
-"$uv" pip install --quiet --python .venv/bin/python --no-deps --require-hashes \
+# One package of the lock is source, in plain Python: what builds it is pinned too.
+"$uv" pip install --quiet --python .venv/bin/python --no-deps --require-hashes --build-constraints requirements.lock \
     -r requirements.lock -r requirements-dev.lock
 # The locks hold the setuptools that builds it.
 "$uv" pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation --editable .

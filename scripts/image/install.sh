@@ -39,7 +39,8 @@ python_packages() {
     /opt/uv/bin/pip install --quiet --no-cache-dir --disable-pip-version-check --no-deps --require-hashes \
         -r /opt/bridge/requirements-uv.lock
     uv venv --quiet --python /usr/bin/python3.11 /opt/venv
-    uv pip install --no-deps --require-hashes -r /opt/bridge/requirements.lock
+    # One package of the lock is source, in plain Python: what builds it is pinned too.
+    uv pip install --no-deps --require-hashes --build-constraints /opt/bridge/requirements.lock -r /opt/bridge/requirements.lock
     wheels=(/mnt/inputs/flash_attn-*.whl)
     if [[ -f ${wheels[0]} ]]; then
         uv pip install --no-deps "${wheels[0]}"

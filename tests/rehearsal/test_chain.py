@@ -10,7 +10,7 @@ import pytest
 
 from bridge import checkpoints, metrics, runs
 from bridge.rehearse import REPOSITORY, STEPS, TOKEN
-from door import SHELL, left_running
+from door import SHELL, bridge, left_running
 
 # In 64 steps the random model's loss has to fall to less than half (seen: 6.4 -> 2.3).
 LOSS_FALLS_BY = 2.0
@@ -148,3 +148,16 @@ def test_no_secret_is_in_any_file_or_in_the_output(rehearsal):
 
 def test_no_process_is_left(rehearsal):
     assert rehearsal.left_running == []
+
+
+# Last, because it replaces what the others look at.
+def test_an_older_step_and_any_folder_that_verl_wrote_can_be_merged(rehearsal):
+    env = {"WORK_DIR": str(rehearsal.folder), "MODEL": "tiny"}
+    for settings, stage, step in (({"STAGE": "sft", "STEP": "32"}, "sft", "global_step_32"),
+                                  ({"CKPT": str(rehearsal.stage("ppo") / "checkpoints" / "global_step_1")}, "ckpt", "actor")):
+        result = bridge("merge", **env, **settings)
+        assert result.returncode == 0, result.stderr
+        assert (rehearsal.stage(stage) / "merged" / "model.safetensors").is_file()
+        assert f"/{step} " in result.stderr.splitlines()[0]
+    critic = str(rehearsal.stage("ppo") / "checkpoints" / "global_step_1" / "critic")
+    assert "writes no text" in bridge("merge", **env, CKPT=critic).stderr

@@ -31,10 +31,10 @@ def run(work_dir: Path, *arguments: str, **settings: str) -> subprocess.Complete
 def interrupted(work_dir: Path, stage: str, step: int, *arguments: str, **settings: str) -> int:
     """Start a stage, end it with SIGTERM once it has gone past `step`, whose checkpoint is whole; returns its status."""
     folder = work_dir / "runs" / settings["RUN"] / stage
-    (work_dir / f"{settings['RUN']}.out").touch()
-    with open(work_dir / f"{settings['RUN']}.out", "wb") as output:
-        door = subprocess.Popen([sys.executable, "-m", "bridge", stage, *arguments], env={**SHELL, **settings_of(work_dir, **settings)},
-                                stdout=output, stderr=subprocess.STDOUT)
+    said = work_dir / f"{settings['RUN']}.out"
+    with open(said, "wb") as output:
+        door = subprocess.Popen([sys.executable, "-m", "bridge", stage, *arguments], stdout=output, stderr=subprocess.STDOUT,
+                                env={**SHELL, **settings_of(work_dir, **settings)})
         deadline = time.monotonic() + 300
         while True:
             rows = metrics.read(folder / "metrics.jsonl")
@@ -42,7 +42,7 @@ def interrupted(work_dir: Path, stage: str, step: int, *arguments: str, **settin
                      if checkpoint.complete]
             if step in saved and rows and rows[-1]["step"] >= step:
                 break
-            assert door.poll() is None and time.monotonic() < deadline, (work_dir / f"{settings['RUN']}.out").read_text()[-3000:]
+            assert door.poll() is None and time.monotonic() < deadline, said.read_text()[-3000:]
             time.sleep(0.1)
         door.send_signal(signal.SIGTERM)
         return door.wait(timeout=120)

@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from bridge import runs
+from bridge import runs, train
 from bridge.stages import STAGES, TOOLS
 from door import ROOT, SHELL, bridge
 
@@ -222,6 +222,18 @@ def test_a_lower_limit_of_virtual_memory_is_raised_and_that_is_said(env):
     result = subprocess.run(["bash", "-c", f"ulimit -S -v 40000000; {sys.executable} -m bridge sft --dry-run"],
                             env={**SHELL, **env}, capture_output=True, text=True, check=False)
     assert result.returncode == 0 and "ulimit -v raised from 40000000 KiB to unlimited" in result.stderr
+
+
+def test_a_network_card_that_is_not_there_is_refused_with_those_that_are(env):
+    # The tutorial's own value: one site's card.
+    assert "there are" in refused({**env, "NCCL_SOCKET_IFNAME": "enp25s0np0"}, "sft")
+
+
+@pytest.mark.parametrize("name", ["eth0", "eth", "=eth0", "^docker", "ib,eth", ""])
+def test_network_cards_are_named_as_nccl_has_it(tmp_path, name):
+    (tmp_path / "eth0").mkdir()
+    assert train.interface_problems({"NCCL_SOCKET_IFNAME": name}, tmp_path) == []
+    assert train.interface_problems({"NCCL_SOCKET_IFNAME": "=eth"}, tmp_path) != []
 
 
 def test_work_dir_may_have_spaces_and_any_letters(prepared, tmp_path):
