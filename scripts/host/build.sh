@@ -51,7 +51,7 @@ done
 [[ -z $wheel ]] || cp -L "$wheel" "$inputs"
 
 cd "$checkout"
-commit=$(git describe --always --dirty --abbrev=40 --exclude '*' 2> /dev/null) || commit=''
+commit=$(git describe --always --dirty --abbrev=40 2> /dev/null) || commit=''
 arguments=(--build-arg "COMMIT=$commit")
 [[ -z ${BASE:-} ]] || arguments+=(--build-arg "BASE=$BASE")
 SECONDS=0

@@ -15,8 +15,9 @@ read_settings
 settle_paths
 choose_engine "$1"
 USER=${USER:-$(id -un 2> /dev/null || id -u)}
-BRIDGE_COMMIT=$(git -C "$checkout" describe --always --dirty --abbrev=40 --exclude '*' 2> /dev/null) || BRIDGE_COMMIT=
-export USER BRIDGE_COMMIT
+export USER
+# For run.json, which is written where there is no checkout. Without git it says what the image was built from.
+! commit=$(git -C "$checkout" describe --always --dirty --abbrev=40 2> /dev/null) || export BRIDGE_COMMIT=$commit
 
 # What goes into the container: files at the same path as outside, and named variables.
 # The engines agree on --mount, which is CSV: a path may hold a comma, a colon or a quote.

@@ -86,6 +86,8 @@ read_settings() {
         fi
     done < "$file"
     [[ ${#problems[@]} == 0 ]] || fail "${problems[@]}"
+    # Before bash 4.4 an empty array counts as unset.
+    [[ ${#found[@]} != 0 ]] || return 0
     for name in "${!found[@]}"; do
         [[ -v $name ]] || export "$name=${found[$name]}"
     done
