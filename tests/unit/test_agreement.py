@@ -3,10 +3,10 @@
 import re
 
 import pytest
-from door import ROOT
 
 from bridge import settings
 from bridge.stages import STAGES, TOOLS
+from door import ROOT
 
 README, JAPANESE = (ROOT / "README.md").read_text(), (ROOT / "README.ja.md").read_text()
 
