@@ -14,7 +14,7 @@ from bridge import checkpoints, hardware, launch, metrics, model
 from bridge import settings as settings_module
 from bridge.errors import UsageError, say
 from bridge.main import work_dir_problems
-from bridge.settings import Settings
+from bridge.settings import Settings, is_local
 from bridge.standin_hub import Account, StandInHub
 
 REPOSITORY = "rehearsal/bridge"
@@ -41,10 +41,15 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
     problems = work_dir_problems(settings.work_dir)
     if problems:
         raise UsageError(*problems)
+    gpus = hardware.visible_gpus(env)
+    if env.get("MODEL") and not gpus and settings.model not in ("tiny", "smollm2") and not is_local(settings.model):
+        # A MODEL in .env is meant for the real run.
+        raise UsageError(f"MODEL={settings.model} is too large to rehearse without a GPU. Use `make rehearse MODEL=tiny "
+                         "DATA_SOURCE=builtin`, MODEL=smollm2 or a folder with a small model.")
     folder = settings.work_dir / "rehearsal"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    ranks = settings.gpus or (1 if hardware.visible_gpus(env) else 2)
+    ranks = settings.gpus or (1 if gpus else 2)
     rows = []
     with StandInHub(folder / "hub", tokens={TOKEN: ACCOUNT}) as hub:
         chain_env = {

@@ -93,6 +93,11 @@ def test_a_stage_names_everything_that_is_missing(env):
     assert "HF_REPO" in said and "GPUS='eight'" in said and "RUN='a/b'" in said
 
 
+def test_a_large_model_is_not_rehearsed_on_cpu(env):
+    said = refused({**env, "MODEL": "meta-llama/Llama-3.2-1B-Instruct", "CUDA_VISIBLE_DEVICES": "-1"}, "rehearse")
+    assert "MODEL=tiny" in said
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (["ppoo"], "Did you mean ppo?"),
     (["data", "trainer.total_epochs=1"], "takes no arguments"),
