@@ -72,6 +72,17 @@ def is_whole(file: Path) -> bool:
         return False
 
 
+def is_value_model(folder: Path) -> bool:
+    """Whether shards are those of a critic. Its config.json names the class of the base model, so the weights' names tell.
+
+    They are in the pickle beside the tensors, which are not read.
+    """
+    shard = next(folder.glob("model_world_size_*_rank_0.pt"))
+    with zipfile.ZipFile(shard) as archive:
+        names = archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl")))
+    return b"score.weight" in names or b"v_head." in names
+
+
 def list_checkpoints(folder: Path, stage: str) -> list[Checkpoint]:
     """All global_step_N folders, oldest first, with what each lacks."""
     found = []

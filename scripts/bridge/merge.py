@@ -6,7 +6,6 @@ verl's own merger joins the shards (verl.model_merger); what it leaves undone is
 """
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -83,10 +82,9 @@ def shards_of(folder: Path) -> Path:
     if faults:
         raise UsageError(f"CKPT={folder} is no whole checkpoint of verl: {'; '.join(faults)}. Name a folder like "
                          ".../global_step_58 (or .../global_step_435/actor).")
-    architectures = json.loads((shards / "huggingface" / "config.json").read_text()).get("architectures") or [""]
-    if "ForCausalLM" not in architectures[0]:
-        raise UsageError(f"CKPT={folder} holds a {architectures[0]}, which writes no text. "
-                         "PPO's model is in the folder actor; critic is its value function.")
+    if checkpoints.is_value_model(shards):
+        raise UsageError(f"CKPT={folder} holds a value function, which writes no text. PPO's model is in the folder actor; "
+                         "critic is its value function.")
     return shards
 
 
