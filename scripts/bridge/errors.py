@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from difflib import get_close_matches
 
 
@@ -15,7 +16,9 @@ class UsageError(Exception):
 
 def say(message: str) -> None:
     """Tell the user one thing, on stderr, so that stdout stays what a stage prints."""
-    print(f"bridge: {message}", file=sys.stderr, flush=True)
+    # Where nobody reads any more (the terminal was closed), what follows still has to be done.
+    with suppress(OSError):
+        print(f"bridge: {message}", file=sys.stderr, flush=True)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

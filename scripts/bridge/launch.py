@@ -47,7 +47,9 @@ def run(command: list[str], env: Mapping[str, str], log: Path | None, metrics_fi
         if child.poll() is None:
             child.send_signal(number if len(received) == 1 else signal.SIGKILL)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    # SIGHUP comes when the terminal is closed; under nohup it is ignored, and stays so.
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+              if signal.getsignal(number) != signal.SIG_IGN}
     try:
         with open(log or os.devnull, "ab", buffering=0) as log_file:
             copy_output(child, log_file, metrics_file, secrets, on_step, received)
@@ -86,9 +88,13 @@ def copy_output(child: subprocess.Popen, log_file, metrics_file, secrets, on_ste
     def emit(data: bytes) -> None:
         for secret in hidden:
             data = data.replace(secret, b"***")
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
         log_file.write(data)
+        try:
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+        except OSError:
+            # Nobody reads any more (the terminal was closed, `| head` has ended): no reason to end a training.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     source = child.stdout.fileno()
     while True:

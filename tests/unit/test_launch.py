@@ -74,7 +74,7 @@ def test_a_secret_in_the_output_is_masked(tmp_path):
     assert "s3cret" not in (tmp_path / "log.txt").read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_reaches_the_child_which_may_finish_its_work(tmp_path, number):
     door = start(tmp_path, f"""
         import signal, sys, time
@@ -85,6 +85,14 @@ def test_a_signal_reaches_the_child_which_may_finish_its_work(tmp_path, number):
     out, _ = door.communicate(timeout=30)
     assert "saved" in out
     assert door.returncode == 128 + number
+
+
+def test_the_run_goes_on_when_nobody_reads_its_output_any_more(tmp_path):
+    door = start(tmp_path, "import time\nprint('first')\ntime.sleep(1)\nprint('second')\ntime.sleep(1)\nprint('third')")
+    assert door.stdout.readline() == "first\n"
+    door.stdout.close()
+    assert door.wait(timeout=60) == 0
+    assert (tmp_path / "log.txt").read_text() == "first\nsecond\nthird\n"
 
 
 def test_no_orphan_is_left_not_even_a_daemon_that_ignores_sigterm(tmp_path):
