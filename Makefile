@@ -3,6 +3,8 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
+# The stages of one call follow each other.
+.NOTPARALLEL:
 
 # Make takes any NAME=value without a word: scripts/host/read_env.sh refuses those that .env.example does not know.
 export MAKE_NAMES := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))

@@ -65,6 +65,7 @@ def run_stage(name: str, env: Mapping[str, str], overrides: list[str], dry_run: 
     stage = STAGES[name]
     problems = [f"stage {name!r} needs {setting}. Set it in .env (see .env.example)."
                 for setting in stage.needs if not env.get(setting)]
+    missing = set(problems)
     if overrides and not stage.trains:
         problems.append(f"stage {name!r} takes no arguments but --dry-run; got {' '.join(overrides)}. "
                         "Its settings come from the environment (see .env.example).")
@@ -73,7 +74,8 @@ def run_stage(name: str, env: Mapping[str, str], overrides: list[str], dry_run: 
         problems += work_dir_problems(settings.work_dir)
     except UsageError as error:
         problems = error.problems + problems
-    if problems:
+    # A stage names what it lacks itself, together with all else that is wrong.
+    if set(problems) - missing:
         raise UsageError(*problems)
 
     child_env = clean_environment(settings, env)
@@ -136,9 +138,11 @@ def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
         if env.get("RAY_TMPDIR"):
             shutil.rmtree(env["RAY_TMPDIR"], ignore_errors=True)
     if plan.keep_log or (status == 0 and plan.record_dir.is_dir()):
-        runs.write(plan.record_dir, runs.end(record, status), secrets)
+        newest = checkpoints.newest_complete(plan.checkpoints, name) if plan.checkpoints else None
+        runs.write(plan.record_dir, runs.end(record, status, newest.step if newest else 0), secrets)
     if status:
-        say(f"{name} failed with exit status {status}"
+        say(f"{name} {'was ended by a signal' if status > 128 else 'failed'} (exit status {status})"
+            + ("; the same command continues it" if status > 128 and plan.checkpoints else "")
             + (f"; the log is {plan.record_dir / 'log.txt'}" if plan.keep_log else ""))
     return status
 

@@ -32,19 +32,23 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
     if settings.ckpt and (settings.step or settings.stage in ("sft", "ppo")):
         raise UsageError("CKPT= names a checkpoint by its folder, STAGE= and STEP= one of this run. Give one or the other.")
     if settings.ckpt:
-        stage, shards = "ckpt", shards_of(settings.ckpt)
+        stage, shards, notes = "ckpt", shards_of(settings.ckpt), []
     else:
         stage = settings.stage or newest_stage(settings)
         if stage == "ckpt":
             raise UsageError("STAGE=ckpt goes with CKPT=, the folder of the checkpoint.")
-        shards = checkpoint_of(settings, stage).path / checkpoints.parts(stage)[0]
+        checkpoint = checkpoint_of(settings, stage)
+        notes = [f"warning: {newer.path.name} is newer but incomplete ({newer.faults[0]})" for newer in
+                 checkpoints.list_checkpoints(checkpoint.path.parent, stage)
+                 if newer.step > checkpoint.step and settings.step is None]
+        shards = checkpoint.path / checkpoints.parts(stage)[0]
     output = settings.merged_dir(stage)
     return Plan(
         command=[sys.executable, "-u", "-m", "bridge.merge", str(shards), str(output)],
         env={"WORK_DIR": str(settings.work_dir), "HF_HUB_OFFLINE": "1"},
         record_dir=settings.stage_dir(stage) / "merge",
         keep_log=True,
-        notes=[f"merge: {shards} -> {output}"],
+        notes=[f"merge: {shards} -> {output}", *notes],
     )
 
 

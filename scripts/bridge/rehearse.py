@@ -7,10 +7,11 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 import pyarrow.parquet
 
-from bridge import checkpoints, hardware, launch, metrics, model
+from bridge import checkpoints, hardware, launch, metrics, model, runs
 from bridge import settings as settings_module
 from bridge.errors import UsageError, say
 from bridge.main import work_dir_problems
@@ -47,9 +48,16 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
         raise UsageError(f"MODEL={settings.model} is too large to rehearse without a GPU. Use `make rehearse MODEL=tiny "
                          "DATA_SOURCE=builtin`, MODEL=smollm2 or a folder with a small model.")
     folder = settings.work_dir / "rehearsal"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    ranks = settings.gpus or (1 if gpus else 2)
+    folder.mkdir(parents=True, exist_ok=True)
+    with runs.locked(folder):
+        for path in folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+        return run_chain(settings, env, folder, settings.gpus or (1 if gpus else 2))
+
+
+def run_chain(settings: Settings, env: Mapping[str, str], folder: Path, ranks: int) -> int:
+    """Run the stages in this folder, with so many ranks, and print the table."""
     rows = []
     with StandInHub(folder / "hub", tokens={TOKEN: ACCOUNT}) as hub:
         chain_env = {
@@ -58,7 +66,7 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
             "PUBLIC": "0", "WANDB_MODE": "offline",
         }
         chain_env["PROFILE"] = "tiny" if chain_env["MODEL"] == "tiny" else "rehearsal"
-        for name in ("WANDB_API_KEY", "STEP", "CKPT"):
+        for name in ("WANDB_API_KEY", "STEP", "CKPT", "TP"):
             chain_env.pop(name, None)
         # A relative folder is meant from where the person stands, which stays the same here.
         chain = settings_module.read(chain_env)

@@ -20,15 +20,27 @@ from bridge.errors import UsageError, say
 from bridge.settings import CONFIGS, ROOT, SECRETS
 from bridge.stages import Plan
 
-# Keys that may differ when a run is continued: where from, and what depends on the machine or on housekeeping.
-MAY_DIFFER = ("trainer.resume_mode", "trainer.resume_from_path", "ray_init.num_cpus", "trainer.max_ckpt_to_keep",
+# Keys that may differ when a run is continued: where from, what it is called, and what depends on the machine or on
+# housekeeping.
+MAY_DIFFER = ("trainer.project_name", "trainer.experiment_name", "trainer.logger",
+              "trainer.resume_mode", "trainer.resume_from_path", "ray_init.num_cpus", "trainer.max_ckpt_to_keep",
               "trainer.max_actor_ckpt_to_keep", "trainer.max_critic_ckpt_to_keep")
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """The run.json of a folder, None if there is none."""
+    """The run.json of a folder, None if there is none.
+
+    Raises:
+        UsageError: it is not JSON.
+    """
     file = folder / "run.json"
-    return json.loads(file.read_text()) if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{file} is damaged ({error}), so it is not known what this run was. Move {folder} away, or give "
+                         "this run another name (RUN=NAME).") from error
 
 
 def write(folder: Path, record: Mapping[str, Any], secrets: list[str]) -> None:
@@ -95,6 +107,7 @@ def begin(plan: Plan, env: Mapping[str, str]) -> dict[str, Any]:
                **machine(env)}
     return {
         "status": "running",
+        "last_step": plan.resume_step,
         "config": plan.config,
         "inputs": plan.inputs,
         "work_dir": plan.env.get("WORK_DIR"),
@@ -102,9 +115,10 @@ def begin(plan: Plan, env: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def end(record: dict[str, Any], status: int) -> dict[str, Any]:
-    """The record at the end of a run."""
+def end(record: dict[str, Any], status: int, last_step: int) -> dict[str, Any]:
+    """The record at the end of a run, which left a checkpoint of `last_step` (0: none)."""
     record["status"] = "finished" if status == 0 else "failed"
+    record["last_step"] = last_step
     record["attempts"][-1].update(ended=now(), exit_status=status)
     return record
 

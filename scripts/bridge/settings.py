@@ -107,7 +107,7 @@ def read(env: Mapping[str, str]) -> Settings:
         if value is None:
             return None
         if not re.fullmatch(r"[0-9]+", value) or int(value) < least:
-            problems.append(f"{name}={value!r} is not {example}, a whole number of at least {least}.")
+            problems.append(f"{name}={value!r} is not {example}. Use a whole number of at least {least}.")
             return None
         return int(value)
 

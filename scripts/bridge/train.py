@@ -12,7 +12,7 @@ import pyarrow.parquet
 from bridge import checkpoints, hardware, model, runs
 from bridge.compose import compose, compose_checked
 from bridge.errors import UsageError
-from bridge.settings import CONFIGS, Settings
+from bridge.settings import CONFIGS, Settings, is_local
 from bridge.stages import Plan
 
 # Keys that only the door sets, and the setting that does.
@@ -46,7 +46,8 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
     """
     trainer = import_module(f"bridge.{stage}")
     notes: list[str] = []
-    gpus, on_cpu = choose_hardware(settings, env, notes, dry_run)
+    problems: list[str] = interface_problems(env)
+    gpus, on_cpu = choose_hardware(settings, env, notes, problems, dry_run)
     stage_dir = settings.stage_dir(stage)
     model_dir = settings.merged_dir("sft") if stage == "ppo" and settings.init == "sft" else settings.model_dir
     if stage == "ppo":
@@ -73,27 +74,32 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
         gpus = compose(stage, own, own_env)["trainer"]["n_gpus_per_node"]
         notes.append(f"GPUS is not given and no GPU is visible here: shown for {gpus}")
     own.append(f"trainer.n_gpus_per_node={gpus}")
-    config = compose_checked(stage, own, overrides, own_env, OWNED)
-
-    problems = interface_problems(env)
+    try:
+        config = compose_checked(stage, own, overrides, own_env, OWNED)
+    except UsageError as error:
+        # The rest is checked without them, so that all mistakes are named at once.
+        problems += error.problems
+        config = compose(stage, own, own_env)
     rows = data_problems(config, trainer.columns(config), problems)
-    model_problems = model.check_model_folder(model_dir)
-    if model_problems:
-        problems += model_problems
-        if stage == "ppo" and settings.init == "sft":
-            problems.append("INIT=sft starts from the merged result of the sft stage. Run `make sft` and "
-                            "`make merge STAGE=sft` first, or use INIT=base.")
-        elif not model_dir.is_dir():
-            problems.append(f"Run `make model` first (MODEL={settings.model}).")
+    if model_dir != settings.model_dir:
+        cure = ("INIT=sft starts from the merged result of the sft stage: run `make sft` and `make merge STAGE=sft` first, "
+                "or use INIT=base.")
+    elif is_local(settings.model):
+        cure = "MODEL= has to name a folder with a whole Hugging Face model."
+    else:
+        cure = f"Run `make model` first (MODEL={settings.model})."
+    model_problems = model.check_model_folder(model_dir, cure)
+    problems += model_problems
     heads = None if model_problems else model.attention_heads(model_dir)
     world = gpus * config["trainer"]["nnodes"]
     faults = trainer.divisibility(config, world, heads)
     if faults:
         possible = [n for n in range(1, 65) if not trainer.divisibility(config, n, heads)]
         problems += [f"GPUS={gpus}: {fault}." for fault in faults]
-        problems.append("Possible with these settings: " + (f"GPUS={', '.join(map(str, possible))}." if possible else
-                                                            "no number of GPUs; change the batch sizes."))
+        problems.append(f"Possible with these settings: GPUS={', '.join(map(str, possible))}." if possible else
+                        "No number of GPUs goes with these settings: change TP=, or the batch sizes.")
     if rows:
+        notes += data_notes(settings)
         problems += trainer.row_problems(config, world, *rows)
     if problems:
         raise UsageError(*problems)
@@ -107,6 +113,8 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
         steps_per_epoch=rows[0] // config["data"]["train_batch_size"])
     newest = checkpoints.newest_complete(made.checkpoints, stage)
     finished = check_continuation(stage, settings, made, newest)
+    if finished:
+        return Plan(**{**vars(made), "notes": [], "finished": finished})
     check_disk(stage, settings, made, model.parameter_count(model_dir), notes)
     resume_step = newest.step if newest else 0
     resume = (["trainer.resume_mode=disable"] if newest is None else
@@ -123,7 +131,7 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
     notes.insert(0, f"{stage}: {gpus} {device}, profile {settings.profile}, run {settings.run}, model {model_dir.name}")
     arguments = ["--config-dir", str(CONFIGS), "--config-name", stage, *own, *resume, *overrides]
     command = trainer.command(gpus, ["bridge.on_cpu", trainer.MODULE] if on_cpu else [trainer.MODULE], arguments)
-    return Plan(**{**vars(made), "command": command, "resume_step": resume_step, "finished": finished})
+    return Plan(**{**vars(made), "command": command, "resume_step": resume_step})
 
 
 def quote(value: str) -> str:
@@ -131,8 +139,9 @@ def quote(value: str) -> str:
     return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-def choose_hardware(settings: Settings, env: Mapping[str, str], notes: list[str], dry_run: bool) -> tuple[int | None, bool]:
-    """Return (GPUs or ranks, whether on CPU). A dry run only notes what is wrong with the hardware."""
+def choose_hardware(settings: Settings, env: Mapping[str, str], notes: list[str], problems: list[str],
+                    dry_run: bool) -> tuple[int | None, bool]:
+    """Return (GPUs or ranks, whether on CPU). What is wrong with the hardware is a problem, in a dry run only a note."""
     gpus = hardware.visible_gpus(env)
     if not gpus and settings.profile in ON_CPU:
         notes.append(f"no GPU visible: on {hardware.cpu_count()} CPU cores, over gloo")
@@ -152,8 +161,8 @@ def choose_hardware(settings: Settings, env: Mapping[str, str], notes: list[str]
                                 f"{gpu.memory / 2**30:.0f} GiB)" for gpu in busy) + \
                 ". Name free ones with CUDA_VISIBLE_DEVICES=."
     if problem and not dry_run:
-        raise UsageError(problem)
-    if problem:
+        problems.append(problem)
+    elif problem:
         notes.append(f"warning: {problem}")
     return settings.gpus or len(gpus) or None, False
 
@@ -194,6 +203,14 @@ def data_files(config: Mapping[str, Any], key: str) -> list[Path]:
     """The parquet files that a configuration names; verl takes one name or a list."""
     value = config["data"][key]
     return [Path(os.path.expanduser(file)) for file in (value if isinstance(value, list) else [value])]
+
+
+def data_notes(settings: Settings) -> list[str]:
+    """A word of warning where the data were made up for a rehearsal and the profile is a real one."""
+    record = runs.read(settings.data_dir)
+    if record is None or settings.profile in ON_CPU or "builtin" not in record["attempts"][-1]["command"]:
+        return []
+    return [f"warning: {settings.data_dir} holds made-up problems (DATA_SOURCE=builtin), not GSM8K; `make data` fetches it"]
 
 
 def data_problems(config: Mapping[str, Any], columns: list[str], problems: list[str]) -> tuple[int, int] | None:
@@ -246,8 +263,10 @@ def check_continuation(stage: str, settings: Settings, planned: Plan, newest: ch
         return None
     trainer = planned.config["trainer"]
     total = trainer["total_training_steps"] or planned.steps_per_epoch * trainer["total_epochs"]
+    reached = newest.step if newest else 0
     # A run that was ended between its last save and its end is finished too: verl would train and save one step more.
-    done = record["status"] == "finished" or (newest is not None and newest.step >= total)
+    # One whose last checkpoint was damaged or removed since is not.
+    done = reached >= total or (record["status"] == "finished" and reached >= record["last_step"])
     if newest is None and not done:
         # Nothing to continue: a run that failed before its first checkpoint may be started with other settings.
         return None
@@ -259,7 +278,7 @@ def check_continuation(stage: str, settings: Settings, planned: Plan, newest: ch
             "overwritten. Use RUN=NAME for a new run, or the settings it had. Different (recorded -> now):\n  "
             + "\n  ".join(shown))
     if done:
-        where = f"newest checkpoint: {newest.path}" if newest else "no checkpoint was asked for"
+        where = f"newest checkpoint: {newest.path}" if newest else "it was to save no checkpoint"
         return f"{stage} of run {settings.run!r} is finished ({where}). Nothing to do; RUN=NAME starts another."
     return None
 

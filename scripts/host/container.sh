@@ -11,7 +11,9 @@ source "$checkout/scripts/host/paths.sh"
 # shellcheck source=scripts/host/engine.sh
 source "$checkout/scripts/host/engine.sh"
 [[ $# -gt 0 ]] || set -- --help
-read_settings
+# The rehearsal is small, whatever .env says of the real run: only what this machine needs is taken from there.
+machine='WORK_DIR|ENGINE|IMAGE|CUDA_VISIBLE_DEVICES|NCCL_.*|.*_(proxy|PROXY)|SSL_CERT_FILE|REQUESTS_CA_BUNDLE'
+if [[ $1 == rehearse ]]; then read_settings "$machine"; else read_settings; fi
 settle_paths
 choose_engine "$1"
 USER=${USER:-$(id -un 2> /dev/null || id -u)}

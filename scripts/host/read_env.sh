@@ -35,7 +35,7 @@ unknown() { # NAME: say that it is none, and which one may have been meant
 
 # Sets each name of .env that the environment does not have (one that is set and empty counts as set). Names all
 # mistakes at once, in .env and on make's command line, and ends the script with 2. Prints no value: some are secrets.
-read_settings() {
+read_settings() { # [PATTERN]: of .env, only names that match it
     # Bytes, not characters: a path may be in any encoding.
     local LC_ALL=C file=${ENV_FILE:-$checkout/.env} line number=0 where name value quote singles doubles
     local -a problems=()
@@ -89,6 +89,6 @@ read_settings() {
     # Before bash 4.4 an empty array counts as unset.
     [[ ${#found[@]} != 0 ]] || return 0
     for name in "${!found[@]}"; do
-        [[ -v $name ]] || export "$name=${found[$name]}"
+        [[ -v $name || ! $name =~ ^(${1:-.*})$ ]] || export "$name=${found[$name]}"
     done
 }

@@ -288,9 +288,33 @@ def test_a_run_whose_data_changed_is_not_continued(env):
     assert "data.train_files" in refused(env, "sft")
 
 
-def test_housekeeping_settings_may_differ(env):
+def test_names_and_housekeeping_may_differ(env):
     finished_run(env)
-    assert "is finished" in bridge("sft", **{**env, "KEEP": "5"}).stderr
+    assert "is finished" in bridge("sft", **{**env, "KEEP": "5", "WANDB_PROJECT": "other"}).stderr
+
+
+def test_a_finished_run_whose_last_checkpoint_is_gone_is_not_taken_for_finished(env):
+    finished_run(env, last_step=64)
+    result = bridge("sft", "--dry-run", **env)
+    assert result.returncode == 0 and "is finished" not in result.stderr
+    assert "trainer.resume_mode=disable" in result.stdout
+
+
+def test_a_damaged_record_is_named_without_a_traceback(env):
+    (finished_run(env) / "run.json").write_text("{")
+    assert "run.json is damaged" in refused(env, "sft")
+
+
+def test_mistakes_of_every_kind_are_named_at_once(env):
+    said = refused({**env, "MODEL": "/no/model", "GPUS": "3", "PROFILE": "tutorial", "CUDA_VISIBLE_DEVICES": "-1"}, "sft",
+                   "trainer.totl_epochs=1")
+    for part in ("/no/model", "does not divide by 3 GPUs", "no GPU visible", "trainer.total_epochs?"):
+        assert part in said, said
+
+
+def test_made_up_data_in_a_real_run_are_warned_of(env):
+    result = bridge("sft", "--dry-run", **{**env, "PROFILE": "tutorial", "GPUS": "8"})
+    assert "made-up problems" in result.stderr
 
 
 def test_a_work_folder_that_moved_is_no_difference(env, tmp_path_factory):

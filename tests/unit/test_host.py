@@ -23,6 +23,8 @@ from pathlib import Path
 if sys.argv[1:3] == ["image", "inspect"]:
     print("sha256:0123")
     sys.exit(int(os.environ.get("FAKE_NO_IMAGE", "0")))
+if sys.argv[1:] == ["info"]:
+    sys.exit(int(os.environ.get("FAKE_NO_DAEMON", "0")))
 Path(os.environ["FAKE_RECORD"]).write_text(json.dumps({{"argv": sys.argv, "env": dict(os.environ)}}))
 """
 TARGETS = ("help", "venv", "lock", "data", "model", "sft", "ppo", "merge", "upload", "check", "rehearse", "test", "lint",
@@ -372,6 +374,12 @@ def test_a_missing_image_names_the_cure(host, engine, target):
     assert not host.record.exists() and not (host.cwd / "work").exists()
 
 
+def test_an_engine_without_its_daemon_is_named_as_such(host):
+    host.engine("docker")
+    result = host.container("ppo", FAKE_NO_IMAGE="1", FAKE_NO_DAEMON="1")
+    assert result.returncode == 2 and "docker is on PATH but does not answer" in result.stderr
+
+
 @pytest.mark.parametrize(("engine", "word"), [("apptainer", "not on PATH"), ("dokcer", "none of apptainer"),
                                               ("", "no apptainer, singularity, podman or docker")])
 def test_a_missing_engine_names_the_cure(host, engine, word):
@@ -464,6 +472,17 @@ def test_the_rehearsal_makes_its_venv_where_there_is_no_image(host, engine):
     assert result.returncode == 0, result.stderr
     assert "made .venv" in result.stderr
     assert host.seen()["argv"] == [f"{copy}/.venv/bin/bridge", "rehearse"]
+
+
+def test_the_rehearsal_takes_nothing_of_the_real_run_from_the_env_file(host):
+    copy = checkout_with_recording_bridge(host)
+    host.env_file.write_text(f"GPUS=8\nMODEL=meta-llama/Llama-3.2-1B-Instruct\nHF_TOKEN=hf_x\nWORK_DIR={host.home}/here\n")
+    for stage, taken in (("rehearse", False), ("sft", True)):
+        result = host.run(copy / "scripts/host/container.sh", stage, ENGINE="none")
+        assert result.returncode == 0, result.stderr
+        seen = host.seen()["env"]
+        assert seen["WORK_DIR"] == f"{host.home}/here"
+        assert all((name in seen) == taken for name in ("GPUS", "MODEL", "HF_TOKEN"))
 
 
 def test_no_other_stage_leaves_the_container_by_itself(host):
