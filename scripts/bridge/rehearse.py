@@ -44,7 +44,7 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
         raise UsageError(*problems)
     gpus = hardware.visible_gpus(env)
     if env.get("MODEL") and not gpus and settings.model not in ("tiny", "smollm2") and not is_local(settings.model):
-        # A MODEL in .env is meant for the real run.
+        # Exported for the real run, most likely.
         raise UsageError(f"MODEL={settings.model} is too large to rehearse without a GPU. Use `make rehearse MODEL=tiny "
                          "DATA_SOURCE=builtin`, MODEL=smollm2 or a folder with a small model.")
     folder = settings.work_dir / "rehearsal"
@@ -60,12 +60,13 @@ def run_chain(settings: Settings, env: Mapping[str, str], folder: Path, ranks: i
     """Run the stages in this folder, with so many ranks, and print the table."""
     rows = []
     with StandInHub(folder / "hub", tokens={TOKEN: ACCOUNT}) as hub:
+        name = env.get("MODEL") or "tiny"
         chain_env = {
-            "MODEL": "tiny", "DATA_SOURCE": "builtin", **env, **hub.env(TOKEN),
+            **env, "MODEL": name, "DATA_SOURCE": env.get("DATA_SOURCE") or "builtin",
+            "PROFILE": "tiny" if name == "tiny" else "rehearsal",
             "WORK_DIR": str(folder), "RUN": "default", "GPUS": str(ranks), "HF_REPO": REPOSITORY,
             "PUBLIC": "0", "WANDB_MODE": "offline",
         }
-        chain_env["PROFILE"] = "tiny" if chain_env["MODEL"] == "tiny" else "rehearsal"
         for name in ("WANDB_API_KEY", "STEP", "CKPT", "TP"):
             chain_env.pop(name, None)
         # A relative folder is meant from where the person stands, which stays the same here.
@@ -73,7 +74,9 @@ def run_chain(settings: Settings, env: Mapping[str, str], folder: Path, ranks: i
         for name, stage, extra in STEPS:
             say(f"--- {name}")
             started = time.monotonic()
-            status = launch.run([sys.executable, "-m", "bridge", stage], {**chain_env, **extra}, None, None, [])
+            # Only the upload goes to the stand-in: a MODEL of the real hub may be rehearsed where there is a GPU.
+            step_env = {**chain_env, **extra, **(hub.env(TOKEN) if stage == "upload" else {})}
+            status = launch.run([sys.executable, "-m", "bridge", stage], step_env, None, None, [])
             if status:
                 say(f"the rehearsal stopped at {name}")
                 return status
