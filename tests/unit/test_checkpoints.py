@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bridge import checkpoints
+from bridge import checkpoints, merge, settings
 
 
 def write_shards(folder: Path, world_size: int = 2) -> None:
@@ -113,3 +113,21 @@ def test_the_data_loaders_state_is_put_aside_only_where_sft_would_skip_an_epoch(
 def test_the_expected_size_is_that_of_weights_and_adam_in_fp32():
     assert checkpoints.expected_size("sft", 1_235_814_400) == pytest.approx(14.8e9, rel=0.01)
     assert checkpoints.expected_size("ppo", 1_235_814_400) == pytest.approx(29.7e9, rel=0.01)
+
+
+def test_merging_says_which_newer_checkpoint_it_passes_over(tmp_path):
+    folder = tmp_path / "runs" / "default" / "sft" / "checkpoints"
+    for step in (10, 20):
+        write_checkpoint(folder, step)
+    (folder / "global_step_20" / "model_world_size_2_rank_1.pt").write_bytes(b"PK cut")
+    plan = merge.plan(settings.read({"WORK_DIR": str(tmp_path)}), {})
+    assert str(folder / "global_step_10") in plan.command
+    assert "global_step_20 is newer but incomplete" in plan.notes[1]
+
+
+def test_a_critic_is_known_by_its_weights_names(tmp_path):
+    for name, weight in (("actor", "lm_head.weight"), ("critic", "score.weight")):
+        write_shards(tmp_path / name)
+        torch.save({weight: torch.zeros(2)}, tmp_path / name / "model_world_size_2_rank_0.pt")
+    assert not checkpoints.is_value_model(tmp_path / "actor")
+    assert checkpoints.is_value_model(tmp_path / "critic")

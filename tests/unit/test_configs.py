@@ -1,6 +1,7 @@
 """The configuration: equal to the tutorial where it must be, true to verl's tree, checked before the start."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -110,7 +111,7 @@ def test_the_tutorial_profile_launches_the_tutorials_configuration_key_by_key(st
 
 
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
-@pytest.mark.parametrize("groups", [["profile/{}=tutorial"], ["profile/{}=rehearsal"],
+@pytest.mark.parametrize("groups", [["profile/{}=tutorial"], ["profile/{}=tuned"], ["profile/{}=rehearsal"],
                                     ["profile/{}=tiny", "device/{}=cpu"]], ids=" ".join)
 def test_what_the_door_checks_is_what_the_trainer_composes(stage, groups):
     overrides = [group.format(stage) for group in groups]
@@ -131,6 +132,16 @@ def test_every_key_of_ours_is_a_key_of_verls(file):
     assert not ours or set(flatten(ours)) - nodes <= NOT_IN_VERLS_YAML
 
 
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_the_tuned_profile_changes_machinery_and_no_mathematics(stage):
+    tutorial, tuned = (flatten(compose(stage, [f"profile/{stage}={name}"], NAMES)) for name in ("tutorial", "tuned"))
+    machinery = re.compile(r".*(use_remove_padding|use_dynamic_bsz|max_token_len_per_gpu|enforce_eager|gpu_memory_utilization"
+                           r"|enable_gradient_checkpointing)")
+    different = {key for key in tutorial if tutorial[key] != tuned[key]}
+    assert different and tutorial.keys() == tuned.keys()
+    assert all(machinery.fullmatch(key) for key in different), different
+
+
 def test_no_file_of_ours_has_the_name_of_one_of_verls():
     # Hydra would ignore ours in silence.
     theirs = {file.relative_to(verl_config_dir()) for file in verl_config_dir().rglob("*.yaml")}
@@ -149,7 +160,7 @@ def test_every_configuration_says_what_it_is_and_every_key_why(file):
     ("trainer.total_epochs=many", "trainer.total_epochs is a number"),
     ("trainer.val_before_train=3", "trainer.val_before_train is True or False"),
     ("trainer.n_gpus_per_node=4", "GPUS="),
-    ("profile/ppo=tuned", "PROFILE="),
+    ("profile/ppo=tiny", "PROFILE="),
     ("--gpus", "is no option of a stage"),
     ("no equals", "is not of the form key=value"),
 ])
