@@ -49,7 +49,7 @@ def run(command: list[str], env: Mapping[str, str], log: Path | None, metrics_fi
 
     # SIGHUP comes when the terminal is closed; under nohup it is ignored, and stays so.
     before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-              if signal.getsignal(number) != signal.SIG_IGN}
+              if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN}
     try:
         with open(log or os.devnull, "ab", buffering=0) as log_file:
             copy_output(child, log_file, metrics_file, secrets, on_step, received)

@@ -26,8 +26,15 @@ sys.exit(launch.run([sys.executable, "-u", "-c", sys.argv[2]], os.environ, folde
 
 
 def start(folder: Path, program: str) -> subprocess.Popen:
+    # A shell's background job or nohup hands on that SIGINT and SIGHUP are ignored; a person's shell does not.
     return subprocess.Popen([sys.executable, "-c", DOOR, str(folder), textwrap.dedent(program)], env=SHELL,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            preexec_fn=heed_signals)
+
+
+def heed_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def wait_for(condition, seconds: float = 20) -> None:
