@@ -121,8 +121,8 @@ def test_training_changed_the_weights_from_base_to_sft_to_ppo(rehearsal):
         rehearsal.folder / "models" / "tiny", rehearsal.stage("sft") / "merged", rehearsal.stage("ppo") / "merged"))
     assert not torch.equal(base, sft)
     # Two steps at 1e-6 are below bf16's resolution for most weights, but not for all.
-    critic = rehearsal.stage("ppo") / "checkpoints" / "global_step_2" / "actor" / "model_world_size_2_rank_0.pt"
-    trained = torch.load(critic, weights_only=False)[name].to_local().float()
+    actor = rehearsal.stage("ppo") / "checkpoints" / "global_step_2" / "actor" / "model_world_size_2_rank_0.pt"
+    trained = torch.load(actor, weights_only=False)[name].to_local().float()
     assert ppo.shape == sft.shape and not torch.equal(trained, sft[:trained.shape[0]])
 
 
