@@ -6,6 +6,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from spython.main.parse.parsers import DockerParser, SingularityParser
+from spython.main.parse.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 OCI = (ROOT / "Containerfile").read_text()
@@ -13,36 +15,60 @@ SIF = (ROOT / "apptainer.def").read_text()
 INSTALL = ROOT / "scripts/image/install.sh"
 
 
-def section(name: str) -> list[str]:
-    """Lines of one %section of apptainer.def."""
-    return re.search(rf"^%{name}\n((?:    .*\n|\n)*)", SIF, re.MULTILINE).group(1).split("\n")
+def parsed(recipe: str, folder: Path) -> Recipe:
+    """One recipe as spython reads it, with the defaults of its arguments put in: it does not know {{ }}."""
+    if recipe == "Containerfile":
+        [parsed] = DockerParser(str(ROOT / recipe)).recipe.values()
+        return parsed
+    text = SIF
+    for name, value in re.findall(r"^    ([A-Z]+)=(.*)$", SIF, re.MULTILINE):
+        text = text.replace("{{ " + name + " }}", value)
+    assert "{{" not in text
+    (folder / recipe).write_text(text)
+    [parsed] = SingularityParser(str(folder / recipe)).recipe.values()
+    return parsed
 
 
-def test_both_recipes_start_from_the_same_image_by_digest():
-    [base] = re.findall(r"^ARG BASE=(\S+)$", OCI, re.MULTILINE)
-    assert [line.strip() for line in section("arguments") if "BASE=" in line] == [f"BASE={base}"]
-    assert re.fullmatch(r"debian:bookworm-slim@sha256:[0-9a-f]{64}", base)
+@pytest.fixture
+def recipes(tmp_path) -> tuple[Recipe, Recipe]:
+    return parsed("Containerfile", tmp_path), parsed("apptainer.def", tmp_path)
 
 
-def test_both_recipes_run_the_same_install_steps():
-    steps = r"/opt/bridge/scripts/image/install\.sh \w+"
-    assert re.findall(steps, OCI) == re.findall(steps, SIF)
+def test_both_recipes_start_from_the_same_image_by_digest(recipes):
+    oci, sif = recipes
+    assert oci.fromHeader == sif.fromHeader
+    assert re.fullmatch(r"debian:bookworm-slim@sha256:[0-9a-f]{64}", sif.fromHeader)
 
 
-def test_both_recipes_copy_the_same_files():
-    oci = {source for line in re.findall(r"^COPY (.*)$", OCI, re.MULTILINE) for source in line.split()[:-1]}
-    assert oci == {line.split()[0] for line in section("files") if line}
-    assert [path for path in oci if not (ROOT / path).exists()] == []
+def test_both_recipes_run_the_same_install_steps(recipes):
+    steps = [re.findall(r"install\.sh (\w+)", "\n".join(recipe.install)) for recipe in recipes]
+    assert steps[0] == steps[1] == ["dependencies", "bridge", "manifest"]
 
 
-def test_both_recipes_set_the_same_environment():
-    words = [word for line in re.findall(r"^ENV (.*)$", OCI, re.MULTILINE) for word in line.split()]
-    exported = [word for line in section("environment") if line
-                for word in line.replace("{{ COMMIT }}", "").removeprefix("    export ").split()]
-    names = {word.split("=")[0] for word in words}
-    assert names == {word.split("=")[0] for word in exported}
-    # The commit that the image was built from is written in each recipe's own words.
-    assert {word for word in words if "COMMIT" not in word} == {word for word in exported if "COMMIT" not in word}
+def test_both_recipes_copy_the_same_files_to_the_same_places(recipes):
+    oci, sif = recipes
+    copied = {(source, target + Path(source).name if target.endswith("/") else target) for source, target in oci.files}
+    assert copied == {tuple(line.split()) for line in sif.files}
+    assert [source for source, _ in copied if not (ROOT / source).exists()] == []
+
+
+def test_both_recipes_set_the_same_environment(recipes):
+    oci, sif = recipes
+    assert sorted(oci.environ) == sorted(word for line in sif.environ for word in line.split())
+    assert any(word.startswith("PATH=/opt/venv/bin:") for word in oci.environ)
+
+
+def test_both_recipes_enter_by_the_same_door(recipes):
+    oci, sif = recipes
+    assert sif.cmd == f'exec {oci.entrypoint[-1]} "$@"'
+    assert oci.entrypoint[-1] == "bridge"
+
+
+def test_both_recipes_have_the_same_labels(recipes):
+    oci, sif = recipes
+    labels = {tuple(label.replace('"', "").replace("${COMMIT}", "").split("=", 1)) for [label] in oci.labels}
+    assert labels == {line.partition(" ")[::2] for line in sif.labels}
+    assert len(labels) > 3
 
 
 def test_what_is_copied_is_let_through_to_the_build_and_nothing_else():
