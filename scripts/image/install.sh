@@ -99,12 +99,12 @@ bridge)
     PYTHONPATH=$(echo /usr/share/python-wheels/pip-*.whl) /opt/venv/bin/python -m pip install --quiet --no-cache-dir --no-compile \
         --disable-pip-version-check --no-index --no-deps --no-build-isolation --editable /opt/bridge
     /opt/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash /opt/bridge/scripts
-    /opt/venv/bin/bridge --help > /dev/null
     # A door for each stage, where Apptainer looks for apps: apptainer run --app ppo bridge.sif
     for stage in $(/opt/venv/bin/python -c 'from bridge.stages import STAGES, TOOLS; print(*STAGES, *TOOLS)'); do
         mkdir -p "/scif/apps/$stage/scif"
         printf '#!/bin/sh\nexec bridge %s "$@"\n' "$stage" > "/scif/apps/$stage/scif/runscript"
         chmod 755 "/scif/apps/$stage/scif/runscript"
+        /opt/venv/bin/bridge --help > "/scif/apps/$stage/scif/runscript.help"
     done
     echo "proved: bridge --help"
     ;;
