@@ -189,3 +189,66 @@ def test_two_builds_do_not_get_in_each_others_way(build):
     (build.folder / "scripts/image/inputs").mkdir()
     assert "another build" in build("sif").stderr
     assert (build.folder / "scripts/image/inputs").is_dir()
+
+
+def test_on_a_login_node_a_build_is_warned_of_and_in_a_job_it_is_not(build):
+    fake_apptainer(build)
+    tool(build, "df", "echo Avail; echo 104857600")
+    tool(build, "sbatch", "")
+    assert "login node" in build("sif").stderr
+    assert "login node" not in build("sif", SLURM_JOB_ID="1").stderr
+
+
+DIGEST = "sha256:" + "0a" * 32
+
+
+@pytest.fixture
+def pull(build):
+    """make pull, where Apptainer and podman are fakes that note how they are called."""
+    tool(build, "apptainer", 'printf "%s\\n" "$@" > "$HOME/argv"; [[ -z ${FAIL:-} ]] || exit 1; echo new > "$3"')
+    (build.folder / "bin/env").symlink_to(shutil.which("env"))
+
+    def run(image: str, **env: str) -> subprocess.CompletedProcess:
+        return subprocess.run([str(build.folder / "scripts/host/pull.sh")], capture_output=True, text=True, check=False,
+                              env={"PATH": str(build.folder / "bin"), "HOME": str(build.folder), "IMAGE": image, **env}, timeout=60)
+
+    run.folder = build.folder
+    return run
+
+
+@pytest.mark.parametrize(("image", "word"), [
+    ("", "is no image in a registry"),
+    ("bridge.sif", "is no image in a registry"),
+    ("oras://registry.example/bridge:1.0", "names no digest"),
+    ("docker://registry.example/bridge", "names no digest"),
+    ("docker://registry.example/bridge@sha256:0a", "names no digest"),
+    (f"docker://registry.example:5000/bridge:1.0@{DIGEST}", "take the :1.0 out"),
+])
+def test_only_an_image_with_a_digest_is_pulled_and_the_cure_is_named(pull, image, word):
+    result = pull(image)
+    assert result.returncode == 2
+    assert word in result.stderr and ("sha256:" in result.stderr)
+    assert not (pull.folder / "argv").exists()
+
+
+def test_a_pulled_image_is_where_a_built_one_would_be(pull):
+    source = f"oras://registry.example:5000/team/bridge@{DIGEST}"
+    result = pull(source)
+    assert result.returncode == 0, result.stderr
+    assert (pull.folder / "bridge.sif").read_text() == "new\n"
+    assert (pull.folder / "argv").read_text().split("\n")[3] == source
+
+
+def test_a_pull_that_fails_leaves_the_old_image_alone(pull):
+    (pull.folder / "bridge.sif").write_text("old")
+    assert pull(f"oras://registry.example/bridge@{DIGEST}", FAIL="1").returncode != 0
+    assert (pull.folder / "bridge.sif").read_text() == "old"
+    assert not (pull.folder / "bridge.sif.partial").exists()
+
+
+def test_podman_pulls_an_oci_image_and_refuses_a_sif(pull, build):
+    tool(build, "podman", 'printf "%s\\n" "$@" >> "$HOME/argv"')
+    assert "only Apptainer runs" in pull(f"oras://registry.example/bridge@{DIGEST}", ENGINE="podman").stderr
+    assert pull(f"docker://registry.example/bridge@{DIGEST}", ENGINE="podman").returncode == 0
+    name = f"registry.example/bridge@{DIGEST}"
+    assert (pull.folder / "argv").read_text().split() == ["pull", name, "tag", name, "localhost/bridge:latest"]
