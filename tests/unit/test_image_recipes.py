@@ -210,7 +210,8 @@ def pull(build):
 
     def run(image: str, **env: str) -> subprocess.CompletedProcess:
         return subprocess.run([str(build.folder / "scripts/host/pull.sh")], capture_output=True, text=True, check=False,
-                              env={"PATH": str(build.folder / "bin"), "HOME": str(build.folder), "IMAGE": image, **env}, timeout=60)
+                              env={"PATH": str(build.folder / "bin"), "HOME": str(build.folder), "IMAGE": image, **env},
+                              timeout=60)
 
     run.folder = build.folder
     return run
