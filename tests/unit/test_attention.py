@@ -7,10 +7,20 @@ from torch.nn.functional import scaled_dot_product_attention
 from bridge import attention
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """So small a matrix gains nothing by more, and loses much where other work runs beside."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def sdpa(q, k, v, causal):
-    """torch's own attention, (batch, length, heads, size), with grouped heads."""
-    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-    return scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True).transpose(1, 2)
+    """torch's own attention, (batch, length, heads, size), with grouped heads; what comes out has q's type."""
+    # In fp32 between: bf16 takes seconds a case on a CPU.
+    wide = (tensor.float().transpose(1, 2) for tensor in (q, k, v))
+    return scaled_dot_product_attention(*wide, is_causal=causal, enable_gqa=True).transpose(1, 2).to(q.dtype)
 
 
 def sdpa_packed(q, k, v, starts, _starts, _longest, _longest_key, causal):
