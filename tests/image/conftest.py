@@ -81,9 +81,10 @@ class Sif:
         """Run any command in the image."""
         return self._call(Client.execute, list(command), host_env or {}, self._options(binds or {}, env or {}, user, home))
 
-    def clean_environment(self) -> str:
-        """What `env` prints where nothing of the host is let in."""
-        return self._call(Client.execute, ["env"], {}, ["--cleanenv"]).checked()
+    def alone(self, *command: str) -> Result:
+        """Run any command where nothing of the host is let in, neither its environment nor its folders."""
+        return self._call(Client.execute, list(command), {}, ["--cleanenv", "--pwd", "/", "--no-mount",
+                                                                 "home,cwd,tmp,hostfs,bind-paths"])
 
     def labels(self) -> dict[str, str]:
         """The image's labels."""
@@ -129,9 +130,9 @@ class Oci:
         told = re.compile(r"^(error|Error)(: | running |\b.*exit status).*\n?", re.MULTILINE)
         return Result(found.stdout + told.sub("", found.stderr), found.returncode)
 
-    def clean_environment(self) -> str:
-        """What `env` prints where nothing of the host is let in."""
-        return self.execute("env").checked()
+    def alone(self, *command: str) -> Result:
+        """Run any command where nothing of the host is let in, neither its environment nor its folders."""
+        return self.execute(*command)
 
     def labels(self) -> dict[str, str]:
         """The image's labels."""
