@@ -20,11 +20,20 @@ from bridge.errors import UsageError, say
 from bridge.settings import CONFIGS, ROOT, SECRETS
 from bridge.stages import Plan
 
-# Keys that may differ when a run is continued: where from, what it is called, and what depends on the machine or on
-# housekeeping.
+# Keys that may differ when a run is continued: where from, what it is called, and what depends on the machine (all of
+# configs/memory/) or on housekeeping.
 MAY_DIFFER = ("trainer.project_name", "trainer.experiment_name", "trainer.logger",
               "trainer.resume_mode", "trainer.resume_from_path", "ray_init.num_cpus", "trainer.max_ckpt_to_keep",
-              "trainer.max_actor_ckpt_to_keep", "trainer.max_critic_ckpt_to_keep")
+              "trainer.max_actor_ckpt_to_keep", "trainer.max_critic_ckpt_to_keep",
+              *(f"{part}.{key}" for part, keys in (
+                  ("actor_rollout_ref.actor", ("ppo_max_token_len_per_gpu", "fsdp_config.param_offload",
+                                               "fsdp_config.optimizer_offload")),
+                  ("actor_rollout_ref.ref", ("log_prob_max_token_len_per_gpu",)),
+                  ("actor_rollout_ref.rollout", ("log_prob_max_token_len_per_gpu", "gpu_memory_utilization")),
+                  ("actor_rollout_ref.model", ("enable_gradient_checkpointing",)),
+                  ("critic", ("ppo_max_token_len_per_gpu", "forward_max_token_len_per_gpu",
+                              "model.enable_gradient_checkpointing", "model.fsdp_config.param_offload",
+                              "model.fsdp_config.optimizer_offload"))) for key in keys))
 
 
 def read(folder: Path) -> dict[str, Any] | None:

@@ -12,8 +12,9 @@ import yaml
 
 from bridge.compose import compose, compose_checked, flatten, verl_config_dir
 from bridge.errors import UsageError
+from bridge.hardware import Gpu
 from bridge.settings import CONFIGS
-from bridge.train import OWNED
+from bridge.train import OWNED, memory_preset
 from door import bridge
 
 # The tutorial's own commands, from `-m MODULE` on, as typed there.
@@ -76,8 +77,11 @@ MAY_DIFFER = {
 }
 VERL_NAME = {"sft": "sft_trainer", "ppo": "ppo_trainer"}
 NAMES = {"WORK_DIR": "/w", "BRIDGE_MODEL_DIR": "/m", "BRIDGE_STAGE_DIR": "/s", "BRIDGE_RUN_NAME": "r", "WANDB_PROJECT": "p"}
-# verl reads this key (utils/dataset/sft_dataset.py) though its own YAML does not list it: the tutorial's "+".
-NOT_IN_VERLS_YAML = {"data.response_dict_keys"}
+# Keys that verl reads though its own YAML does not list them: the tutorial's "+" (utils/dataset/sft_dataset.py), and what
+# goes to vLLM's SamplingParams and LLM (workers/rollout/vllm_rollout/vllm_rollout_spmd.py).
+NOT_IN_VERLS_YAML = {"data.response_dict_keys", "actor_rollout_ref.rollout.logprobs",
+                     "actor_rollout_ref.rollout.engine_kwargs.vllm.num_scheduler_steps",
+                     "actor_rollout_ref.rollout.engine_kwargs.vllm.compilation_config.cudagraph_capture_sizes"}
 
 
 def compose_as_verl_does(name: str, arguments: list[str], env: dict[str, str]) -> dict:
@@ -132,14 +136,42 @@ def test_every_key_of_ours_is_a_key_of_verls(file):
     assert not ours or set(flatten(ours)) - nodes <= NOT_IN_VERLS_YAML
 
 
-@pytest.mark.parametrize("stage", ["sft", "ppo"])
-def test_the_tuned_profile_changes_machinery_and_no_mathematics(stage):
-    tutorial, tuned = (flatten(compose(stage, [f"profile/{stage}={name}"], NAMES)) for name in ("tutorial", "tuned"))
-    machinery = re.compile(r".*(use_remove_padding|use_dynamic_bsz|max_token_len_per_gpu|enforce_eager|gpu_memory_utilization"
-                           r"|enable_gradient_checkpointing)")
-    different = {key for key in tutorial if tutorial[key] != tuned[key]}
-    assert different and tutorial.keys() == tuned.keys()
-    assert all(machinery.fullmatch(key) for key in different), different
+@pytest.mark.parametrize("groups", [[], *([f"memory/ppo={file.stem}"] for file in sorted(CONFIGS.glob("memory/ppo/*.yaml")))],
+                         ids=lambda groups: " ".join(groups) or "tuned alone")
+def test_the_tuned_ppo_changes_machinery_and_no_mathematics(groups):
+    tutorial = flatten(compose("ppo", ["profile/ppo=tutorial"], NAMES))
+    tuned = flatten(compose("ppo", ["profile/ppo=tuned", *groups], NAMES))
+    machinery = re.compile(r".*(external_lib|use_remove_padding|use_dynamic_bsz|max_token_len_per_gpu|enforce_eager"
+                           r"|gpu_memory_utilization|enable_gradient_checkpointing|enable_chunked_prefill|rollout.logprobs"
+                           r"|engine_kwargs.vllm.*|_offload)")
+    different = {key for key in tutorial.keys() | tuned.keys() if tutorial.get(key, "absent") != tuned.get(key, "absent")}
+    assert different
+    assert [key for key in different if not machinery.fullmatch(key)] == []
+
+
+def test_the_tuned_sft_changes_machinery_and_no_mathematics():
+    tutorial, tuned = (flatten(compose("sft", [f"profile/sft={name}"], NAMES)) for name in ("tutorial", "tuned"))
+    assert {key for key in tutorial.keys() | tuned.keys() if tutorial.get(key) != tuned.get(key)} == {
+        "model.enable_gradient_checkpointing"}
+
+
+@pytest.mark.parametrize(("memory", "preset"), [(16, "24gb"), (25.8, "24gb"), (42.4, "40gb"), (85.5, "80gb"), (150.7, "141gb")])
+def test_the_memory_preset_is_the_largest_that_the_smallest_gpu_holds(memory, preset):
+    gpus = [Gpu(str(i), "a GPU", int(size * 10**9), 0) for i, size in enumerate((200, memory))]
+    notes = []
+    assert memory_preset("ppo", gpus, notes) == preset
+    assert f"memory/ppo={preset}" in notes[0] and f"{memory:.0f} GB" in notes[0]
+
+
+def test_the_memory_preset_is_said_and_can_be_chosen(env):
+    tuned = {**env, "PROFILE": "tuned", "GPUS": "8"}
+    arguments = "data.train_batch_size=64", "--dry-run"
+    said = bridge("ppo", *arguments, **tuned)
+    assert "memory/ppo=80gb" in said.stdout and "no GPU visible; 80 GB assumed" in said.stderr
+    chosen = bridge("ppo", *arguments, "memory/ppo=24gb", **tuned)
+    assert chosen.returncode == 0 and "memory/ppo=24gb" in chosen.stdout and "80gb" not in chosen.stdout
+    wrong = bridge("ppo", *arguments, "memory/ppo=25gb", **tuned)
+    assert wrong.returncode == 2 and "memory/ppo" in wrong.stderr
 
 
 def test_no_file_of_ours_has_the_name_of_one_of_verls():
