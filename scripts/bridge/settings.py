@@ -37,6 +37,7 @@ class Settings:
     ckpt: Path | None
     gpus: int | None
     tp: int | None
+    share_gpu: bool
     keep: int | None
     hf_repo: str | None
     public: bool
@@ -125,6 +126,7 @@ def read(env: Mapping[str, str]) -> Settings:
         problems.append(f"HF_REPO={repo!r} is not of the form OWNER/NAME.")
     given("WANDB_ENTITY")
     public = choice("PUBLIC", ["0", "1"], "0")
+    share_gpu = choice("SHARE_GPU", ["0", "1"], "0")
     ckpt = given("CKPT")
     settings = Settings(
         work_dir=Path(os.path.abspath(os.path.expanduser(given("WORK_DIR", "work")))),
@@ -138,6 +140,7 @@ def read(env: Mapping[str, str]) -> Settings:
         ckpt=Path(os.path.abspath(os.path.expanduser(ckpt))) if ckpt else None,
         gpus=number("GPUS", 1, "a number of GPUs"),
         tp=number("TP", 1, "a tensor parallel size"),
+        share_gpu=share_gpu == "1",
         keep=None if keep == "all" else int(keep),
         hf_repo=repo,
         public=public == "1",

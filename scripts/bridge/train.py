@@ -162,10 +162,10 @@ def choose_hardware(settings: Settings, env: Mapping[str, str], notes: list[str]
                    + (f" (CUDA_VISIBLE_DEVICES={visible})." if visible else ".") + f" Use GPUS={len(gpus)} or less.")
     else:
         busy = [gpu for gpu in gpus[:settings.gpus] if gpu.memory_used > 0.1 * gpu.memory]
-        if busy:
+        if busy and not settings.share_gpu:
             problem = "; ".join(f"GPU {gpu.device} is in use ({gpu.memory_used / 2**30:.0f} of "
                                 f"{gpu.memory / 2**30:.0f} GiB)" for gpu in busy) + \
-                ". Name free ones with CUDA_VISIBLE_DEVICES=."
+                ". Name free ones with CUDA_VISIBLE_DEVICES=, or use SHARE_GPU=1."
     if problem and not dry_run:
         problems.append(problem)
     elif problem:
