@@ -35,7 +35,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     rows = pyarrow.parquet.read_table(arguments.data, columns=["prompt"]).slice(0, ROWS).to_pylist()
     prompts = [{"prompt_token_ids": tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)} for row in rows]
-    extra = {"num_scheduler_steps": arguments.steps} if arguments.steps > 1 else {}
+    extra = {"num_scheduler_steps": arguments.steps, "multi_step_stream_outputs": False} if arguments.steps > 1 else {}
     if not arguments.eager:
         extra["compilation_config"] = {"cudagraph_capture_sizes": [8, 16, 32, 64, 128, 192, 256]}
     started = time.perf_counter()

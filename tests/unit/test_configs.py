@@ -81,6 +81,7 @@ NAMES = {"WORK_DIR": "/w", "BRIDGE_MODEL_DIR": "/m", "BRIDGE_STAGE_DIR": "/s", "
 # goes to vLLM's SamplingParams and LLM (workers/rollout/vllm_rollout/vllm_rollout_spmd.py).
 NOT_IN_VERLS_YAML = {"data.response_dict_keys", "actor_rollout_ref.rollout.logprobs",
                      "actor_rollout_ref.rollout.engine_kwargs.vllm.num_scheduler_steps",
+                     "actor_rollout_ref.rollout.engine_kwargs.vllm.multi_step_stream_outputs",
                      "actor_rollout_ref.rollout.engine_kwargs.vllm.compilation_config.cudagraph_capture_sizes"}
 
 
