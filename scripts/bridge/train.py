@@ -86,6 +86,7 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
         # The rest is checked without them, so that all mistakes are named at once.
         problems += error.problems
         config = compose(stage, own, own_env)
+    problems += trainer.setting_problems(config)
     rows = data_problems(config, trainer.columns(config), problems)
     if model_dir != settings.model_dir:
         cure = ("INIT=sft starts from the merged result of the sft stage: run `make sft` and `make merge STAGE=sft` first, "
@@ -136,7 +137,7 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
     device = "ranks on CPU" if on_cpu else "GPUs"
     notes.insert(0, f"{stage}: {gpus} {device}, profile {settings.profile}, run {settings.run}, model {model_dir.name}")
     arguments = ["--config-dir", str(CONFIGS), "--config-name", stage, *own, *resume, *overrides]
-    command = trainer.command(gpus, ["bridge.on_cpu", trainer.MODULE] if on_cpu else [trainer.MODULE], arguments)
+    command = trainer.command(gpus, [*(["bridge.on_cpu"] if on_cpu else []), trainer.module(config)], arguments)
     return Plan(**{**vars(made), "command": command, "resume_step": resume_step})
 
 
