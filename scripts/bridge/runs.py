@@ -25,6 +25,7 @@ from bridge.stages import Plan
 MAY_DIFFER = ("trainer.project_name", "trainer.experiment_name", "trainer.logger",
               "trainer.resume_mode", "trainer.resume_from_path", "ray_init.num_cpus", "trainer.max_ckpt_to_keep",
               "trainer.max_actor_ckpt_to_keep", "trainer.max_critic_ckpt_to_keep",
+              "bridge.packed_tokens_per_gpu", "model.enable_gradient_checkpointing",
               *(f"{part}.{key}" for part, keys in (
                   ("actor_rollout_ref.actor", ("ppo_max_token_len_per_gpu", "fsdp_config.param_offload",
                                                "fsdp_config.optimizer_offload")),

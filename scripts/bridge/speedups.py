@@ -1,7 +1,7 @@
 """[image] What the tuned profile changes inside the trainer's processes: the same arithmetic with fewer kernels.
 
-verl imports this module in every PPO worker before it builds a model (its own hook, `model.external_lib`); importing it
-applies everything. On a machine without a GPU it changes nothing.
+verl imports this module in every process that trains before it builds a model (its own hook, `model.external_lib`); importing
+it applies everything. On a machine without a GPU it changes nothing.
 """
 
 import json
