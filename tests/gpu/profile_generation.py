@@ -57,7 +57,14 @@ def main() -> None:
         outputs = engine.generate(prompts, sampling, use_tqdm=False)
         return time.perf_counter() - begun, sum(len(output.outputs[0].token_ids) for output in outputs)
 
+    def greedy() -> list[list[int]]:
+        outputs = engine.generate(prompts[:32], SamplingParams(max_tokens=32, temperature=0.0, detokenize=False), use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    # Sleeping empties the cache of prompts' keys and values: an answer made from what was left of it would be another one.
+    before = greedy()
     generate()
+    result["same_after_sleeping"] = sum(one == other for one, other in zip(before, greedy(), strict=True)) / len(before)
     timed = [generate() for _ in range(REPEATS)]
     result["seconds"], result["tokens"] = [seconds for seconds, _ in timed], [tokens for _, tokens in timed]
     begun = time.perf_counter()
@@ -81,7 +88,7 @@ def main() -> None:
     result["python"] = functions[:30]
 
     arguments.output.write_text(json.dumps(result, indent=1))
-    for key in ("start_seconds", "seconds", "tokens", "sleep_and_wake_seconds", "gpu_busy_seconds", "seconds_traced"):
+    for key in ("start_seconds", "seconds", "tokens", "same_after_sleeping", "sleep_and_wake_seconds", "gpu_busy_seconds", "seconds_traced"):
         print(f"{key:<24}{result[key]}")
     for title in ("kernels", "python"):
         print(title)
