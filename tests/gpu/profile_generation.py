@@ -88,7 +88,8 @@ def main() -> None:
     result["python"] = functions[:30]
 
     arguments.output.write_text(json.dumps(result, indent=1))
-    for key in ("start_seconds", "seconds", "tokens", "same_after_sleeping", "sleep_and_wake_seconds", "gpu_busy_seconds", "seconds_traced"):
+    for key in ("start_seconds", "seconds", "tokens", "same_after_sleeping", "sleep_and_wake_seconds", "gpu_busy_seconds",
+                "seconds_traced"):
         print(f"{key:<24}{result[key]}")
     for title in ("kernels", "python"):
         print(title)
