@@ -14,6 +14,10 @@ image: ## Build bridge.sif, the image for Apptainer
 	@scripts/host/build.sh sif
 oci: ## Build the same image for Podman and Docker
 	@scripts/host/build.sh oci
+pull: ## Fetch a prebuilt image by digest: IMAGE=oras://...@sha256:... or docker://...
+	@scripts/host/pull.sh
+compare: ## List what differs between two images: A=bridge.sif B=localhost/bridge:latest
+	@scripts/host/compare.py "$${A:-}" "$${B:-}"
 check: ## Test this environment: versions, GPUs, folders
 shell: ## Open a shell in the image
 
@@ -42,4 +46,4 @@ STAGES := check shell data model sft ppo merge upload rehearse
 $(STAGES):
 	@scripts/host/container.sh $@ $(ARGS)
 
-.PHONY: $(STAGES) image oci venv lock test lint help
+.PHONY: $(STAGES) image oci pull compare venv lock test lint help

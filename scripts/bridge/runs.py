@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bridge import hardware
+from bridge import hardware, manifest
 from bridge.compose import flatten
 from bridge.errors import UsageError, say
 from bridge.settings import CONFIGS, ROOT, SECRETS
@@ -86,6 +86,8 @@ def git_commit() -> str | None:
     """Commit of the checkout (with "-dirty" if it was edited), or what the image was built from; None if unknown."""
     if os.environ.get("BRIDGE_COMMIT"):
         return os.environ["BRIDGE_COMMIT"]
+    if image := manifest.read():
+        return image["recipe_commit"]
     if not (ROOT / ".git").exists():
         return None
     found = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"],
