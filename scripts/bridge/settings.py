@@ -53,7 +53,8 @@ class Settings:
         if is_local(self.model):
             return Path(os.path.abspath(os.path.expanduser(self.model)))
         name = {"smollm2": "SmolLM2-135M-Instruct"}.get(self.model, self.model.rsplit("/", 1)[-1])
-        return self.work_dir / "models" / name
+        # random:SHAPE: a colon is a trouble in paths.
+        return self.work_dir / "models" / name.replace(":", "-")
 
     @property
     def run_dir(self) -> Path:
