@@ -23,6 +23,7 @@ model: ## Fetch the base model
 sft: ## Supervised fine-tuning
 ppo: ## Reinforcement learning with PPO
 merge: ## Turn the newest checkpoint into a Hugging Face model
+eval: ## Accuracy on GSM8K of the base, the SFT and the PPO model
 upload: ## Publish the merged model, privately unless PUBLIC=1
 rehearse: ## The whole chain in small, without a GPU
 
@@ -38,7 +39,7 @@ lint: venv ## Run the linters
 help: ## Show this menu
 	@awk -F ':.*## ' '/^##@/ {print "\n" substr($$0, 5)} /^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
 
-STAGES := check shell data model sft ppo merge upload rehearse
+STAGES := check shell data model sft ppo merge eval upload rehearse
 $(STAGES):
 	@scripts/host/container.sh $@ $(ARGS)
 

@@ -35,6 +35,7 @@ class Settings:
     stage: str | None
     step: int | None
     ckpt: Path | None
+    limit: int | None
     gpus: int | None
     tp: int | None
     keep: int | None
@@ -134,9 +135,10 @@ def read(env: Mapping[str, str]) -> Settings:
         model=given("MODEL", "meta-llama/Llama-3.2-1B-Instruct"),
         data_source=given("DATA_SOURCE", "hub"),
         init=choice("INIT", ["base", "sft"], "base"),
-        stage=choice("STAGE", ["sft", "ppo", "ckpt"], None),
+        stage=choice("STAGE", ["base", "sft", "ppo", "ckpt"], None),
         step=number("STEP", 1, "a training step"),
         ckpt=Path(os.path.abspath(os.path.expanduser(ckpt))) if ckpt else None,
+        limit=number("LIMIT", 1, "a number of rows"),
         gpus=number("GPUS", 1, "a number of GPUs"),
         tp=number("TP", 1, "a tensor parallel size"),
         keep=None if keep == "all" else int(keep),

@@ -155,16 +155,21 @@ def choose_hardware(settings: Settings, env: Mapping[str, str], notes: list[str]
         problem = (f"GPUS={settings.gpus}, but {len(gpus)} visible"
                    + (f" (CUDA_VISIBLE_DEVICES={visible})." if visible else ".") + f" Use GPUS={len(gpus)} or less.")
     else:
-        busy = [gpu for gpu in gpus[:settings.gpus] if gpu.memory_used > 0.1 * gpu.memory]
-        if busy:
-            problem = "; ".join(f"GPU {gpu.device} is in use ({gpu.memory_used / 2**30:.0f} of "
-                                f"{gpu.memory / 2**30:.0f} GiB)" for gpu in busy) + \
-                ". Name free ones with CUDA_VISIBLE_DEVICES=."
+        problem = next(iter(busy_problems(gpus[:settings.gpus])), None)
     if problem and not dry_run:
         problems.append(problem)
     elif problem:
         notes.append(f"warning: {problem}")
     return settings.gpus or len(gpus) or None, False
+
+
+def busy_problems(gpus: list[hardware.Gpu]) -> list[str]:
+    """One problem, if any of the GPUs is in use; nothing else."""
+    busy = [gpu for gpu in gpus if gpu.memory_used > 0.1 * gpu.memory]
+    if not busy:
+        return []
+    return ["; ".join(f"GPU {gpu.device} is in use ({gpu.memory_used / 2**30:.0f} of {gpu.memory / 2**30:.0f} GiB)"
+                      for gpu in busy) + ". Name free ones with CUDA_VISIBLE_DEVICES=."]
 
 
 def limit_gpus(gpus: int, env: Mapping[str, str], own_env: dict[str, str], notes: list[str]) -> None:
