@@ -81,4 +81,5 @@ STAGES = {
 TOOLS = {
     "check": "test this environment (--json)",
     "rehearse": "the whole chain, small, on this machine",
+    "plot": "curves of runs over each other (RUN... --keys=a,b --mean=N --output=FILE)",
 }
