@@ -2,12 +2,12 @@
 
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 
 import pyarrow.parquet
 import pytest
+from hub_fixture import run_module
 
 from bridge import eval as evaluation
 from bridge import hardware, runs
@@ -173,23 +173,34 @@ def test_vllm_is_asked_for_the_same_with_arguments_that_it_knows(monkeypatch):
     assert (made["sampling"].temperature, made["sampling"].max_tokens, made["sampling"].repetition_penalty) == (0, 7, 1.0)
 
 
-def test_vllm_runs_in_a_process_that_has_ended_when_the_answers_are_there(tmp_path, monkeypatch):
-    (tmp_path / "vllm.py").write_text('''
+def test_vllm_runs_in_a_process_of_its_own_for_each_model(prepared, tmp_path):
+    # A stand-in for vLLM, which needs a GPU: repeats the prompt, and notes the process that it ran in.
+    (tmp_path / "vllm.py").write_text(f'''
 import os
 from types import SimpleNamespace
 
 class LLM:
-    def __init__(self, **arguments): pass
+    def __init__(self, model, **arguments): open({str(tmp_path)!r} + "/processes", "a").write(f"{{os.getpid()}}\\n")
     def generate(self, prompts, sampling):
-        one = SimpleNamespace(token_ids=[os.getpid()], finish_reason="stop")
-        return [SimpleNamespace(outputs=[one]) for _ in prompts]
+        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=prompt["prompt_token_ids"], finish_reason="stop")])
+                for prompt in prompts]
 
 def SamplingParams(**arguments): return arguments
 ''')
-    monkeypatch.syspath_prepend(str(tmp_path))
-    one, two = (evaluation.generate_with_vllm(Path("x"), [[1]], 4)[0].tokens[0] for _ in range(2))
-    assert len({one, two, os.getpid()}) == 3
-    assert not Path(f"/proc/{one}").exists() and not Path(f"/proc/{two}").exists()
+    result = run_module(
+        "eval", prepared / "data" / "gsm8k" / "test.parquet", tmp_path, "--rows=3", "--engine=vllm", "--max-prompt-length=384",
+        "--max-response-length=48", "--truncation=error", *(f"{name}={prepared / 'models' / 'tiny'}" for name in ("base", "sft")),
+        env={"PYTHONPATH": str(tmp_path)})
+    assert result.returncode == 0, result.stderr
+    processes = (tmp_path / "processes").read_text().split()
+    assert len(processes) == len(set(processes)) == 2
+    assert not any(Path(f"/proc/{process}").exists() for process in processes)
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [answer["model"] for answer in answers] == 3 * ["base"] + 3 * ["sft"]
+    assert [answer["index"] for answer in answers] == [0, 1, 2, 0, 1, 2]
+    assert all(answer["response"] in answer["prompt"].replace("<|im_start|>", "").replace("<|im_end|>", "") for answer in answers)
+    found = json.loads((tmp_path / "eval.json").read_text())
+    assert found["engine"].startswith("vllm 0.8.5") and list(found["models"]) == ["base", "sft"]
 
 
 # ---- what is run, what is refused
