@@ -3,6 +3,7 @@
 Works in WORK_DIR/rehearsal, which it empties first. Uploads to a stand-in for the hub on this machine, never to the real one.
 """
 
+import json
 import shutil
 import sys
 import time
@@ -14,6 +15,7 @@ import pyarrow.parquet
 from bridge import checkpoints, hardware, launch, metrics, model, runs
 from bridge import settings as settings_module
 from bridge.errors import UsageError, say
+from bridge.eval import RESULT_FILE
 from bridge.main import work_dir_problems
 from bridge.settings import Settings, is_local
 from bridge.standin_hub import Account, StandInHub
@@ -30,6 +32,7 @@ STEPS = (
     ("merge sft", "merge", {"STAGE": "sft"}),
     ("ppo", "ppo", {"INIT": "sft"}),
     ("merge ppo", "merge", {"STAGE": "ppo"}),
+    ("eval", "eval", {"LIMIT": "8"}),
     ("upload", "upload", {"STAGE": "ppo"}),
 )
 
@@ -67,7 +70,7 @@ def run_chain(settings: Settings, env: Mapping[str, str], folder: Path, ranks: i
             "WORK_DIR": str(folder), "RUN": "default", "GPUS": str(ranks), "HF_REPO": REPOSITORY,
             "PUBLIC": "0", "WANDB_MODE": "offline",
         }
-        for name in ("WANDB_API_KEY", "STEP", "CKPT", "TP"):
+        for name in ("WANDB_API_KEY", "STAGE", "STEP", "CKPT", "TP"):
             chain_env.pop(name, None)
         # A relative folder is meant from where the person stands, which stays the same here.
         chain = settings_module.read(chain_env)
@@ -98,6 +101,10 @@ def outcome(name: str, settings: Settings, hub: StandInHub) -> str:
     if name.startswith("merge "):
         merged = settings.merged_dir(name.split()[1])
         return f"{checkpoints.size(merged) / 1e6:.3g} MB, {merged}"
+    if name == "eval":
+        found = json.loads((settings.stage_dir("eval") / RESULT_FILE).read_text())
+        return f"{found['rows']} rows, accuracy " + ", ".join(
+            f"{which} {result['accuracy']:.3f}" for which, result in found["models"].items())
     return f"{len(hub.files(REPOSITORY))} files at {hub.url}/{REPOSITORY}"
 
 

@@ -162,11 +162,7 @@ def choose_hardware(settings: Settings, env: Mapping[str, str], notes: list[str]
         problem = (f"GPUS={settings.gpus}, but {len(gpus)} visible"
                    + (f" (CUDA_VISIBLE_DEVICES={visible})." if visible else ".") + f" Use GPUS={len(gpus)} or less.")
     else:
-        busy = [gpu for gpu in gpus[:settings.gpus] if gpu.memory_used > 0.1 * gpu.memory]
-        if busy and not settings.share_gpu:
-            problem = "; ".join(f"GPU {gpu.device} is in use ({gpu.memory_used / 2**30:.0f} of "
-                                f"{gpu.memory / 2**30:.0f} GiB)" for gpu in busy) + \
-                ". Name free ones with CUDA_VISIBLE_DEVICES=, or use SHARE_GPU=1."
+        problem = next(iter(busy_problems(settings, gpus[:settings.gpus])), None)
     if problem and not dry_run:
         problems.append(problem)
     elif problem:
@@ -182,6 +178,15 @@ def memory_preset(stage: str, gpus: list[hardware.Gpu], notes: list[str]) -> str
     seen = f"{gpus[0].name}, {memory / 10**9:.0f} GB" if gpus else f"no GPU visible; {USUAL_MEMORY} GB assumed"
     notes.append(f"memory/{stage}={chosen}gb: how many tokens go onto a GPU at once ({seen})")
     return f"{chosen}gb"
+
+
+def busy_problems(settings: Settings, gpus: list[hardware.Gpu]) -> list[str]:
+    """One problem, if any of the GPUs is in use and may not be shared; nothing else."""
+    busy = [gpu for gpu in gpus if gpu.memory_used > 0.1 * gpu.memory]
+    if settings.share_gpu or not busy:
+        return []
+    return ["; ".join(f"GPU {gpu.device} is in use ({gpu.memory_used / 2**30:.0f} of {gpu.memory / 2**30:.0f} GiB)"
+                      for gpu in busy) + ". Name free ones with CUDA_VISIBLE_DEVICES=, or use SHARE_GPU=1."]
 
 
 def limit_gpus(gpus: int, env: Mapping[str, str], own_env: dict[str, str], notes: list[str]) -> None:
