@@ -25,6 +25,8 @@ ppo: ## Reinforcement learning with PPO
 merge: ## Turn the newest checkpoint into a Hugging Face model
 upload: ## Publish the merged model, privately unless PUBLIC=1
 rehearse: ## The whole chain in small, without a GPU
+bench: ## Measure how fast the profiles are; CASES=name,name picks some
+accept: ## Try out this node with all its GPUs, ten minutes: a page and a JSON
 
 ##@ Development
 venv: ## Make .venv from the locks
@@ -38,7 +40,7 @@ lint: venv ## Run the linters
 help: ## Show this menu
 	@awk -F ':.*## ' '/^##@/ {print "\n" substr($$0, 5)} /^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
 
-STAGES := check shell data model sft ppo merge upload rehearse
+STAGES := check shell data model sft ppo merge upload rehearse bench accept
 $(STAGES):
 	@scripts/host/container.sh $@ $(ARGS)
 

@@ -80,4 +80,6 @@ STAGES = {
 TOOLS = {
     "check": "test this environment (--json)",
     "rehearse": "the whole chain, small, on this machine",
+    "bench": "how fast the trainings are (CASES=; --report FILE.json)",
+    "accept": "the acceptance test of a GPU node, about ten minutes",
 }
