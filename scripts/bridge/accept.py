@@ -1,6 +1,6 @@
 """bridge accept: the acceptance test of a node, about ten minutes on 8 GPUs: make accept GPUS=8
 
-The environment's self-test, the bandwidth between the GPUs, some steps of SFT and of PPO that are stopped after the first,
+The environment's self-test, the bandwidth between the GPUs, four steps of SFT and of PPO that are stopped after the second,
 continued and merged, and PPO once more with vLLM spread over the GPUs. MODEL, if not given, is the tutorial's where WORK_DIR has
 it, else a random one; the data are those of WORK_DIR, else made-up problems. Works in WORK_DIR/accept, which it empties first,
 and leaves a page (accept.txt) and the same as accept.json there, to be sent: neither names the host, a person or a secret. What
@@ -25,10 +25,10 @@ from bridge import settings as settings_module
 from bridge.errors import UsageError, say
 from bridge.settings import Settings
 
-# Training steps: the first is saved, then the run is stopped (one more may pass meanwhile) and continued to the end.
-STEPS = 3
-SAVING = [f"trainer.total_training_steps={STEPS}", "trainer.save_freq=1", "trainer.test_freq=-1"]
-NOT_SAVING = [f"trainer.total_training_steps={STEPS}", "trainer.save_freq=-1", "trainer.test_freq=-1"]
+# Training steps: after two a checkpoint is saved and the run is stopped (one more may pass meanwhile), then it is continued.
+STEPS, SAVED = 4, 2
+SAVING = [f"trainer.total_training_steps={STEPS}", f"trainer.save_freq={SAVED}", "trainer.test_freq=-1"]
+NOT_SAVING = [f"trainer.total_training_steps={SAVED}", "trainer.save_freq=-1", "trainer.test_freq=-1"]
 
 
 class StepFailed(Exception):
@@ -79,8 +79,8 @@ class Acceptance:
                                 {**self.env, "OMP_NUM_THREADS": "1"}, log, None, runs.secret_values(self.env)))
         return [json.loads(line) for line in log.read_text().splitlines() if line.startswith('{"megabytes"')]
 
-    def train(self, stage: str, log: Path, arguments: list[str], stop: bool = False, **env: str) -> str:
-        """Run a training; `stop`: end it once a checkpoint is whole. Says how long its steps took."""
+    def train(self, stage: str, log: Path, arguments: list[str], to: int = STEPS, stop: bool = False, **env: str) -> str:
+        """Run a training to a step; `stop`: end it before, once a checkpoint is whole. Says how long its steps took."""
         stage_dir = self.folder / "runs" / env.get("RUN", "default") / stage
         started = time.time()
 
@@ -92,8 +92,8 @@ class Acceptance:
         self.command(trial.stage(stage, {**self.env, **env}, arguments, log, saved if stop else lambda: False))
         rows = metrics.read(stage_dir / "metrics.jsonl")
         steps = [row["step"] for row in rows]
-        if steps != list(range(1, len(steps) + 1)) or (len(steps) == STEPS) == stop or not steps:
-            raise StepFailed(f"made the steps {steps} of {STEPS}" + (", though it was to be stopped" if stop else ""))
+        if steps != list(range(1, len(steps) + 1)) or (len(steps) == to) == stop:
+            raise StepFailed(f"made the steps {steps} of {to}" + (", though it was to be stopped" if stop else ""))
         first, last = next(row for row in rows if row["time"] > started), rows[-1]
         text = f"step {first['step']} after {first['time'] - started:.0f} s"
         if "timing_s/step" in last:
@@ -124,7 +124,7 @@ class Acceptance:
             self.step(f"merge {stage}", partial(self.merge, stage))
         tp = widest_tp(self.settings.gpus, model.attention_heads(self.settings.model_dir))
         if tp > 1:
-            self.step(f"ppo TP={tp}", partial(self.train, "ppo", arguments=NOT_SAVING, RUN=f"tp{tp}", TP=str(tp)))
+            self.step(f"ppo TP={tp}", partial(self.train, "ppo", arguments=NOT_SAVING, to=SAVED, RUN=f"tp{tp}", TP=str(tp)))
 
 
 def widest_tp(gpus: int, heads: int | None) -> int:
@@ -180,23 +180,24 @@ def about(settings: Settings, env: Mapping[str, str], gpus: list[hardware.Gpu]) 
 
 
 def masked(value: Any, hidden: Mapping[str, str]) -> Any:
-    """The same with each hidden text replaced by its word, in all values."""
+    """The same with each hidden pattern replaced by its word, in all values."""
     if isinstance(value, dict):
         return {key: masked(part, hidden) for key, part in value.items()}
     if isinstance(value, list):
         return [masked(part, hidden) for part in value]
     if isinstance(value, str):
-        for text, word in hidden.items():
-            value = value.replace(text, word)
+        for pattern, word in hidden.items():
+            value = re.sub(pattern, word, value)
     return value
 
 
 def to_hide(settings: Settings, env: Mapping[str, str]) -> dict[str, str]:
-    """What names the host, the person or the place, and secrets -> the word to put there."""
-    words = {**{secret: "***" for secret in runs.secret_values(env)}, str(settings.work_dir): "WORK_DIR", str(Path.home()): "~",
-             f"/{env.get('USER')}/": "/USER/", socket.gethostname(): "HOST"}
-    # "/" as a home folder would hide more than itself.
-    return {text: word for text, word in words.items() if len(text) > 2}
+    """Patterns of what names the host, the person or the place, and of secrets -> the word to put there."""
+    texts = {**{secret: "***" for secret in runs.secret_values(env)}, f"{settings.work_dir}": "WORK_DIR", f"{Path.home()}": "~",
+             f"/{env.get('USER')}/": "/USER/"}
+    # A home folder "/" would hide every path's beginning; a host's name is hidden as a word, since it may be short.
+    return {**{re.escape(text): word for text, word in texts.items() if text != "/"},
+            rf"\b{re.escape(socket.gethostname())}\b": "HOST"}
 
 
 def text(report: Mapping[str, Any]) -> str:

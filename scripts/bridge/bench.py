@@ -69,8 +69,9 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
         return report(Path(arguments[1]))
     if len(arguments) > 1 or any(argument.startswith("-") for argument in arguments):
         raise UsageError(f"bench takes a YAML file of cases, or --report FILE.json; got {' '.join(arguments)}.")
-    file = Path(arguments[0]) if arguments else CONFIGS / "bench.yaml"
-    cases = read_cases(file if file.is_file() else CONFIGS / file, env.get("CASES", ""))
+    file = Path(arguments[0] if arguments else "bench.yaml")
+    places = [folder / file for folder in (CONFIGS, settings.work_dir, Path.cwd()) if (folder / file).is_file()]
+    cases = read_cases(places[0] if places else file, env.get("CASES", ""))
     gpus = hardware.visible_gpus(env)
     if not gpus and any(case.profile not in ON_CPU for case in cases):
         raise UsageError("no GPU visible. With Apptainer pass --nv; on Slurm ask for --gpus-per-node; on CPU only cases with the "
@@ -197,7 +198,7 @@ def sft_figures(rows: list[dict], config: Mapping[str, Any], gpus: int, row_toke
     batch = config["data"]["train_batch_size"]
     figures = speed([row["time"] - before["time"] for before, row in zip(rows, rows[1:], strict=False)], row_tokens * batch,
                     batch * config["data"]["max_length"], gpus)
-    bar = re.search(r" 1/\d+ \[\S+, +([\d.]+)(s/it|it/s)", log)
+    bar = re.search(r"Epoch 1/[^\r\n]* 1/\d+ \[\S+, +([\d.]+)(s/it|it/s)", log)
     first = bar and (float(bar[1]) if bar[2] == "s/it" else 1 / float(bar[1]))
     return {**figures, "first_step_seconds": first and round(first, 3), "row_tokens": round(row_tokens, 1),
             "mfu": peak and 6 * parameters * figures["tokens_per_second"] / peak}

@@ -66,7 +66,7 @@ def interrupted(status: int) -> bool:
 
 def last_lines(file: Path, count: int) -> list[str]:
     """The end of a log, without the intermediate states of progress bars."""
-    text = file.read_text(errors="replace") if file.is_file() else ""
+    text = file.read_bytes().decode(errors="replace") if file.is_file() else ""
     return [line.rsplit("\r", 1)[-1][:500] for line in text.rstrip().split("\n")[-count:]]
 
 
