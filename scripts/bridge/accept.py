@@ -38,8 +38,9 @@ class StepFailed(Exception):
 class Acceptance:
     """The steps of the test on one node, and what came out of each."""
 
-    def __init__(self, settings: Settings, env: Mapping[str, str]):
-        self.settings, self.env = settings, env
+    def __init__(self, settings: Settings, env: Mapping[str, str], keep: Callable[[list[dict[str, Any]]], None]):
+        """`keep` is given all results after each step."""
+        self.settings, self.env, self.keep = settings, env, keep
         self.folder, self.results, self.interrupted = settings.work_dir, [], 0
 
     def step(self, name: str, work: Callable[[Path], Any]) -> None:
@@ -55,6 +56,7 @@ class Acceptance:
         except StepFailed as error:
             result = {"status": "FAIL", "seen": str(error), "log": trial.last_lines(log, 40)}
         self.results.append({"step": name, **result, "seconds": round(time.monotonic() - started, 1)})
+        self.keep(self.results)
 
     def command(self, status: int) -> None:
         """Take a command's exit status."""
@@ -94,7 +96,9 @@ class Acceptance:
         steps = [row["step"] for row in rows]
         if steps != list(range(1, len(steps) + 1)) or (len(steps) == to) == stop:
             raise StepFailed(f"made the steps {steps} of {to}" + (", though it was to be stopped" if stop else ""))
-        first, last = next(row for row in rows if row["time"] > started), rows[-1]
+        first, last = next((row for row in rows if row["time"] > started), None), rows[-1]
+        if first is None:
+            raise StepFailed("nothing was left to do")
         text = f"step {first['step']} after {first['time'] - started:.0f} s"
         if "timing_s/step" in last:
             text += (f"; the last took {last['timing_s/step']:.1f} s (generation {last['timing_s/gen']:.1f}), "
@@ -151,13 +155,17 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
         for stage, made in (("data", own.data_dir), ("model", own.model_dir)):
             if not (made / "run.json").is_file() and (status := trial.stage(stage, own_env)):
                 return status
-        test = Acceptance(own, own_env)
+        head, hidden = about(own, own_env, gpus), to_hide(settings, env)
+
+        def keep(results: list[dict[str, Any]]) -> None:
+            # After each step: a job that runs out of time leaves what it found so far.
+            report = masked({**head, "steps": results}, hidden)
+            runs.write_json(folder / "accept.json", report, runs.secret_values(env))
+            (folder / "accept.txt").write_text(text(report))
+
+        test = Acceptance(own, own_env, keep)
         test.run()
-        report = masked({**about(own, own_env, gpus), "steps": test.results}, to_hide(settings, env))
-        runs.write_json(folder / "accept.json", report, runs.secret_values(env))
-        page = text(report)
-        (folder / "accept.txt").write_text(page)
-        print(page)
+        print((folder / "accept.txt").read_text())
         say(f"to send: {folder / 'accept.txt'} and {folder / 'accept.json'}")
         failed = any(result["status"] == "FAIL" for result in test.results)
         return test.interrupted or (1 if failed else 0)

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -167,7 +168,7 @@ def measure(case: Case, settings: Settings, env: Mapping[str, str], gpus: list[h
         return {**result, "status": "failed", "exit_status": status, "steps_made": len(rows), "log": trial.last_lines(log, 40)}
     config, ranks = runs.read(stage_dir)["config"], settings.gpus
     rows = rows[:case.steps]
-    figures = (sft_figures(rows, config, ranks, tokens_per_row(settings, config), model.parameter_count(settings.model_dir),
+    figures = (sft_figures(rows, config, ranks, tokens_per_row(settings.model_dir, json.dumps(config["data"])), model.parameter_count(settings.model_dir),
                            PEAK.get(gpus[0].name) if gpus else None, log.read_text(errors="replace"))
                if case.stage == "sft" else ppo_figures(rows, config, ranks))
     first = figures["first_step_seconds"]
@@ -212,12 +213,14 @@ def speed(seconds: list[float], tokens: float, positions: int, gpus: int) -> dic
             "padded_tokens_per_second": round(positions / mean / gpus, 1)}
 
 
-def tokens_per_row(settings: Settings, config: Mapping[str, Any]) -> float:
-    """Mean number of tokens that a training row has in verl's SFT dataset, without its padding."""
+@cache
+def tokens_per_row(model_dir: Path, data: str) -> float:
+    """Mean number of tokens that a training row has in verl's SFT dataset with this configuration (JSON), without padding."""
     from transformers import AutoTokenizer
     from verl.utils.dataset.sft_dataset import SFTDataset
 
-    rows = SFTDataset(config["data"]["train_files"], AutoTokenizer.from_pretrained(settings.model_dir), config["data"])
+    config = json.loads(data)
+    rows = SFTDataset(config["train_files"], AutoTokenizer.from_pretrained(model_dir), config)
     return fmean(int(rows[index]["attention_mask"].sum()) for index in range(len(rows)))
 
 

@@ -16,15 +16,17 @@ def test_the_widest_tp_divides_the_gpus_and_the_heads(gpus, heads, tp):
 
 @pytest.fixture
 def trial(tmp_path) -> accept.Acceptance:
-    return accept.Acceptance(settings.read({"WORK_DIR": str(tmp_path), "GPUS": "2"}), {"WORK_DIR": str(tmp_path)})
+    return accept.Acceptance(settings.read({"WORK_DIR": str(tmp_path), "GPUS": "2"}), {"WORK_DIR": str(tmp_path)},
+                             keep=lambda results: (tmp_path / "kept").write_text(str(len(results))))
 
 
-def test_a_step_that_fails_is_recorded_with_the_end_of_its_log_and_the_next_goes_on(trial):
+def test_a_step_that_fails_is_recorded_with_the_end_of_its_log_and_the_next_goes_on(trial, tmp_path):
     def fails(log: Path) -> None:
         log.write_text("one\nprogress 1\rprogress 2\nthe cause\n")
         trial.command(7)
 
     trial.step("first one", fails)
+    assert (tmp_path / "kept").read_text() == "1"
     trial.step("second", lambda log: "well")
     assert [(row["step"], row["status"], row["seen"]) for row in trial.results] == [
         ("first one", "FAIL", "exit status 7"), ("second", "ok", "well")]

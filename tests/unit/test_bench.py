@@ -1,6 +1,7 @@
 """The benchmark: its cases, and figures out of what verl really printed (captured/, from a rehearsal on CPU)."""
 
 import json
+import time
 import xml.etree.ElementTree as xml
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from bridge import bench, bench_report, metrics
 from bridge.errors import UsageError
+from bridge.hardware import Gpu
 from bridge.settings import CONFIGS
 from door import bridge
 
@@ -88,6 +90,20 @@ def test_without_a_gpu_the_real_cases_are_refused_before_anything_is_made(tmp_pa
     assert result.returncode == 2 and "no GPU visible" in result.stderr
     assert not (tmp_path / "work").exists()
     assert "Did you mean ppo-tuned?" in bridge("bench", WORK_DIR=str(tmp_path / "work"), CASES="ppo-tuned-").stderr
+
+
+def test_peak_memory_is_the_most_of_any_of_the_gpus_used(monkeypatch):
+    # (GPU 0, GPU 1, one that is not used), as seen one after another, and so on at the end.
+    seen = iter([(10, 20, 90), (30, 5, 90)] + [(0, 0, 90)] * 100)
+    monkeypatch.setattr(bench.hardware, "visible_gpus", lambda env: [Gpu("0", "H200", 100, used) for used in next(seen)])
+    for name in ("nvmlInit", "nvmlShutdown"):
+        monkeypatch.setattr(bench.pynvml, name, lambda: None)
+    with bench.PeakMemory({}, 2) as memory:
+        time.sleep(0.7)
+    assert memory.most == 30
+    with bench.PeakMemory({}, 0) as memory:
+        pass
+    assert memory.most is None
 
 
 def case(rate: float, against: str | None = None, **more) -> dict:
