@@ -166,11 +166,13 @@ def measure(case: Case, settings: Settings, env: Mapping[str, str], gpus: list[h
     rows = metrics.read(stage_dir / "metrics.jsonl")
     if status or len(rows) < case.steps:
         return {**result, "status": "failed", "exit_status": status, "steps_made": len(rows), "log": trial.last_lines(log, 40)}
-    config, ranks = runs.read(stage_dir)["config"], settings.gpus
-    rows = rows[:case.steps]
-    figures = (sft_figures(rows, config, ranks, tokens_per_row(settings.model_dir, json.dumps(config["data"])), model.parameter_count(settings.model_dir),
-                           PEAK.get(gpus[0].name) if gpus else None, log.read_text(errors="replace"))
-               if case.stage == "sft" else ppo_figures(rows, config, ranks))
+    rows, config = rows[:case.steps], runs.read(stage_dir)["config"]
+    if case.stage == "ppo":
+        figures = ppo_figures(rows, config, settings.gpus)
+    else:
+        figures = sft_figures(rows, config, settings.gpus, tokens_per_row(settings.model_dir, json.dumps(config["data"])),
+                              model.parameter_count(settings.model_dir), PEAK.get(gpus[0].name) if gpus else None,
+                              log.read_text(errors="replace"))
     first = figures["first_step_seconds"]
     figures["start_seconds"] = None if first is None else round(rows[0]["time"] - started - first, 2)
     return {**result, "status": "measured", **figures, "peak_memory_gib": memory.most and round(memory.most / 2**30, 2)}
