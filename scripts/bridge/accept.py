@@ -13,6 +13,7 @@ import re
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -96,13 +97,15 @@ class Acceptance:
         steps = [row["step"] for row in rows]
         if steps != list(range(1, len(steps) + 1)) or (len(steps) == to) == stop:
             raise StepFailed(f"made the steps {steps} of {to}" + (", though it was to be stopped" if stop else ""))
-        first, last = next((row for row in rows if row["time"] > started), None), rows[-1]
-        if first is None:
+        new = [row for row in rows if row["time"] > started]
+        if not new:
             raise StepFailed("nothing was left to do")
-        text = f"step {first['step']} after {first['time'] - started:.0f} s"
-        if "timing_s/step" in last:
-            text += (f"; the last took {last['timing_s/step']:.1f} s (generation {last['timing_s/gen']:.1f}), "
+        last, text = new[-1], f"step {new[0]['step']} after {new[0]['time'] - started:.0f} s"
+        if stage == "ppo":
+            text += (f"; step {last['step']} took {last['timing_s/step']:.1f} s (generation {last['timing_s/gen']:.1f}), "
                      f"{last['perf/throughput']:,.0f} tokens/s/GPU, actor's MFU {last['perf/mfu/actor']:.2f}")
+        elif len(new) > 1:
+            text += f"; step {last['step']} took {last['time'] - new[-2]['time']:.1f} s"
         return text + ("; saved and stopped" if stop else "")
 
     def resume(self, stage: str, log: Path) -> str:
@@ -176,7 +179,9 @@ def about(settings: Settings, env: Mapping[str, str], gpus: list[hardware.Gpu]) 
     machine = runs.machine(env)
     data = runs.read(settings.data_dir)
     return {
-        "gpus": [f"{gpu.name}, {gpu.memory / 2**30:.0f} GiB" for gpu in gpus[:settings.gpus]], "ranks": settings.gpus,
+        "gpus": [f"{count} x {name}" for name, count in Counter(
+            f"{gpu.name} ({gpu.memory / 2**30:.0f} GiB)" for gpu in gpus[:settings.gpus]).items()],
+        "ranks": settings.gpus,
         "driver": machine["driver"], "kernel": platform.release(), "cpus": machine["cpus"],
         "memory_gib": psutil.virtual_memory().total >> 30,
         "infiniband": sorted(card.name for card in Path("/sys/class/infiniband").glob("*")),
@@ -210,8 +215,11 @@ def to_hide(settings: Settings, env: Mapping[str, str]) -> dict[str, str]:
 
 def text(report: Mapping[str, Any]) -> str:
     """The page."""
-    facts = [f"{name:<14}{', '.join(map(str, value)) if isinstance(value, list) else value}"
-             for name, value in report.items() if name not in ("steps", "settings")]
+    shown = {name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in report.items()}
+    if not report["gpus"]:
+        shown["gpus"] = "none: ranks on CPU over gloo, where transformers generates, not vLLM"
+    facts = [f"{name:<14}{'-' if value in (None, '') else value}" for name, value in shown.items()
+             if name not in ("steps", "settings")]
     facts += [f"{name:<14}{value}" for name, value in report["settings"].items()]
     bandwidth, rows = [], []
     for result in report["steps"]:

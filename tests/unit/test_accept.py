@@ -51,13 +51,14 @@ def test_the_page_shows_every_step_the_bandwidths_and_why_something_failed():
     bandwidths = [{"megabytes": 1, "algbw_gb_s": 10.0, "busbw_gb_s": 12.5},
                   {"megabytes": 1024, "algbw_gb_s": 80.0, "busbw_gb_s": 100.0}]
     report = {
-        "gpus": ["NVIDIA H100 80GB HBM3, 80 GiB"] * 2, "driver": "570.1", "settings": {"NCCL_DEBUG": "WARN"},
+        "gpus": ["2 x NVIDIA H100 80GB HBM3 (80 GiB)"], "driver": "570.1", "infiniband": [], "settings": {"NCCL_DEBUG": "WARN"},
         "steps": [{"step": "all-reduce", "status": "ok", "seconds": 9.0, "seen": bandwidths},
                   {"step": "sft", "status": "FAIL", "seconds": 20.5, "seen": "exit status 1",
                    "log": ["a line", "CUDA out of memory"]}]}
     page = accept.text(report)
     assert page.startswith("bridge accept: 1 steps passed, 1 failed\n")
-    for line in ("NCCL_DEBUG    WARN", "ok    all-reduce       9.0  100.00 GB/s of bus bandwidth at most",
+    for line in ("NCCL_DEBUG    WARN", "infiniband    -", "gpus          2 x NVIDIA H100 80GB HBM3 (80 GiB)",
+                 "ok    all-reduce       9.0  100.00 GB/s of bus bandwidth at most",
                  "FAIL  sft             20.5  exit status 1", "       1024 MB      80.00     100.00",
                  "--- end of sft", "CUDA out of memory"):
         assert line in page.splitlines()
