@@ -33,6 +33,8 @@ rehearse: ## The whole chain in small, without a GPU
 plot: ## Draw the curves of runs: ARGS='RUN... --keys=a,b' (in .venv)
 plot: export ENGINE := none
 plot: venv
+bench: ## Measure how fast the profiles are; CASES=name,name picks some
+accept: ## Try out this node with all its GPUs, ten minutes: a page and a JSON
 
 ##@ Development
 venv: ## Make .venv from the locks
@@ -46,7 +48,7 @@ lint: venv ## Run the linters
 help: ## Show this menu
 	@awk -F ':.*## ' '/^##@/ {print "\n" substr($$0, 5)} /^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
 
-STAGES := check shell data model sft ppo merge eval upload rehearse plot
+STAGES := check shell data model sft ppo merge eval upload rehearse bench accept plot
 $(STAGES):
 	@scripts/host/container.sh $@ $(ARGS)
 

@@ -54,13 +54,18 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 
 def write(folder: Path, record: Mapping[str, Any], secrets: list[str]) -> None:
-    """Write run.json whole or not at all, with any secret that slipped into a value masked."""
-    text = json.dumps(record, indent=1, ensure_ascii=False)
+    """Write a folder's run.json."""
+    write_json(folder / "run.json", record, secrets)
+
+
+def write_json(file: Path, content: Any, secrets: list[str]) -> None:
+    """Write a file whole or not at all, with any secret that slipped into a value masked."""
+    text = json.dumps(content, indent=1, ensure_ascii=False)
     for secret in secrets:
         text = text.replace(secret, "***")
-    temporary = folder / "run.json.tmp"
+    temporary = file.with_name(file.name + ".tmp")
     temporary.write_text(text + "\n")
-    os.replace(temporary, folder / "run.json")
+    os.replace(temporary, file)
 
 
 def secret_values(env: Mapping[str, str]) -> list[str]:

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,16 @@ def test_every_run_leaves_a_record_and_a_log(rehearsal):
         record = runs.read(rehearsal.stage(stage))
         assert record["status"] == "finished" and record["attempts"][-1]["exit_status"] == 0
         assert (rehearsal.stage(stage) / "log.txt").stat().st_size > 0
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_the_records_tell_how_long_the_start_took_and_how_long_a_step(rehearsal, stage):
+    attempt = runs.read(rehearsal.stage(stage))["attempts"][-1]
+    started, ended = (datetime.fromisoformat(attempt[name]).timestamp() for name in ("started", "ended"))
+    times = [row["time"] for row in metrics.read(rehearsal.stage(stage) / "metrics.jsonl")]
+    # Importing verl alone takes seconds. Written to the second, hence the 1.
+    assert started + 2 < times[0] < times[-1] <= ended + 1
+    assert times == sorted(set(times))
 
 
 @pytest.mark.parametrize("stage", ["sft", "ppo"])

@@ -127,7 +127,9 @@ def test_what_the_door_checks_is_what_the_trainer_composes(stage, groups):
     assert ours == theirs
 
 
-@pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda file: str(file.relative_to(CONFIGS)))
+# bench.yaml lists cases, and is no configuration of verl.
+@pytest.mark.parametrize("file", sorted(set(CONFIGS.rglob("*.yaml")) - {CONFIGS / "bench.yaml"}),
+                         ids=lambda file: str(file.relative_to(CONFIGS)))
 def test_every_key_of_ours_is_a_key_of_verls(file):
     # Hydra refuses a mistyped key on the command line but takes it in silence from a YAML file.
     stage = file.parent.name if file.parent.name in VERL_NAME else file.stem
