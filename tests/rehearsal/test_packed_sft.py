@@ -10,7 +10,7 @@ PADDED, ONE, MANY, TOKEN_MEAN = ("padded float32", "packed float32, one forward"
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+@pytest.fixture(scope="module", params=[1, 2], ids=["one_rank", "two_ranks"])
 def results(request) -> dict[str, dict]:
     return both_trainers("cpu", request.param, [PADDED, ONE, MANY, TOKEN_MEAN])
 
