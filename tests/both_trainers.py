@@ -1,9 +1,9 @@
 """One optimizer step and one validation by verl's padding SFT trainer and by the packed one, on the same model and rows.
 
-    python tests/both_trainers.py --device cpu|cuda --ranks N OUT.pt
+    python tests/both_trainers.py --device cpu|cuda --ranks N OUT.pt [VARIANT...]
 
 Makes a small random Llama, starts itself under torchrun, and writes OUT.pt: {variant: {"train/loss", "val/loss", "forwards",
-"gradients" (before clipping) and "parameters" (after the step): {name: tensor}}}. The variants are in VARIANTS.
+"gradients" (before clipping) and "parameters" (after the step): {name: tensor}}}.
 """
 
 import argparse
@@ -155,7 +155,7 @@ def run(name: str, work_dir: Path, device: str, ranks: int, meshes: list) -> dic
     return result
 
 
-def work(work_dir: Path, device: str, out: Path) -> None:
+def work(work_dir: Path, device: str, variants: list[str], out: Path) -> None:
     """What each rank does."""
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -170,17 +170,17 @@ def work(work_dir: Path, device: str, out: Path) -> None:
     _, rank, ranks = initialize_global_process_group()
     meshes = [init_device_mesh(device, (ranks,), mesh_dim_names=("fsdp",)),
               init_device_mesh(device, (ranks, 1), mesh_dim_names=("dp", "sp"))]
-    results = {name: run(name, work_dir, device, ranks, meshes) for name in VARIANTS}
+    results = {name: run(name, work_dir, device, ranks, meshes) for name in variants}
     if rank == 0:
         torch.save(results, out)
     destroy_global_process_group()
 
 
-def both_trainers(device: str, ranks: int) -> dict[str, dict[str, Any]]:
-    """Run all variants in processes of their own; returns what OUT.pt holds."""
+def both_trainers(device: str, ranks: int, variants: list[str]) -> dict[str, dict[str, Any]]:
+    """Run the variants in processes of their own; returns what OUT.pt holds."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.pt"
-        result = subprocess.run([sys.executable, __file__, "--device", device, "--ranks", str(ranks), str(out)],
+        result = subprocess.run([sys.executable, __file__, "--device", device, "--ranks", str(ranks), str(out), *variants],
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
         if result.returncode:
             raise RuntimeError(result.stdout[-6000:])
@@ -188,24 +188,26 @@ def both_trainers(device: str, ranks: int) -> dict[str, dict[str, Any]]:
 
 
 def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """How far apart two sets of tensors are: norm of the difference by norm of the second, the worst tensor's."""
-    return max(((one[name] - other[name]).norm() / other[name].norm()).item() for name in other)
+    """How far apart two sets of tensors are, taken as two long vectors: norm of the difference by norm of the second."""
+    difference = sum((one[name] - other[name]).square().sum() for name in other)
+    return (difference / sum(tensor.square().sum() for tensor in other.values())).sqrt().item()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
+    parser.add_argument("variants", nargs="*", help="all if none is named")
     parser.add_argument("--device", choices=["cpu", "cuda"], required=True)
     parser.add_argument("--ranks", type=int, required=True)
     parser.add_argument("--work-dir", type=Path, help="given by itself to each rank")
     arguments = parser.parse_args()
     if arguments.work_dir:
-        work(arguments.work_dir, arguments.device, arguments.out)
+        work(arguments.work_dir, arguments.device, arguments.variants or list(VARIANTS), arguments.out)
         return
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder))
         subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={arguments.ranks}",
-                        __file__, *sys.argv[1:], "--work-dir", folder], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                        __file__, "--work-dir", folder, *sys.argv[1:]], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 if __name__ == "__main__":

@@ -35,11 +35,11 @@ def setting_problems(config: Mapping[str, Any]) -> list[str]:
     budget, longest = config["bridge"]["packed_tokens_per_gpu"], config["data"]["max_length"]
     if budget is None:
         return []
-    if type(budget) is not int:
-        return [f"bridge.packed_tokens_per_gpu={budget} is no number of tokens. Use e.g. {16 * longest}, or null for verl's own "
-                "trainer, which pads."]
     problems = []
-    if budget < longest:
+    if type(budget) is not int:
+        problems.append(f"bridge.packed_tokens_per_gpu={budget} is no number of tokens. Use e.g. {16 * longest}, or null for "
+                        "verl's own trainer, which pads.")
+    elif budget < longest:
         problems.append(f"bridge.packed_tokens_per_gpu={budget} is less than the {longest} tokens that a row may have "
                         f"(data.max_length). Use at least {longest}, or null for verl's own trainer, which pads.")
     needed = {"model.strategy": (config["model"]["strategy"], "fsdp2"),

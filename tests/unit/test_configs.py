@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from torch.utils.data import DistributedSampler
 
+from bridge import sft
 from bridge.compose import compose, compose_checked, flatten, verl_config_dir
 from bridge.errors import UsageError
 from bridge.hardware import Gpu
@@ -66,11 +68,12 @@ TUTORIAL = {
         trainer.experiment_name=$WANDB_RUN_NAME
         trainer.total_epochs=15""",
 }
+TUTORIAL_MODULE = {"sft": "verl.trainer.fsdp_sft_trainer", "ppo": "verl.trainer.main_ppo"}
 # All that may differ: where things lie, what they are called, resuming, retention, and what depends on the machine.
 MAY_DIFFER = {
     "sft": {"data.train_files", "data.val_files", "model.partial_pretrain", "trainer.default_local_dir",
             "trainer.experiment_name", "trainer.resume_mode", "trainer.max_ckpt_to_keep",
-            # Ours, and null here: verl's own trainer runs and knows nothing of it.
+            # Ours, and null here: the module that the door starts is compared below.
             "bridge.packed_tokens_per_gpu"},
     "ppo": {"data.train_files", "data.val_files", "actor_rollout_ref.model.path", "critic.model.path",
             "critic.model.tokenizer_path", "reward_model.model.input_tokenizer", "trainer.default_local_dir",
@@ -111,6 +114,7 @@ def test_the_tutorial_profile_launches_the_tutorials_configuration_key_by_key(st
     wanted = compose_as_verl_does(VERL_NAME[stage], typed, {})
     result = bridge(stage, "--dry-run", **{**env, "PROFILE": "tutorial", "GPUS": "8"})
     assert result.returncode == 0, result.stderr
+    assert f"-m {TUTORIAL_MODULE[stage]} --config-dir " in result.stdout
     arguments, variables = launched(stage, result.stdout)
     found = compose_as_verl_does(VERL_NAME[stage], arguments, variables)
     different = {key for key in wanted.keys() | found.keys() if wanted.get(key, "absent") != found.get(key, "absent")}
@@ -176,6 +180,30 @@ def test_the_memory_preset_is_said_and_can_be_chosen(env):
     assert chosen.returncode == 0 and "memory/ppo=24gb" in chosen.stdout and "80gb" not in chosen.stdout
     wrong = bridge("ppo", *arguments, "memory/ppo=25gb", **tuned)
     assert wrong.returncode == 2 and "memory/ppo" in wrong.stderr
+
+
+def test_the_tuned_sft_packs_in_the_order_of_the_tutorial():
+    config = compose("sft", ["profile/sft=tuned"], NAMES)
+    assert sft.module(config) == "bridge.packed_sft" and sft.setting_problems(config) == []
+    # verl's sampler is made without a seed.
+    assert config["trainer"]["seed"] == DistributedSampler([], num_replicas=1, rank=0).seed
+
+
+def test_a_wrong_budget_and_what_packing_cannot_are_refused_at_once(env):
+    result = bridge("sft", "--dry-run", "bridge.packed_tokens_per_gpu=255", "data.balance_dp_token=True", "model.strategy=fsdp",
+                    "use_remove_padding=True", "ulysses_sequence_parallel_size=2", **env)
+    assert result.returncode == 2
+    assert "bridge.packed_tokens_per_gpu=255 is less than the 256 tokens that a row may have" in result.stderr
+    for problem in ("data.balance_dp_token=True", "model.strategy=fsdp", "use_remove_padding=True",
+                    "ulysses_sequence_parallel_size=2"):
+        assert f"{problem} does not go with packing." in result.stderr
+    assert "is no number of tokens" in bridge("sft", "--dry-run", "bridge.packed_tokens_per_gpu=many", **env).stderr
+
+
+def test_the_budget_on_the_command_line_chooses_the_packed_trainer(env):
+    result = bridge("sft", "--dry-run", "bridge.packed_tokens_per_gpu=256", **env)
+    assert result.returncode == 0, result.stderr
+    assert "-m bridge.on_cpu bridge.packed_sft --config-dir " in result.stdout
 
 
 def test_no_file_of_ours_has_the_name_of_one_of_verls():
