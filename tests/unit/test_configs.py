@@ -183,7 +183,7 @@ def test_the_memory_preset_is_said_and_can_be_chosen(env):
 
 
 def test_the_tuned_sft_packs_in_the_order_of_the_tutorial():
-    config = compose("sft", ["profile/sft=tuned"], NAMES)
+    config = compose("sft", ["profile/sft=tuned", "memory/sft=80gb"], NAMES)
     assert sft.module(config) == "bridge.packed_sft" and sft.setting_problems(config) == []
     # verl's sampler is made without a seed.
     assert config["trainer"]["seed"] == DistributedSampler([], num_replicas=1, rank=0).seed
