@@ -105,8 +105,8 @@ def imports(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
         yield Result(f"import {name}", "ok" if inside else "FAIL", getattr(module, "__version__", "")
                      if inside else f"comes from {module.__file__}, outside {prefix}")
     homes = [prefix, ROOT / "scripts", *(Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib"))]
-    # torch writes a module of its own into a new folder below this one, and imports it.
-    homes.append(Path(tempfile.gettempdir()).resolve())
+    # torch writes a module of its own into a new folder below the first, and imports it; in the second is Debian's own hook.
+    homes += [Path(tempfile.gettempdir()).resolve(), Path(f"/etc/python{sys.version_info[0]}.{sys.version_info[1]}")]
     # Some of torch's are no files, and have a relative name.
     files = {name: Path(module.__file__).resolve() for name, module in list(sys.modules.items())
              if os.path.isabs(getattr(module, "__file__", None) or "")}

@@ -101,11 +101,29 @@ def use_sdpa() -> None:
     verl.utils.torch_functional.FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE = False
 
 
+def bound_sdpa() -> None:
+    """Let PyTorch's attention know where packed rows begin and end, which transformers tells flash attention only."""
+    import torch
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    def bounded(module, query, key, value, attention_mask, cu_seq_lens_q=None, **options):
+        if cu_seq_lens_q is None:
+            return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        bounds = cu_seq_lens_q.tolist()
+        rows = [sdpa_attention_forward(module, *(states[:, :, start:end] for states in (query, key, value)), None, **options)[0]
+                for start, end in zip(bounds, bounds[1:], strict=False)]
+        return torch.cat(rows, dim=1), None
+
+    AttentionInterface.register("sdpa", bounded)
+
+
 def setup() -> None:
     """Everything of the above; called in the trainer's process and, by Ray, in every worker."""
     fill_torch_cpu()
     use_gloo()
     use_sdpa()
+    bound_sdpa()
 
 
 def tell_ray(ranks: int) -> None:

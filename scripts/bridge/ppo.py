@@ -9,7 +9,10 @@ from typing import Any
 
 from bridge.settings import Settings
 
-MODULE = "verl.trainer.main_ppo"
+
+def module(_config: Mapping[str, Any]) -> str:
+    """Which trainer to run."""
+    return "verl.trainer.main_ppo"
 
 
 def environment(stage_dir: Path) -> dict[str, str]:
@@ -31,6 +34,11 @@ def overrides(settings: Settings) -> list[str]:
 def command(ranks: int, module: list[str], arguments: list[str]) -> list[str]:
     """One process; Ray starts the workers."""
     return [sys.executable, "-u", "-m", *module, *arguments]
+
+
+def setting_problems(_config: Mapping[str, Any]) -> list[str]:
+    """Settings that do not go together: none are known that verl takes."""
+    return []
 
 
 def columns(config: Mapping[str, Any]) -> list[str]:

@@ -7,7 +7,10 @@ from typing import Any
 
 from bridge.settings import Settings
 
-MODULE = "verl.trainer.fsdp_sft_trainer"
+
+def module(config: Mapping[str, Any]) -> str:
+    """Which trainer to run: verl's own, or the packed one where a budget of tokens is set."""
+    return "verl.trainer.fsdp_sft_trainer" if config["bridge"]["packed_tokens_per_gpu"] is None else "bridge.packed_sft"
 
 
 def environment(stage_dir: Path) -> dict[str, str]:
@@ -25,6 +28,26 @@ def command(ranks: int, module: list[str], arguments: list[str]) -> list[str]:
     """torchrun with one process a GPU (or CPU rank)."""
     return [sys.executable, "-u", "-m", "torch.distributed.run", "--standalone", "--nnodes=1",
             f"--nproc_per_node={ranks}", "-m", *module, *arguments]
+
+
+def setting_problems(config: Mapping[str, Any]) -> list[str]:
+    """Settings that do not go with packing."""
+    budget, longest = config["bridge"]["packed_tokens_per_gpu"], config["data"]["max_length"]
+    if budget is None:
+        return []
+    problems = []
+    if type(budget) is not int:
+        problems.append(f"bridge.packed_tokens_per_gpu={budget} is no number of tokens. Use e.g. {16 * longest}, or null for "
+                        "verl's own trainer, which pads.")
+    elif budget < longest:
+        problems.append(f"bridge.packed_tokens_per_gpu={budget} is less than the {longest} tokens that a row may have "
+                        f"(data.max_length). Use at least {longest}, or null for verl's own trainer, which pads.")
+    needed = {"model.strategy": (config["model"]["strategy"], "fsdp2"),
+              "use_remove_padding": (config["use_remove_padding"], False),
+              "ulysses_sequence_parallel_size": (config["ulysses_sequence_parallel_size"], 1),
+              "data.balance_dp_token": (config["data"]["balance_dp_token"], False)}
+    return problems + [f"{key}={value} does not go with packing. Use {key}={wanted}, or bridge.packed_tokens_per_gpu=null."
+                       for key, (value, wanted) in needed.items() if value != wanted]
 
 
 def columns(config: Mapping[str, Any]) -> list[str]:
