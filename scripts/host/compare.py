@@ -24,10 +24,12 @@ MAY_DIFFER = (
     # What an engine lays its own over when it runs an image: the user who calls it, the network, the devices.
     "etc/group", "etc/hostname", "etc/hosts", "etc/mtab", "etc/passwd", "etc/resolv.conf",
     "dev", "proc", "run", "sys", "tmp",
+    # Buildah takes away the empty folder on which it showed the build its inputs.
+    "mnt",
 )
 PYTHON = "/usr/bin/python3.11"
 # Without the host's folders; by default Apptainer shows some.
-APPTAINER = ["exec", "--cleanenv", "--no-mount", "home,cwd,tmp,hostfs,bind-paths"]
+APPTAINER = ["exec", "--cleanenv", "--pwd", "/", "--no-mount", "home,cwd,tmp,hostfs,bind-paths"]
 
 
 def entries(root):

@@ -65,6 +65,9 @@ leave_out() { # what nothing loads; docs/image.md has the sizes
     done
     # Ray's Java half, and cuSOLVER for several GPUs in one process.
     rm -rf "$site/ray/jars" "$site/nvidia/cusolver/lib/libcusolverMg.so.11"
+    # When the wheel's file was written: no two builds would be the same.
+    rm -f "$site"/flash_attn-*.dist-info/uv_cache.json
+    sed -i '/uv_cache\.json/d' "$site"/flash_attn-*.dist-info/RECORD
 }
 
 prove_dependencies() {
