@@ -24,6 +24,8 @@ WARNING = re.compile(r"\bWARN(ING)?\b|\bERROR\b|\bCRITICAL\b|Warning:|Error:|Tra
 ALLOWED = (
     # vLLM's kernels, where there is no NVIDIA driver.
     "Failed to import from vllm._C with ImportError('libcuda.so.1: cannot open shared object file",
+    # Apptainer's, of a user whom the machine does not know either.
+    "WARNING: user: unknown userid", "WARNING: Skipping impossible home directory mount to '/'",
 )
 
 
@@ -105,9 +107,12 @@ class Oci:
             pytest.skip(f"there is no image {OCI}: make oci")
 
     def _buildah(self, *arguments: str, **env: str) -> subprocess.CompletedProcess:
-        return subprocess.run(["buildah", *arguments], capture_output=True, text=True, check=False, timeout=600,
-                              env={**SHELL, **{name: value for name, value in os.environ.items() if name.startswith("BUILDAH_")},
-                                   **env})
+        env = {**SHELL, **{name: value for name, value in os.environ.items() if name.startswith("BUILDAH_")}, **env}
+        while True:
+            found = subprocess.run(["buildah", *arguments], capture_output=True, text=True, check=False, timeout=600, env=env)
+            # Buildah starts as a sealed copy of itself, which now and then fails while another one does; nothing has run then.
+            if "sealing memfd copy: Device or resource busy" not in found.stderr:
+                return found
 
     def run(self, *arguments: str, **options) -> Result:
         """Go in by the door: ENTRYPOINT with arguments, which `buildah run` does not add by itself."""
@@ -127,7 +132,7 @@ class Oci:
         finally:
             self._buildah("rm", container)
         # chroot isolation tells of the command's exit status in lines of its own.
-        told = re.compile(r"^(error|Error)(: | running |\b.*exit status).*\n?", re.MULTILINE)
+        told = re.compile(r"^(subprocess exited with status|[Ee]rror: |error running|exit status).*\n?", re.MULTILINE)
         return Result(found.stdout + told.sub("", found.stderr), found.returncode)
 
     def alone(self, *command: str) -> Result:
