@@ -14,6 +14,10 @@ image: ## Build bridge.sif, the image for Apptainer
 	@scripts/host/build.sh sif
 oci: ## Build the same image for Podman and Docker
 	@scripts/host/build.sh oci
+pull: ## Fetch a prebuilt image by digest: IMAGE=oras://...@sha256:... or docker://...
+	@scripts/host/pull.sh
+compare: ## List what differs between two images: A=bridge.sif B=localhost/bridge:latest
+	@scripts/host/compare.py "$${A:-}" "$${B:-}"
 check: ## Test this environment: versions, GPUs, folders
 shell: ## Open a shell in the image
 
@@ -23,8 +27,14 @@ model: ## Fetch the base model
 sft: ## Supervised fine-tuning
 ppo: ## Reinforcement learning with PPO
 merge: ## Turn the newest checkpoint into a Hugging Face model
+eval: ## Accuracy on GSM8K of the base, the SFT and the PPO model
 upload: ## Publish the merged model, privately unless PUBLIC=1
 rehearse: ## The whole chain in small, without a GPU
+plot: ## Draw the curves of runs: ARGS='RUN... --keys=a,b' (in .venv)
+plot: export ENGINE := none
+plot: venv
+bench: ## Measure how fast the profiles are; CASES=name,name picks some
+accept: ## Try out this node with all its GPUs, ten minutes: a page and a JSON
 
 ##@ Development
 venv: ## Make .venv from the locks
@@ -38,8 +48,8 @@ lint: venv ## Run the linters
 help: ## Show this menu
 	@awk -F ':.*## ' '/^##@/ {print "\n" substr($$0, 5)} /^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
 
-STAGES := check shell data model sft ppo merge upload rehearse
+STAGES := check shell data model sft ppo merge eval upload rehearse bench accept plot
 $(STAGES):
 	@scripts/host/container.sh $@ $(ARGS)
 
-.PHONY: $(STAGES) image oci venv lock test lint help
+.PHONY: $(STAGES) image oci pull compare venv lock test lint help

@@ -64,7 +64,9 @@ def compose_config(work_dir: Path, device: str, ranks: int, budget: int | None) 
     return OmegaConf.create(compose("sft", [
         "profile/sft=tuned", f"trainer.device={device}", f"data.train_batch_size={GROUPS * GROUP_ROWS * ranks}",
         f"data.micro_batch_size_per_gpu={GROUP_ROWS}", f"data.max_length={MAX_LENGTH}", "data.truncation=right",
-        f"bridge.packed_tokens_per_gpu={'null' if budget is None else budget}", "optim.lr=1e-3", "optim.warmup_steps_ratio=0",
+        f"bridge.packed_tokens_per_gpu={'null' if budget is None else budget}",
+        # It changes transformers for the whole process, and so for the padded variants too.
+        "model.external_lib=null", "optim.lr=1e-3", "optim.warmup_steps_ratio=0",
         # Clips, as in a real run.
         "optim.clip_grad=0.1", "trainer.total_training_steps=1", "trainer.logger=[console]", "trainer.resume_mode=disable",
         # As in the two profiles. On CPU in float32 FSDP2 cannot do without: backward finds its weights gathered anew.

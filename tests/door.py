@@ -10,10 +10,10 @@ ROOT = Path(__file__).resolve().parents[1]
 SHELL = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
 
 
-def bridge(*arguments: str, **env: str) -> subprocess.CompletedProcess:
+def bridge(*arguments: str, timeout: float = 600, **env: str) -> subprocess.CompletedProcess:
     """Run the door to its end; returns what it printed and its exit status."""
     return subprocess.run([sys.executable, "-m", "bridge", *arguments], env={**SHELL, **env}, capture_output=True, text=True,
-                          check=False, timeout=600)
+                          check=False, timeout=timeout)
 
 
 def left_running(work_dir: Path) -> list[str]:

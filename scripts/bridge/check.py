@@ -12,11 +12,13 @@ import re
 import shutil
 import socket
 import sys
+import sysconfig
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from bridge import hardware
+from bridge import hardware, manifest
 from bridge.errors import UsageError
 from bridge.main import clean_environment, work_dir_problems
 from bridge.settings import ROOT, Settings
@@ -24,6 +26,8 @@ from bridge.settings import ROOT, Settings
 IMPORTS = ("torch", "vllm", "verl", "ray", "transformers", "datasets", "wandb", "huggingface_hub")
 # NCCL and vLLM's workers share memory through /dev/shm; a container's default of 64 MiB is too small.
 LEAST_SHM = 1 << 30
+# NCCL opens the first; the second finds peers; both need the driver of the card (here Mellanox's, as H100 nodes have them).
+INFINIBAND = ("libibverbs.so.1", "librdmacm.so.1", "libmlx5.so.1")
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,8 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
     if unknown:
         raise UsageError(f"check takes only --json; got {' '.join(unknown)}.")
     # Importing vLLM and others makes cache folders: below WORK_DIR, as in a stage.
-    os.environ.update(clean_environment(settings, env))
+    env = clean_environment(settings, env)
+    os.environ.update(env)
     # vLLM logs to stdout, where the report goes.
     os.environ["VLLM_CONFIGURE_LOGGING"] = "0"
     results = [result for check in CHECKS for result in check(settings, env)]
@@ -70,6 +75,17 @@ def python_environment(settings: Settings, env: Mapping[str, str]) -> Iterator[R
     yield Result("requirements.lock", "FAIL" if wrong else "ok", "; ".join(wrong) or f"{len(locked)} packages as locked")
 
 
+def image(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
+    """What the image was made of, and whether that is still what is in it."""
+    made = manifest.read()
+    if made is None:
+        yield Result("image", "warn", "not in an image: this is a virtual environment")
+    elif made["requirements_lock_sha256"] != manifest.lock_hash():
+        yield Result("image", "FAIL", f"{ROOT / 'requirements.lock'} is not the one that the image was built from")
+    else:
+        yield Result("image", "ok", f"recipe {made['recipe_commit']}, {len(made['debian'])} Debian packages")
+
+
 def locked_versions() -> dict[str, str]:
     """Package -> version, from requirements.lock; lines with a marker for another platform are left out."""
     pins = re.findall(r"^([\w.-]+)==([^\s;\\]+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
@@ -88,6 +104,14 @@ def imports(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
         inside = prefix in Path(module.__file__).resolve().parents
         yield Result(f"import {name}", "ok" if inside else "FAIL", getattr(module, "__version__", "")
                      if inside else f"comes from {module.__file__}, outside {prefix}")
+    homes = [prefix, ROOT / "scripts", *(Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib"))]
+    # torch writes a module of its own into a new folder below the first, and imports it; in the second is Debian's own hook.
+    homes += [Path(tempfile.gettempdir()).resolve(), Path(f"/etc/python{sys.version_info[0]}.{sys.version_info[1]}")]
+    # Some of torch's are no files, and have a relative name.
+    files = {name: Path(module.__file__).resolve() for name, module in list(sys.modules.items())
+             if os.path.isabs(getattr(module, "__file__", None) or "")}
+    strangers = [f"{name} ({file})" for name, file in sorted(files.items()) if not set(homes) & set(file.parents)]
+    yield Result("modules from outside", "FAIL" if strangers else "ok", ", ".join(strangers) or f"none of {len(files)}")
 
 
 def nccl(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
@@ -108,11 +132,11 @@ def nccl(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
 
 
 def cuda_build() -> tuple[str, str]:
-    """Status and CUDA version that torch was built for."""
+    """Status and CUDA version that torch was built for; the lock's CUDA runtime says which it has to be."""
     import torch
 
-    version = torch.version.cuda or "none"
-    return ("ok" if version.startswith("12.") else "FAIL"), version
+    wanted = locked_versions()["nvidia-cuda-runtime-cu12"].rpartition(".")[0]
+    return ("ok" if torch.version.cuda == wanted else "FAIL"), str(torch.version.cuda)
 
 
 def flash_attention(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
@@ -125,6 +149,55 @@ def flash_attention(settings: Settings, env: Mapping[str, str]) -> Iterator[Resu
         return
     importlib.import_module("flash_attn")
     yield Result("flash-attn", "ok", version)
+    if hardware.visible_gpus(env):
+        yield flash_attention_kernels()
+
+
+def flash_attention_kernels() -> Result:
+    """Whether flash-attn's kernels run on the first visible GPU and compute attention."""
+    from flash_attn import flash_attn_func, flash_attn_varlen_func
+
+    from bridge import attention
+
+    try:
+        cases = list(attention.comparisons(flash_attn_func, flash_attn_varlen_func))
+    except RuntimeError as error:
+        # What torch says of a kernel that was not built for this GPU, and of a GPU that it cannot use.
+        return Result("flash-attn kernels", "FAIL", f"do not run: {str(error).splitlines()[0]} Was it built for this GPU?")
+    wrong = [f"{case.case}: {case.forward:.2g} forward, {case.backward:.2g} backward" for case in cases if not case.passed]
+    seen = "; ".join(wrong) or f"{len(cases)} cases; off by at most {max(case.forward for case in cases):.2g} forward, " \
+                               f"{max(case.backward for case in cases):.2g} backward"
+    return Result("flash-attn kernels", "FAIL" if wrong else "ok",
+                  f"{seen} (allowed: {attention.MOST_FORWARD}, {attention.MOST_BACKWARD})")
+
+
+def infiniband(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
+    """The libraries without which NCCL falls back to TCP in silence. Only the image promises them."""
+    missing = []
+    for name in INFINIBAND:
+        try:
+            ctypes.CDLL(name)
+        except OSError as error:
+            missing.append(str(error))
+    # libibverbs looks for the cards' drivers by itself: the files here name them.
+    if not Path("/etc/libibverbs.d/mlx5.driver").is_file():
+        missing.append("/etc/libibverbs.d/mlx5.driver is not there")
+    cure = "" if manifest.read() else " (NCCL would use TCP: fine without such a network)"
+    yield Result("InfiniBand libraries", ("FAIL" if manifest.read() else "warn") if missing else "ok",
+                 "; ".join(missing) + cure if missing else ", ".join(INFINIBAND))
+
+
+def caches(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
+    """Whether every cache that the door sets, and the folder for temporary files, can be written to."""
+    folders = {value for value in env.values() if value.startswith(str(settings.work_dir / "cache"))}
+    problems = []
+    for folder in sorted({*folders, tempfile.gettempdir()}):
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            problems.append(f"{folder}: {error.strerror}")
+    yield Result("caches", "FAIL" if problems else "ok", "; ".join(problems) or f"{len(folders)} below WORK_DIR, writable")
 
 
 def machine(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
@@ -146,4 +219,4 @@ def machine(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
 
 
 CHECKS: list[Callable[[Settings, Mapping[str, str]], Iterator[Result]]] = [
-    python_environment, imports, nccl, flash_attention, machine]
+    python_environment, image, imports, nccl, flash_attention, infiniband, machine, caches]

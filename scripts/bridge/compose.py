@@ -80,7 +80,7 @@ def compose_checked(name: str, own: list[str], user: list[str], env: Mapping[str
     """
     base = flatten(compose(name, own, env))
     nodes = {key.rsplit(".", i)[0] for key in base for i in range(key.count(".") + 1)}
-    groups = {"profile/" + name}
+    groups = {"profile/" + name, "memory/" + name}
     problems, numbers = [], []
     parser = OverridesParser.create()
     for text in user:

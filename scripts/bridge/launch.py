@@ -21,7 +21,7 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def run(command: list[str], env: Mapping[str, str], log: Path | None, metrics_file: metrics.Metrics | None,
-        secrets: list[str], on_step: Callable[[], None] = lambda: None) -> int:
+        secrets: list[str], on_step: Callable[[], None] = lambda: None, until: Callable[[], bool] = lambda: False) -> int:
     """Run a command to its end.
 
     Args:
@@ -31,15 +31,17 @@ def run(command: list[str], env: Mapping[str, str], log: Path | None, metrics_fi
         metrics_file: gets what verl's console lines say.
         secrets: values that are replaced by *** should the program print them.
         on_step: called after each line of metrics and at the end.
+        until: asked some times a second; once true, the child is sent SIGTERM, and that it ends so is no failure.
 
     Returns:
-        the exit status; 128 + N if the child (or this program) was ended by signal N.
+        the exit status; 0 where `until` ended it, 128 + N if the child (or this program) was ended by signal N.
     """
     # Descendants whose parent dies (Ray's daemons) become ours instead of init's, so that they can be found and ended.
     LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     child = subprocess.Popen(command, env=dict(env), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                              stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=end_with_parent)
     received: list[int] = []
+    asked: list[int] = []
 
     def forward(number, _frame):
         # The second one does not wait: stop_all follows.
@@ -47,15 +49,21 @@ def run(command: list[str], env: Mapping[str, str], log: Path | None, metrics_fi
         if child.poll() is None:
             child.send_signal(number if len(received) == 1 else signal.SIGKILL)
 
+    def is_ending() -> bool:
+        if not received and not asked and child.poll() is None and until():
+            asked.append(signal.SIGTERM)
+            child.terminate()
+        return bool(received or asked)
+
     # SIGHUP comes when the terminal is closed; under nohup it is ignored, and stays so.
     before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
               if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN}
     try:
         with open(log or os.devnull, "ab", buffering=0) as log_file:
-            copy_output(child, log_file, metrics_file, secrets, on_step, received)
+            copy_output(child, log_file, metrics_file, secrets, on_step, is_ending)
         if received:
             say(f"{signal.Signals(received[0]).name} received: passed on to the {Path(command[0]).name} process")
-        status = wait(child, GRACE_SECONDS if received else None)
+        status = wait(child, GRACE_SECONDS if received or asked else None)
     finally:
         stop_all()
         for number, handler in before.items():
@@ -63,6 +71,8 @@ def run(command: list[str], env: Mapping[str, str], log: Path | None, metrics_fi
     on_step()
     if received:
         return 128 + received[0]
+    if asked:
+        return 0
     return 128 - status if status < 0 else status
 
 
@@ -80,7 +90,7 @@ def end_with_parent() -> None:
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
-def copy_output(child: subprocess.Popen, log_file, metrics_file, secrets, on_step, received: list[int]) -> None:
+def copy_output(child: subprocess.Popen, log_file, metrics_file, secrets, on_step, is_ending: Callable[[], bool]) -> None:
     """Copy the child's output to stdout and the log until it ends, line by line (a progress bar's \\r ends a line too)."""
     hidden = [secret.encode() for secret in secrets if secret]
     pending, stop_at = b"", None
@@ -114,7 +124,7 @@ def copy_output(child: subprocess.Popen, log_file, metrics_file, secrets, on_ste
             # No end of line in sight: show it rather than hold it back.
             emit(pending)
             pending = b""
-        if received and stop_at is None:
+        if stop_at is None and is_ending():
             stop_at = time.monotonic() + GRACE_SECONDS
         if stop_at and time.monotonic() > stop_at:
             break

@@ -1,5 +1,6 @@
 """The door: `bridge STAGE [--dry-run] [key=value ...]`. Make, Slurm and `apptainer run` all come in here."""
 
+import hashlib
 import os
 import resource
 import shlex
@@ -188,15 +189,17 @@ def clean_environment(settings: Settings, env: Mapping[str, str]) -> dict[str, s
         say(f"ulimit -v raised from {soft >> 10} KiB to {limit}")
     hf_home = Path(cleaned.get("HF_HOME") or Path(cleaned.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface")
     cache = settings.work_dir / "cache"
+    # What was compiled for one set of packages is never taken with another.
+    compiled = cache / "compiled" / hashlib.sha256((settings_module.ROOT / "requirements.lock").read_bytes()).hexdigest()[:12]
     cleaned.update(
         PYTHONNOUSERSITE="1",
         # The login of `huggingface-cli login` stays where it is.
         HF_TOKEN_PATH=cleaned.get("HF_TOKEN_PATH") or str(hf_home / "token"),
         HF_HOME=str(cache / "huggingface"),
         XDG_CACHE_HOME=str(cache),
-        TRITON_CACHE_DIR=str(cache / "triton"),
-        TORCHINDUCTOR_CACHE_DIR=str(cache / "inductor"),
-        VLLM_CACHE_ROOT=str(cache / "vllm"),
+        TRITON_CACHE_DIR=str(compiled / "triton"),
+        TORCHINDUCTOR_CACHE_DIR=str(compiled / "inductor"),
+        VLLM_CACHE_ROOT=str(compiled / "vllm"),
         WANDB_CACHE_DIR=str(cache / "wandb"),
         WANDB_DATA_DIR=str(cache / "wandb"),
         MPLCONFIGDIR=str(cache / "matplotlib"),

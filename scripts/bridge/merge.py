@@ -35,6 +35,8 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
         stage, shards, notes = "ckpt", shards_of(settings.ckpt), []
     else:
         stage = settings.stage or newest_stage(settings)
+        if stage == "base":
+            raise UsageError("STAGE=base: the base model needs no merging (only eval takes it). Use sft, ppo or ckpt.")
         if stage == "ckpt":
             raise UsageError("STAGE=ckpt goes with CKPT=, the folder of the checkpoint.")
         checkpoint = checkpoint_of(settings, stage)

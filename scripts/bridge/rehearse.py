@@ -3,18 +3,17 @@
 Works in WORK_DIR/rehearsal, which it empties first. Uploads to a stand-in for the hub on this machine, never to the real one.
 """
 
-import shutil
-import sys
+import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import pyarrow.parquet
 
-from bridge import checkpoints, hardware, launch, metrics, model, runs
+from bridge import checkpoints, hardware, metrics, model, trial
 from bridge import settings as settings_module
 from bridge.errors import UsageError, say
-from bridge.main import work_dir_problems
+from bridge.eval import RESULT_FILE
 from bridge.settings import Settings, is_local
 from bridge.standin_hub import Account, StandInHub
 
@@ -30,6 +29,7 @@ STEPS = (
     ("merge sft", "merge", {"STAGE": "sft"}),
     ("ppo", "ppo", {"INIT": "sft"}),
     ("merge ppo", "merge", {"STAGE": "ppo"}),
+    ("eval", "eval", {"LIMIT": "8"}),
     ("upload", "upload", {"STAGE": "ppo"}),
 )
 
@@ -39,20 +39,12 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
     if arguments:
         raise UsageError(f"rehearse takes no arguments; got {' '.join(arguments)}. "
                          "MODEL=, DATA_SOURCE= and GPUS= apply.")
-    problems = work_dir_problems(settings.work_dir)
-    if problems:
-        raise UsageError(*problems)
     gpus = hardware.visible_gpus(env)
     if env.get("MODEL") and not gpus and settings.model not in ("tiny", "smollm2") and not is_local(settings.model):
         # Exported for the real run, most likely.
         raise UsageError(f"MODEL={settings.model} is too large to rehearse without a GPU. Use `make rehearse MODEL=tiny "
                          "DATA_SOURCE=builtin`, MODEL=smollm2 or a folder with a small model.")
-    folder = settings.work_dir / "rehearsal"
-    folder.mkdir(parents=True, exist_ok=True)
-    with runs.locked(folder):
-        for path in folder.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
+    with trial.own_folder(settings, "rehearsal", empty=True) as folder:
         return run_chain(settings, env, folder, settings.gpus or (1 if gpus else 2))
 
 
@@ -61,14 +53,9 @@ def run_chain(settings: Settings, env: Mapping[str, str], folder: Path, ranks: i
     rows = []
     with StandInHub(folder / "hub", tokens={TOKEN: ACCOUNT}) as hub:
         name = env.get("MODEL") or "tiny"
-        chain_env = {
-            **env, "MODEL": name, "DATA_SOURCE": env.get("DATA_SOURCE") or "builtin",
-            "PROFILE": "tiny" if name == "tiny" else "rehearsal",
-            "WORK_DIR": str(folder), "RUN": "default", "GPUS": str(ranks), "HF_REPO": REPOSITORY,
-            "PUBLIC": "0", "WANDB_MODE": "offline",
-        }
-        for name in ("WANDB_API_KEY", "STEP", "CKPT", "TP"):
-            chain_env.pop(name, None)
+        chain_env = trial.environment(
+            env, folder, MODEL=name, DATA_SOURCE=env.get("DATA_SOURCE") or "builtin",
+            PROFILE="tiny" if name == "tiny" else "rehearsal", GPUS=str(ranks), HF_REPO=REPOSITORY)
         # A relative folder is meant from where the person stands, which stays the same here.
         chain = settings_module.read(chain_env)
         for name, stage, extra in STEPS:
@@ -76,12 +63,12 @@ def run_chain(settings: Settings, env: Mapping[str, str], folder: Path, ranks: i
             started = time.monotonic()
             # Only the upload goes to the stand-in: a MODEL of the real hub may be rehearsed where there is a GPU.
             step_env = {**chain_env, **extra, **(hub.env(TOKEN) if stage == "upload" else {})}
-            status = launch.run([sys.executable, "-m", "bridge", stage], step_env, None, None, [])
+            status = trial.stage(stage, step_env)
             if status:
                 say(f"the rehearsal stopped at {name}")
                 return status
             rows.append((name, time.monotonic() - started, outcome(name, chain, hub)))
-    print(table(rows))
+    print(trial.table(rows))
     return 0
 
 
@@ -98,6 +85,10 @@ def outcome(name: str, settings: Settings, hub: StandInHub) -> str:
     if name.startswith("merge "):
         merged = settings.merged_dir(name.split()[1])
         return f"{checkpoints.size(merged) / 1e6:.3g} MB, {merged}"
+    if name == "eval":
+        found = json.loads((settings.stage_dir("eval") / RESULT_FILE).read_text())
+        return f"{found['rows']} rows, accuracy " + ", ".join(
+            f"{which} {result['accuracy']:.3f}" for which, result in found["models"].items())
     return f"{len(hub.files(REPOSITORY))} files at {hub.url}/{REPOSITORY}"
 
 
@@ -108,11 +99,3 @@ def training_outcome(stage: str, rows: list[dict]) -> str:
     text = f"{len(rows)} steps, {word} {values[0]:.3f} -> {values[-1]:.3f}"
     last = rows[-1].get("val/loss")
     return text + (f", validation loss {last:.3f}" if last is not None else "")
-
-
-def table(rows: list[tuple[str, float, str]]) -> str:
-    """The closing table: stage, seconds, what came out."""
-    total = sum(seconds for _, seconds, _ in rows)
-    lines = [f"{'stage':<11}{'seconds':>8}  what came out"]
-    lines += [f"{name:<11}{seconds:>8.1f}  {text}" for name, seconds, text in [*rows, ("all", total, "")]]
-    return "\n".join(line.rstrip() for line in lines)

@@ -14,17 +14,27 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bridge import hardware
+from bridge import hardware, manifest
 from bridge.compose import flatten
 from bridge.errors import UsageError, say
 from bridge.settings import CONFIGS, ROOT, SECRETS
 from bridge.stages import Plan
 
-# Keys that may differ when a run is continued: where from, what it is called, and what depends on the machine or on
-# housekeeping.
+# Keys that may differ when a run is continued: where from, what it is called, and what depends on the machine (all of
+# configs/memory/) or on housekeeping.
 MAY_DIFFER = ("trainer.project_name", "trainer.experiment_name", "trainer.logger",
               "trainer.resume_mode", "trainer.resume_from_path", "ray_init.num_cpus", "trainer.max_ckpt_to_keep",
-              "trainer.max_actor_ckpt_to_keep", "trainer.max_critic_ckpt_to_keep")
+              "trainer.max_actor_ckpt_to_keep", "trainer.max_critic_ckpt_to_keep",
+              "bridge.packed_tokens_per_gpu", "model.enable_gradient_checkpointing",
+              *(f"{part}.{key}" for part, keys in (
+                  ("actor_rollout_ref.actor", ("ppo_max_token_len_per_gpu", "fsdp_config.param_offload",
+                                               "fsdp_config.optimizer_offload")),
+                  ("actor_rollout_ref.ref", ("log_prob_max_token_len_per_gpu",)),
+                  ("actor_rollout_ref.rollout", ("log_prob_max_token_len_per_gpu", "gpu_memory_utilization")),
+                  ("actor_rollout_ref.model", ("enable_gradient_checkpointing",)),
+                  ("critic", ("ppo_max_token_len_per_gpu", "forward_max_token_len_per_gpu",
+                              "model.enable_gradient_checkpointing", "model.fsdp_config.param_offload",
+                              "model.fsdp_config.optimizer_offload"))) for key in keys))
 
 
 def read(folder: Path) -> dict[str, Any] | None:
@@ -44,13 +54,18 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 
 def write(folder: Path, record: Mapping[str, Any], secrets: list[str]) -> None:
-    """Write run.json whole or not at all, with any secret that slipped into a value masked."""
-    text = json.dumps(record, indent=1, ensure_ascii=False)
+    """Write a folder's run.json."""
+    write_json(folder / "run.json", record, secrets)
+
+
+def write_json(file: Path, content: Any, secrets: list[str]) -> None:
+    """Write a file whole or not at all, with any secret that slipped into a value masked."""
+    text = json.dumps(content, indent=1, ensure_ascii=False)
     for secret in secrets:
         text = text.replace(secret, "***")
-    temporary = folder / "run.json.tmp"
+    temporary = file.with_name(file.name + ".tmp")
     temporary.write_text(text + "\n")
-    os.replace(temporary, folder / "run.json")
+    os.replace(temporary, file)
 
 
 def secret_values(env: Mapping[str, str]) -> list[str]:
@@ -76,6 +91,8 @@ def git_commit() -> str | None:
     """Commit of the checkout (with "-dirty" if it was edited), or what the image was built from; None if unknown."""
     if os.environ.get("BRIDGE_COMMIT"):
         return os.environ["BRIDGE_COMMIT"]
+    if image := manifest.read():
+        return image["recipe_commit"]
     if not (ROOT / ".git").exists():
         return None
     found = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"],

@@ -35,8 +35,10 @@ class Settings:
     stage: str | None
     step: int | None
     ckpt: Path | None
+    limit: int | None
     gpus: int | None
     tp: int | None
+    share_gpu: bool
     keep: int | None
     hf_repo: str | None
     public: bool
@@ -53,7 +55,8 @@ class Settings:
         if is_local(self.model):
             return Path(os.path.abspath(os.path.expanduser(self.model)))
         name = {"smollm2": "SmolLM2-135M-Instruct"}.get(self.model, self.model.rsplit("/", 1)[-1])
-        return self.work_dir / "models" / name
+        # random:SHAPE: a colon is a trouble in paths.
+        return self.work_dir / "models" / name.replace(":", "-")
 
     @property
     def run_dir(self) -> Path:
@@ -125,6 +128,7 @@ def read(env: Mapping[str, str]) -> Settings:
         problems.append(f"HF_REPO={repo!r} is not of the form OWNER/NAME.")
     given("WANDB_ENTITY")
     public = choice("PUBLIC", ["0", "1"], "0")
+    share_gpu = choice("SHARE_GPU", ["0", "1"], "0")
     ckpt = given("CKPT")
     settings = Settings(
         work_dir=Path(os.path.abspath(os.path.expanduser(given("WORK_DIR", "work")))),
@@ -133,11 +137,13 @@ def read(env: Mapping[str, str]) -> Settings:
         model=given("MODEL", "meta-llama/Llama-3.2-1B-Instruct"),
         data_source=given("DATA_SOURCE", "hub"),
         init=choice("INIT", ["base", "sft"], "base"),
-        stage=choice("STAGE", ["sft", "ppo", "ckpt"], None),
+        stage=choice("STAGE", ["base", "sft", "ppo", "ckpt"], None),
         step=number("STEP", 1, "a training step"),
         ckpt=Path(os.path.abspath(os.path.expanduser(ckpt))) if ckpt else None,
+        limit=number("LIMIT", 1, "a number of rows"),
         gpus=number("GPUS", 1, "a number of GPUs"),
         tp=number("TP", 1, "a tensor parallel size"),
+        share_gpu=share_gpu == "1",
         keep=None if keep == "all" else int(keep),
         hf_repo=repo,
         public=public == "1",

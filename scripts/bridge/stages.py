@@ -72,6 +72,7 @@ STAGES = {
         Stage("sft", "supervised fine-tuning with verl", trains=True),
         Stage("ppo", "PPO with verl (INIT=base|sft)", trains=True),
         Stage("merge", "checkpoint -> Hugging Face model, verified (STAGE=sft|ppo)"),
+        Stage("eval", "accuracy on GSM8K of the base, SFT and PPO model (LIMIT=, STAGE=)"),
         Stage("upload", "merged model -> HF_REPO, private unless PUBLIC=1", needs=("HF_REPO",)),
     )
 }
@@ -80,4 +81,7 @@ STAGES = {
 TOOLS = {
     "check": "test this environment (--json)",
     "rehearse": "the whole chain, small, on this machine",
+    "plot": "curves of runs over each other (RUN... --keys=a,b --mean=N --output=FILE)",
+    "bench": "how fast the trainings are (CASES=; --report FILE.json)",
+    "accept": "the acceptance test of a GPU node, about ten minutes",
 }

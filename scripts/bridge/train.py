@@ -34,6 +34,10 @@ OWNED = {
 }
 # Profiles small enough for a machine without a GPU.
 ON_CPU = ("rehearsal", "tiny")
+# Profiles whose micro batches are so many rows, whatever the GPU. All others get a file of configs/memory/.
+BY_ROWS = ("tutorial", *ON_CPU)
+# What the users have: shown in a dry run where no GPU is visible.
+USUAL_MEMORY = 80
 
 DATA_KEYS = ("train_files", "val_files")
 
@@ -69,6 +73,8 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
         notes.append(f"no WANDB_API_KEY and no wandb login: metrics stay in {stage_dir} "
                      "(send them later with `wandb sync`)")
     own = [f"profile/{stage}={settings.profile}", *([f"device/{stage}=cpu"] if on_cpu else []), *trainer.overrides(settings)]
+    if settings.profile not in BY_ROWS and not any(text.startswith(f"memory/{stage}=") for text in overrides):
+        own.append(f"memory/{stage}={memory_preset(stage, hardware.visible_gpus(env), notes)}")
     if gpus is None:
         # A dry run on a machine without GPUs: shown for as many as the configuration says.
         gpus = compose(stage, own, own_env)["trainer"]["n_gpus_per_node"]
@@ -156,16 +162,31 @@ def choose_hardware(settings: Settings, env: Mapping[str, str], notes: list[str]
         problem = (f"GPUS={settings.gpus}, but {len(gpus)} visible"
                    + (f" (CUDA_VISIBLE_DEVICES={visible})." if visible else ".") + f" Use GPUS={len(gpus)} or less.")
     else:
-        busy = [gpu for gpu in gpus[:settings.gpus] if gpu.memory_used > 0.1 * gpu.memory]
-        if busy:
-            problem = "; ".join(f"GPU {gpu.device} is in use ({gpu.memory_used / 2**30:.0f} of "
-                                f"{gpu.memory / 2**30:.0f} GiB)" for gpu in busy) + \
-                ". Name free ones with CUDA_VISIBLE_DEVICES=."
+        problem = next(iter(busy_problems(settings, gpus[:settings.gpus])), None)
     if problem and not dry_run:
         problems.append(problem)
     elif problem:
         notes.append(f"warning: {problem}")
     return settings.gpus or len(gpus) or None, False
+
+
+def memory_preset(stage: str, gpus: list[hardware.Gpu], notes: list[str]) -> str:
+    """Name of the file of configs/memory/ for the smallest of these GPUs: the largest that is not larger (24gb below all)."""
+    presets = sorted(int(file.stem.removesuffix("gb")) for file in CONFIGS.glob(f"memory/{stage}/*gb.yaml"))
+    memory = min((gpu.memory for gpu in gpus), default=USUAL_MEMORY * 10**9)
+    chosen = max([preset for preset in presets if preset * 10**9 <= memory], default=presets[0])
+    seen = f"{gpus[0].name}, {memory / 10**9:.0f} GB" if gpus else f"no GPU visible; {USUAL_MEMORY} GB assumed"
+    notes.append(f"memory/{stage}={chosen}gb: how many tokens go onto a GPU at once ({seen})")
+    return f"{chosen}gb"
+
+
+def busy_problems(settings: Settings, gpus: list[hardware.Gpu]) -> list[str]:
+    """One problem, if any of the GPUs is in use and may not be shared; nothing else."""
+    busy = [gpu for gpu in gpus if gpu.memory_used > 0.1 * gpu.memory]
+    if settings.share_gpu or not busy:
+        return []
+    return ["; ".join(f"GPU {gpu.device} is in use ({gpu.memory_used / 2**30:.0f} of {gpu.memory / 2**30:.0f} GiB)"
+                      for gpu in busy) + ". Name free ones with CUDA_VISIBLE_DEVICES=, or use SHARE_GPU=1."]
 
 
 def limit_gpus(gpus: int, env: Mapping[str, str], own_env: dict[str, str], notes: list[str]) -> None:

@@ -31,7 +31,10 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
         stage = "ppo" if settings.merged_dir("ppo").exists() else "sft"
         notes.append(f"STAGE is not given: uploading the {stage} model")
     folder = settings.merged_dir(stage)
-    problems = folder_problems(folder, stage)
+    if stage == "base":
+        problems = ["STAGE=base: the base model is not ours to publish (only eval takes it). Use sft, ppo or ckpt."]
+    else:
+        problems = folder_problems(folder, stage)
     if settings.hf_repo is None:
         problems.append("upload needs HF_REPO=OWNER/NAME, the repository on the hub. Set it in .env (see .env.example).")
     if not has_token(env):

@@ -20,6 +20,11 @@ first_of() { # TOOL...: the first that is on PATH, or nothing
     for tool in "$@"; do ! command -v "$tool" > /dev/null || { echo "$tool" && break; }; done
 }
 
+# Minutes of all cores and gigabytes of disk.
+if [[ -z ${SLURM_JOB_ID:-} ]] && command -v sbatch > /dev/null; then
+    echo "bridge: this looks like a login node, where building is often forbidden. Rather in a job: srun --pty make image" >&2
+fi
+
 case $what in
 sif)
     tool=$(first_of apptainer singularity)
@@ -48,7 +53,7 @@ trap 'rm -rf "$inputs" "$partial"' EXIT
 for bundle in "${SSL_CERT_FILE:-}" /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.crt /etc/ssl/ca-bundle.pem; do
     [[ ! -f $bundle ]] || { cp -L "$bundle" "$inputs/certificates.crt" && break; }
 done
-[[ -z $wheel ]] || cp -L "$wheel" "$inputs"
+[[ -z $wheel ]] || cp -pL "$wheel" "$inputs"
 
 cd "$checkout"
 commit=$(git describe --always --dirty --abbrev=40 2> /dev/null) || commit=''
@@ -57,8 +62,9 @@ arguments=(--build-arg "COMMIT=$commit")
 SECONDS=0
 if [[ $what == sif ]]; then
     [[ -z ${BOOTSTRAP:-} ]] || arguments+=(--build-arg "BOOTSTRAP=$BOOTSTRAP")
-    # Level 6 of zstd packs the 9 GB in 100 s on two cores. Older versions have no choice.
-    [[ $("$tool" build --help) != *--mksquashfs-args* ]] || arguments+=(--mksquashfs-args "-comp zstd -Xcompression-level 6")
+    # Large blocks save more than high levels, and start no slower: docs/image.md. Older versions have no choice.
+    [[ $("$tool" build --help) != *--mksquashfs-args* ]] ||
+        arguments+=(--mksquashfs-args "-comp zstd -Xcompression-level 6 -b 1M")
     # Under another name until it is whole.
     partial=$image.partial
     "$tool" build --force --bind "$checkout/scripts/image:/mnt" "${arguments[@]}" "$partial" apptainer.def

@@ -11,9 +11,10 @@ source "$checkout/scripts/host/paths.sh"
 # shellcheck source=scripts/host/engine.sh
 source "$checkout/scripts/host/engine.sh"
 [[ $# -gt 0 ]] || set -- --help
-# The rehearsal is small, whatever .env says of the real run: only what this machine needs is taken from there.
+# The rehearsal is small and the benchmark is the same for all, whatever .env says of the real run: only what this machine
+# needs is taken from there.
 machine='WORK_DIR|ENGINE|IMAGE|CUDA_VISIBLE_DEVICES|NCCL_.*|.*_(proxy|PROXY)|SSL_CERT_FILE|REQUESTS_CA_BUNDLE'
-if [[ $1 == rehearse ]]; then read_settings "$machine"; else read_settings; fi
+if [[ $1 == rehearse || $1 == bench ]]; then read_settings "$machine"; else read_settings; fi
 settle_paths
 choose_engine "$1"
 USER=${USER:-$(id -un 2> /dev/null || id -u)}

@@ -2,6 +2,7 @@
 # Install what the image holds, all of it below /opt. Runs: build, as root (Containerfile and apptainer.def call it).
 #   install.sh dependencies    Debian's packages, Python's of requirements.lock, flash-attn
 #   install.sh bridge          our own program and configurations, which change more often
+#   install.sh manifest COMMIT what is in the image, and the commit of the recipe: /opt/bridge/manifest.json
 # Each part ends by proving itself. A build may bind scripts/image to /mnt; what scripts/host/build.sh laid into its
 # folder inputs/ is then used, and stays out of the image:
 #   certificates.crt    the host's certificates, for sites whose proxy inspects TLS
@@ -9,12 +10,16 @@
 set -euo pipefail
 umask 022
 unset PYTHONPATH PYTHONHOME
+# Python cannot write its byte code at run time, since the image is read-only: it is compiled here. With hashes instead of
+# dates, so that two builds are the same to the byte.
+export PYTHONDONTWRITEBYTECODE=1 PYTHONNOUSERSITE=1 PYC_INVALIDATION_MODE=UNCHECKED_HASH
+site=/opt/venv/lib/python3.11/site-packages
 
 flash_attn_release=https://github.com/Dao-AILab/flash-attention/releases/download/v2.7.4.post1
 flash_attn_wheel=flash_attn-2.7.4.post1+cu12torch2.6cxx11abiFALSE-cp311-cp311-linux_x86_64.whl
 flash_attn_sha256=58853b28a5a926cae14402bfd8d4d93a45ebf8f9e79533f37ab09d0d77a99c05
 
-uv() { # Python cannot write its byte code at run time, since the image is read-only: it is compiled here.
+uv() {
     UV_CACHE_DIR=/opt/uv/cache UV_COMPILE_BYTECODE=1 UV_SYSTEM_CERTS=1 VIRTUAL_ENV=/opt/venv /opt/uv/bin/uv "$@"
 }
 
@@ -28,7 +33,8 @@ debian_packages() {
         ca-certificates g++ gcc ibverbs-providers libc6-dev libibverbs1 libpython3.11-dev librdmacm1 numactl \
         python3.11 python3.11-venv tini
     apt-get clean
-    rm -rf /var/lib/apt/lists/* /var/log/apt /var/log/dpkg.log
+    # Logs and caches of the build, with its dates in them.
+    rm -rf /var/lib/apt/lists/* /var/log/* /var/cache/ldconfig/aux-cache /var/cache/debconf/*-old /etc/*-
 }
 
 python_packages() {
@@ -51,12 +57,28 @@ python_packages() {
     rm -rf /opt/uv
 }
 
+leave_out() { # what nothing loads; docs/image.md has the sizes
+    local name
+    # Debug information is three quarters of Triton's library. Not in all packages: strip breaks what patchelf wrote.
+    for name in cupy cupy_backends cupyx llguidance llvmlite triton uvloop xformers xgrammar; do
+        find "$site/$name" -name '*.so' -exec strip --strip-debug {} +
+    done
+    # Ray's Java half, and cuSOLVER for several GPUs in one process.
+    rm -rf "$site/ray/jars" "$site/nvidia/cusolver/lib/libcusolverMg.so.11"
+    # When the wheel's file was written: no two builds would be the same.
+    rm -f "$site"/flash_attn-*.dist-info/uv_cache.json
+    sed -i '/uv_cache\.json/d' "$site"/flash_attn-*.dist-info/RECORD
+}
+
 prove_dependencies() {
     # torch.cuda.nccl.version() is a constant of torch's build: the library that is loaded has to be asked.
-    PYTHONNOUSERSITE=1 PYTHONDONTWRITEBYTECODE=1 HOME=$(mktemp -d) /opt/venv/bin/python - << 'PYTHON'
-import ctypes, importlib.metadata, re
+    HOME=/opt/home /opt/venv/bin/python - << 'PYTHON'
+import ctypes, importlib, importlib.metadata, re
 import torch, vllm, verl, flash_attn
 
+# Those that were made smaller.
+for name in ("cupy", "llguidance", "llvmlite.binding", "triton._C.libtriton", "uvloop", "xformers.ops", "xgrammar"):
+    importlib.import_module(name)
 nccl = ctypes.c_int()
 [path] = set(re.findall(r"\S*libnccl\.so\S*", open("/proc/self/maps").read()))
 ctypes.CDLL(path).ncclGetVersion(ctypes.byref(nccl))
@@ -64,25 +86,37 @@ print(f"proved: torch {torch.__version__}, vllm {vllm.__version__}, verl {verl._
       f"flash-attn {importlib.metadata.version('flash-attn')}, NCCL {nccl.value} ({path})")
 assert nccl.value == 22203
 PYTHON
+    rm -rf /opt/home
 }
 
 case ${1:-} in
 dependencies)
     debian_packages
     python_packages
+    leave_out
     prove_dependencies
     ;;
 bridge)
     find /opt/bridge -name __pycache__ -prune -exec rm -rf {} +
     # Editable, so that it finds configs/ and the lock beside it. Debian's venv module brought this pip; the lock, setuptools.
-    PYTHONPATH=$(echo /usr/share/python-wheels/pip-*.whl) /opt/venv/bin/python -m pip install --quiet --no-cache-dir \
+    PYTHONPATH=$(echo /usr/share/python-wheels/pip-*.whl) /opt/venv/bin/python -m pip install --quiet --no-cache-dir --no-compile \
         --disable-pip-version-check --no-index --no-deps --no-build-isolation --editable /opt/bridge
-    /opt/venv/bin/python -m compileall -q /opt/bridge/scripts
-    /opt/venv/bin/bridge --help > /dev/null
+    /opt/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash /opt/bridge/scripts
+    # A door for each stage, where Apptainer looks for apps: apptainer run --app ppo bridge.sif
+    for stage in $(/opt/venv/bin/python -c 'from bridge.stages import STAGES, TOOLS; print(*STAGES, *TOOLS)'); do
+        mkdir -p "/scif/apps/$stage/scif"
+        printf '#!/bin/sh\nexec bridge %s "$@"\n' "$stage" > "/scif/apps/$stage/scif/runscript"
+        chmod 755 "/scif/apps/$stage/scif/runscript"
+        /opt/venv/bin/bridge --help > "/scif/apps/$stage/scif/runscript.help"
+    done
     echo "proved: bridge --help"
     ;;
+manifest)
+    /opt/venv/bin/python -m bridge.manifest "${2:-}" > /opt/bridge/manifest.json
+    echo "proved: $(wc -l < /opt/bridge/manifest.json) lines of manifest"
+    ;;
 *)
-    sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,10s/^# \{0,1\}//p' "$0" >&2
     exit 2
     ;;
 esac

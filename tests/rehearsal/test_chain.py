@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -76,10 +77,20 @@ def test_two_ranks_took_part(rehearsal):
 
 
 def test_every_run_leaves_a_record_and_a_log(rehearsal):
-    for stage in ("sft", "ppo", "sft/merge", "ppo/merge", "ppo/upload"):
+    for stage in ("sft", "ppo", "sft/merge", "ppo/merge", "eval", "ppo/upload"):
         record = runs.read(rehearsal.stage(stage))
         assert record["status"] == "finished" and record["attempts"][-1]["exit_status"] == 0
         assert (rehearsal.stage(stage) / "log.txt").stat().st_size > 0
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_the_records_tell_how_long_the_start_took_and_how_long_a_step(rehearsal, stage):
+    attempt = runs.read(rehearsal.stage(stage))["attempts"][-1]
+    started, ended = (datetime.fromisoformat(attempt[name]).timestamp() for name in ("started", "ended"))
+    times = [row["time"] for row in metrics.read(rehearsal.stage(stage) / "metrics.jsonl")]
+    # Importing verl alone takes seconds. Written to the second, hence the 1.
+    assert started + 2 < times[0] < times[-1] <= ended + 1
+    assert times == sorted(set(times))
 
 
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
@@ -124,6 +135,26 @@ def test_training_changed_the_weights_from_base_to_sft_to_ppo(rehearsal):
     actor = rehearsal.stage("ppo") / "checkpoints" / "global_step_2" / "actor" / "model_world_size_2_rank_0.pt"
     trained = torch.load(actor, weights_only=False)[name].to_local().float()
     assert ppo.shape == sft.shape and not torch.equal(trained, sft[:trained.shape[0]])
+
+
+def test_eval_asks_base_sft_and_ppo_the_same_problems_and_keeps_every_answer(rehearsal):
+    found = json.loads((rehearsal.stage("eval") / "eval.json").read_text())
+    answers = [json.loads(line) for line in (rehearsal.stage("eval") / "answers.jsonl").read_text().splitlines()]
+    assert list(found["models"]) == ["base", "sft", "ppo"] and len(answers) == 3 * 8
+    assert found["max_response_length"] == runs.read(rehearsal.stage("ppo"))["config"]["data"]["max_response_length"] == 48
+    for name, result in found["models"].items():
+        own = [answer for answer in answers if answer["model"] == name]
+        assert [answer["prompt"] for answer in own] == [answer["prompt"] for answer in answers[:8]]
+        assert result["accuracy"] == sum(answer["score"] for answer in own) / 8
+        low, high = result["accuracy_interval"]
+        assert low <= result["accuracy"] <= high
+        assert all(1 <= answer["response_tokens"] <= 48 for answer in own)
+    # The SFT model's answers are its own: 64 steps taught it the form of an answer.
+    base, sft = ([answer["response"] for answer in answers if answer["model"] == name] for name in ("base", "sft"))
+    assert base != sft
+    # The table is printed, and what it says is what the files say.
+    for name, result in found["models"].items():
+        assert re.search(rf"^{name} +8 +{100 * result['accuracy']:.2f} % ", rehearsal.output, re.MULTILINE)
 
 
 def test_the_stand_in_hub_holds_exactly_the_merged_model(rehearsal):

@@ -50,7 +50,17 @@ def test_env_example_names_every_profile():
 
 def test_every_module_of_the_door_is_named_by_the_table_or_imported_by_one_that_is():
     modules = {file.stem for file in (ROOT / "scripts" / "bridge").glob("*.py")}
-    sources = "\n".join(file.read_text() for file in (ROOT / "scripts" / "bridge").glob("*.py"))
+    # A configuration may name one for verl to import.
+    files = [*(ROOT / "scripts" / "bridge").glob("*.py"), *settings.CONFIGS.rglob("*.yaml")]
+    sources = "\n".join(file.read_text() for file in files)
     unused = {module for module in modules - {"__init__", "__main__", "main", *STAGES, *TOOLS}
               if not re.search(rf"from bridge import [^\n]*\b{module}\b|bridge\.{module}\b", sources)}
     assert unused == set()
+
+
+def test_the_peoples_ci_calls_the_make_targets_that_our_own_does_and_pins_its_actions():
+    workflow, own = ((ROOT / name).read_text() for name in (".github/workflows/ci.yml", ".ci/run"))
+    called = [set(re.findall(r"\bmake (lint|image|oci|compare|rehearse|test)\b", text)) for text in (workflow, own)]
+    assert called[0] == called[1] == {"lint", "image", "oci", "compare", "rehearse", "test"}
+    uses = re.findall(r"uses: (\S+)", workflow)
+    assert uses and all(re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}", action) for action in uses)

@@ -14,8 +14,9 @@ from torch.utils.data import DistributedSampler
 from bridge import sft
 from bridge.compose import compose, compose_checked, flatten, verl_config_dir
 from bridge.errors import UsageError
+from bridge.hardware import Gpu
 from bridge.settings import CONFIGS
-from bridge.train import OWNED
+from bridge.train import OWNED, memory_preset
 from door import bridge
 
 # The tutorial's own commands, from `-m MODULE` on, as typed there.
@@ -81,8 +82,12 @@ MAY_DIFFER = {
 }
 VERL_NAME = {"sft": "sft_trainer", "ppo": "ppo_trainer"}
 NAMES = {"WORK_DIR": "/w", "BRIDGE_MODEL_DIR": "/m", "BRIDGE_STAGE_DIR": "/s", "BRIDGE_RUN_NAME": "r", "WANDB_PROJECT": "p"}
-# verl reads the first (utils/dataset/sft_dataset.py) though its own YAML lacks it: the tutorial's "+". The second is ours.
-NOT_IN_VERLS_YAML = {"data.response_dict_keys", "bridge.packed_tokens_per_gpu"}
+# Keys that verl reads though its own YAML does not list them: the tutorial's "+" (utils/dataset/sft_dataset.py), and what
+# goes to vLLM's SamplingParams and LLM (workers/rollout/vllm_rollout/vllm_rollout_spmd.py); and the one of our own.
+NOT_IN_VERLS_YAML = {"data.response_dict_keys", "bridge.packed_tokens_per_gpu", "actor_rollout_ref.rollout.logprobs",
+                     "actor_rollout_ref.rollout.engine_kwargs.vllm.num_scheduler_steps",
+                     "actor_rollout_ref.rollout.engine_kwargs.vllm.multi_step_stream_outputs",
+                     "actor_rollout_ref.rollout.engine_kwargs.vllm.compilation_config.cudagraph_capture_sizes"}
 
 
 def compose_as_verl_does(name: str, arguments: list[str], env: dict[str, str]) -> dict:
@@ -126,7 +131,9 @@ def test_what_the_door_checks_is_what_the_trainer_composes(stage, groups):
     assert ours == theirs
 
 
-@pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda file: str(file.relative_to(CONFIGS)))
+# bench.yaml lists cases, and is no configuration of verl.
+@pytest.mark.parametrize("file", sorted(set(CONFIGS.rglob("*.yaml")) - {CONFIGS / "bench.yaml"}),
+                         ids=lambda file: str(file.relative_to(CONFIGS)))
 def test_every_key_of_ours_is_a_key_of_verls(file):
     # Hydra refuses a mistyped key on the command line but takes it in silence from a YAML file.
     stage = file.parent.name if file.parent.name in VERL_NAME else file.stem
@@ -138,19 +145,45 @@ def test_every_key_of_ours_is_a_key_of_verls(file):
     assert not ours or set(flatten(ours)) - nodes <= NOT_IN_VERLS_YAML
 
 
-@pytest.mark.parametrize("stage", ["sft", "ppo"])
-def test_the_tuned_profile_changes_machinery_and_no_mathematics(stage):
-    tutorial, tuned = (flatten(compose(stage, [f"profile/{stage}={name}"], NAMES)) for name in ("tutorial", "tuned"))
-    # trainer.seed: of the order of the rows where rows are packed; verl's SFT trainer always takes 0 (a test below).
-    machinery = re.compile(r".*(packed_tokens_per_gpu|trainer[.]seed|use_remove_padding|use_dynamic_bsz|max_token_len_per_gpu"
-                           r"|enforce_eager|gpu_memory_utilization|enable_gradient_checkpointing)")
-    different = {key for key in tutorial if tutorial[key] != tuned[key]}
-    assert different and tutorial.keys() == tuned.keys()
-    assert all(machinery.fullmatch(key) for key in different), different
+PRESETS = [(stage, groups) for stage in ("sft", "ppo")
+           for groups in ([], *([f"memory/{stage}={file.stem}"] for file in sorted(CONFIGS.glob(f"memory/{stage}/*.yaml"))))]
+
+
+@pytest.mark.parametrize(("stage", "groups"), PRESETS, ids=lambda value: " ".join(value) if isinstance(value, list) else value)
+def test_the_tuned_profile_changes_machinery_and_no_mathematics(stage, groups):
+    tutorial = flatten(compose(stage, [f"profile/{stage}=tutorial"], NAMES))
+    tuned = flatten(compose(stage, [f"profile/{stage}=tuned", *groups], NAMES))
+    # trainer.seed: the order of SFT's rows, which verl's trainer takes from 0 whatever its configuration says.
+    assert stage == "ppo" or tuned.pop("trainer.seed") == 0 != tutorial.pop("trainer.seed")
+    machinery = re.compile(r".*(external_lib|use_remove_padding|use_dynamic_bsz|max_token_len_per_gpu|enforce_eager"
+                           r"|gpu_memory_utilization|enable_gradient_checkpointing|enable_chunked_prefill|rollout.logprobs"
+                           r"|engine_kwargs.vllm.*|_offload|packed_tokens_per_gpu)")
+    different = {key for key in tutorial.keys() | tuned.keys() if tutorial.get(key, "absent") != tuned.get(key, "absent")}
+    assert different
+    assert [key for key in different if not machinery.fullmatch(key)] == []
+
+
+@pytest.mark.parametrize(("memory", "preset"), [(16, "24gb"), (25.8, "24gb"), (42.4, "40gb"), (85.5, "80gb"), (150.7, "141gb")])
+def test_the_memory_preset_is_the_largest_that_the_smallest_gpu_holds(memory, preset):
+    gpus = [Gpu(str(i), "a GPU", int(size * 10**9), 0) for i, size in enumerate((200, memory))]
+    notes = []
+    assert memory_preset("ppo", gpus, notes) == preset
+    assert f"memory/ppo={preset}" in notes[0] and f"{memory:.0f} GB" in notes[0]
+
+
+def test_the_memory_preset_is_said_and_can_be_chosen(env):
+    tuned = {**env, "PROFILE": "tuned", "GPUS": "8"}
+    arguments = "data.train_batch_size=64", "--dry-run"
+    said = bridge("ppo", *arguments, **tuned)
+    assert "memory/ppo=80gb" in said.stdout and "no GPU visible; 80 GB assumed" in said.stderr
+    chosen = bridge("ppo", *arguments, "memory/ppo=24gb", **tuned)
+    assert chosen.returncode == 0 and "memory/ppo=24gb" in chosen.stdout and "80gb" not in chosen.stdout
+    wrong = bridge("ppo", *arguments, "memory/ppo=25gb", **tuned)
+    assert wrong.returncode == 2 and "memory/ppo" in wrong.stderr
 
 
 def test_the_tuned_sft_packs_in_the_order_of_the_tutorial():
-    config = compose("sft", ["profile/sft=tuned"], NAMES)
+    config = compose("sft", ["profile/sft=tuned", "memory/sft=80gb"], NAMES)
     assert sft.module(config) == "bridge.packed_sft" and sft.setting_problems(config) == []
     # verl's sampler is made without a seed.
     assert config["trainer"]["seed"] == DistributedSampler([], num_replicas=1, rank=0).seed

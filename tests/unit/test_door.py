@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from bridge import runs, train
+from bridge import main, runs, settings, train
 from bridge.stages import STAGES, TOOLS
 from door import ROOT, SHELL, bridge
 
@@ -227,6 +227,18 @@ def test_a_lower_limit_of_virtual_memory_is_raised_and_that_is_said(env):
     result = subprocess.run(["bash", "-c", f"ulimit -S -v 40000000; {sys.executable} -m bridge sft --dry-run"],
                             env={**SHELL, **env}, capture_output=True, text=True, check=False)
     assert result.returncode == 0 and "ulimit -v raised from 40000000 KiB to unlimited" in result.stderr
+
+
+def test_what_was_compiled_for_other_packages_is_not_taken(monkeypatch, tmp_path):
+    names = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "VLLM_CACHE_ROOT")
+    found = []
+    for content in ("torch==2.6.0", "torch==2.6.1"):
+        (tmp_path / "requirements.lock").write_text(content)
+        monkeypatch.setattr(settings, "ROOT", tmp_path)
+        cleaned = main.clean_environment(settings.read({"WORK_DIR": "/w"}), {})
+        found.append([cleaned[name] for name in names])
+    assert all(path.startswith("/w/cache/compiled/") for path in found[0] + found[1])
+    assert not set(found[0]) & set(found[1])
 
 
 def test_a_network_card_that_is_not_there_is_refused_with_those_that_are(env):

@@ -28,7 +28,7 @@ if sys.argv[1:] == ["info"]:
 Path(os.environ["FAKE_RECORD"]).write_text(json.dumps({{"argv": sys.argv, "env": dict(os.environ)}}))
 """
 TARGETS = ("help", "venv", "lock", "data", "model", "sft", "ppo", "merge", "upload", "check", "rehearse", "test", "lint",
-           "image", "oci", "shell")
+           "image", "oci", "shell", "bench", "accept")
 
 
 class Host:
@@ -474,10 +474,10 @@ def test_the_rehearsal_makes_its_venv_where_there_is_no_image(host, engine):
     assert host.seen()["argv"] == [f"{copy}/.venv/bin/bridge", "rehearse"]
 
 
-def test_the_rehearsal_takes_nothing_of_the_real_run_from_the_env_file(host):
+def test_the_rehearsal_and_the_benchmark_take_nothing_of_the_real_run_from_the_env_file(host):
     copy = checkout_with_recording_bridge(host)
     host.env_file.write_text(f"GPUS=8\nMODEL=meta-llama/Llama-3.2-1B-Instruct\nHF_TOKEN=hf_x\nWORK_DIR={host.home}/here\n")
-    for stage, taken in (("rehearse", False), ("sft", True)):
+    for stage, taken in (("rehearse", False), ("bench", False), ("sft", True)):
         result = host.run(copy / "scripts/host/container.sh", stage, ENGINE="none")
         assert result.returncode == 0, result.stderr
         seen = host.seen()["env"]

@@ -6,6 +6,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from spython.main.parse.parsers import DockerParser, SingularityParser
+from spython.main.parse.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 OCI = (ROOT / "Containerfile").read_text()
@@ -13,36 +15,60 @@ SIF = (ROOT / "apptainer.def").read_text()
 INSTALL = ROOT / "scripts/image/install.sh"
 
 
-def section(name: str) -> list[str]:
-    """Lines of one %section of apptainer.def."""
-    return re.search(rf"^%{name}\n((?:    .*\n|\n)*)", SIF, re.MULTILINE).group(1).split("\n")
+def parsed(recipe: str, folder: Path) -> Recipe:
+    """One recipe as spython reads it, with the defaults of its arguments put in: it does not know {{ }}."""
+    if recipe == "Containerfile":
+        [parsed] = DockerParser(str(ROOT / recipe)).recipe.values()
+        return parsed
+    text = SIF
+    for name, value in re.findall(r"^    ([A-Z]+)=(.*)$", SIF, re.MULTILINE):
+        text = text.replace("{{ " + name + " }}", value)
+    assert "{{" not in text
+    (folder / recipe).write_text(text)
+    [parsed] = SingularityParser(str(folder / recipe)).recipe.values()
+    return parsed
 
 
-def test_both_recipes_start_from_the_same_image_by_digest():
-    [base] = re.findall(r"^ARG BASE=(\S+)$", OCI, re.MULTILINE)
-    assert [line.strip() for line in section("arguments") if "BASE=" in line] == [f"BASE={base}"]
-    assert re.fullmatch(r"debian:bookworm-slim@sha256:[0-9a-f]{64}", base)
+@pytest.fixture
+def recipes(tmp_path) -> tuple[Recipe, Recipe]:
+    return parsed("Containerfile", tmp_path), parsed("apptainer.def", tmp_path)
 
 
-def test_both_recipes_run_the_same_install_steps():
-    steps = r"/opt/bridge/scripts/image/install\.sh \w+"
-    assert re.findall(steps, OCI) == re.findall(steps, SIF)
+def test_both_recipes_start_from_the_same_image_by_digest(recipes):
+    oci, sif = recipes
+    assert oci.fromHeader == sif.fromHeader
+    assert re.fullmatch(r"debian:bookworm-slim@sha256:[0-9a-f]{64}", sif.fromHeader)
 
 
-def test_both_recipes_copy_the_same_files():
-    oci = {source for line in re.findall(r"^COPY (.*)$", OCI, re.MULTILINE) for source in line.split()[:-1]}
-    assert oci == {line.split()[0] for line in section("files") if line}
-    assert [path for path in oci if not (ROOT / path).exists()] == []
+def test_both_recipes_run_the_same_install_steps(recipes):
+    steps = [re.findall(r"install\.sh (\w+)", "\n".join(recipe.install)) for recipe in recipes]
+    assert steps[0] == steps[1] == ["dependencies", "bridge", "manifest"]
 
 
-def test_both_recipes_set_the_same_environment():
-    words = [word for line in re.findall(r"^ENV (.*)$", OCI, re.MULTILINE) for word in line.split()]
-    exported = [word for line in section("environment") if line
-                for word in line.replace("{{ COMMIT }}", "").removeprefix("    export ").split()]
-    names = {word.split("=")[0] for word in words}
-    assert names == {word.split("=")[0] for word in exported}
-    # The commit that the image was built from is written in each recipe's own words.
-    assert {word for word in words if "COMMIT" not in word} == {word for word in exported if "COMMIT" not in word}
+def test_both_recipes_copy_the_same_files_to_the_same_places(recipes):
+    oci, sif = recipes
+    copied = {(source, target + Path(source).name if target.endswith("/") else target) for source, target in oci.files}
+    assert copied == {tuple(line.split()) for line in sif.files}
+    assert [source for source, _ in copied if not (ROOT / source).exists()] == []
+
+
+def test_both_recipes_set_the_same_environment(recipes):
+    oci, sif = recipes
+    assert sorted(oci.environ) == sorted(word for line in sif.environ for word in line.split())
+    assert any(word.startswith("PATH=/opt/venv/bin:") for word in oci.environ)
+
+
+def test_both_recipes_enter_by_the_same_door(recipes):
+    oci, sif = recipes
+    assert sif.cmd == f'exec {oci.entrypoint[-1]} "$@"'
+    assert oci.entrypoint[-1] == "bridge"
+
+
+def test_both_recipes_have_the_same_labels(recipes):
+    oci, sif = recipes
+    labels = {tuple(label.replace('"', "").replace("${COMMIT}", "").split("=", 1)) for [label] in oci.labels}
+    assert labels == {line.partition(" ")[::2] for line in sif.labels}
+    assert len(labels) > 3
 
 
 def test_what_is_copied_is_let_through_to_the_build_and_nothing_else():
@@ -163,3 +189,67 @@ def test_two_builds_do_not_get_in_each_others_way(build):
     (build.folder / "scripts/image/inputs").mkdir()
     assert "another build" in build("sif").stderr
     assert (build.folder / "scripts/image/inputs").is_dir()
+
+
+def test_on_a_login_node_a_build_is_warned_of_and_in_a_job_it_is_not(build):
+    fake_apptainer(build)
+    tool(build, "df", "echo Avail; echo 104857600")
+    tool(build, "sbatch", "")
+    assert "login node" in build("sif").stderr
+    assert "login node" not in build("sif", SLURM_JOB_ID="1").stderr
+
+
+DIGEST = "sha256:" + "0a" * 32
+
+
+@pytest.fixture
+def pull(build):
+    """make pull, where Apptainer and podman are fakes that note how they are called."""
+    tool(build, "apptainer", 'printf "%s\\n" "$@" > "$HOME/argv"; [[ -z ${FAIL:-} ]] || exit 1; echo new > "$3"')
+    (build.folder / "bin/env").symlink_to(shutil.which("env"))
+
+    def run(image: str, **env: str) -> subprocess.CompletedProcess:
+        return subprocess.run([str(build.folder / "scripts/host/pull.sh")], capture_output=True, text=True, check=False,
+                              env={"PATH": str(build.folder / "bin"), "HOME": str(build.folder), "IMAGE": image, **env},
+                              timeout=60)
+
+    run.folder = build.folder
+    return run
+
+
+@pytest.mark.parametrize(("image", "word"), [
+    ("", "is no image in a registry"),
+    ("bridge.sif", "is no image in a registry"),
+    ("oras://registry.example/bridge:1.0", "names no digest"),
+    ("docker://registry.example/bridge", "names no digest"),
+    ("docker://registry.example/bridge@sha256:0a", "names no digest"),
+    (f"docker://registry.example:5000/bridge:1.0@{DIGEST}", "take the :1.0 out"),
+])
+def test_only_an_image_with_a_digest_is_pulled_and_the_cure_is_named(pull, image, word):
+    result = pull(image)
+    assert result.returncode == 2
+    assert word in result.stderr and ("sha256:" in result.stderr)
+    assert not (pull.folder / "argv").exists()
+
+
+def test_a_pulled_image_is_where_a_built_one_would_be(pull):
+    source = f"oras://registry.example:5000/team/bridge@{DIGEST}"
+    result = pull(source)
+    assert result.returncode == 0, result.stderr
+    assert (pull.folder / "bridge.sif").read_text() == "new\n"
+    assert (pull.folder / "argv").read_text().split("\n")[3] == source
+
+
+def test_a_pull_that_fails_leaves_the_old_image_alone(pull):
+    (pull.folder / "bridge.sif").write_text("old")
+    assert pull(f"oras://registry.example/bridge@{DIGEST}", FAIL="1").returncode != 0
+    assert (pull.folder / "bridge.sif").read_text() == "old"
+    assert not (pull.folder / "bridge.sif.partial").exists()
+
+
+def test_podman_pulls_an_oci_image_and_refuses_a_sif(pull, build):
+    tool(build, "podman", 'printf "%s\\n" "$@" >> "$HOME/argv"')
+    assert "only Apptainer runs" in pull(f"oras://registry.example/bridge@{DIGEST}", ENGINE="podman").stderr
+    assert pull(f"docker://registry.example/bridge@{DIGEST}", ENGINE="podman").returncode == 0
+    name = f"registry.example/bridge@{DIGEST}"
+    assert (pull.folder / "argv").read_text().split() == ["pull", name, "tag", name, "localhost/bridge:latest"]

@@ -58,8 +58,19 @@ def test_output_is_shown_and_logged_and_metrics_are_kept(tmp_path):
     out, _ = door.communicate(timeout=60)
     assert out == "first\nsecond\nstep:1 - loss:2.5\nno end of line"
     assert (tmp_path / "log.txt").read_text() == out
-    assert metrics.read(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.5}]
+    [row] = metrics.read(tmp_path / "metrics.jsonl")
+    assert row == {"step": 1, "time": row["time"], "loss": 2.5}
     assert (tmp_path / "called").exists()
+
+
+@pytest.mark.parametrize(("program", "status"), [
+    ("import time; print('enough', flush=True); time.sleep(300)", 0), ("raise SystemExit(3)", 3)])
+def test_a_child_is_ended_without_complaint_once_there_is_enough_but_its_own_failure_counts(tmp_path, program, status):
+    until = DOOR.replace(").touch()))", ").touch(), lambda: b'enough' in (folder / 'log.txt').read_bytes()))")
+    assert until != DOOR
+    door = subprocess.run([sys.executable, "-c", until, str(tmp_path), program], env=SHELL, capture_output=True, text=True,
+                          check=False, timeout=60)
+    assert door.returncode == status, door.stderr
 
 
 @pytest.mark.parametrize("status", [0, 1, 2, 77])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import pytest
 
@@ -32,11 +33,30 @@ def test_other_lines_are_not(line):
 def test_one_line_a_step_written_at_once(tmp_path):
     file = metrics.Metrics(tmp_path / "metrics.jsonl", 0)
     file.add(1, {"loss": 2.0})
-    assert metrics.read(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.0}]
+    assert values(tmp_path) == [{"step": 1, "loss": 2.0}]
     file.add(2, {"loss": 1.0})
     file.add(2, {"val": 1.5})
-    assert metrics.read(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "val": 1.5}]
+    assert values(tmp_path) == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "val": 1.5}]
     file.close()
+
+
+def values(folder):
+    return [{key: row[key] for key in row if key != "time"} for row in metrics.read(folder / "metrics.jsonl")]
+
+
+def test_each_line_says_when_its_step_was_first_seen(tmp_path):
+    file = metrics.Metrics(tmp_path / "metrics.jsonl", 0)
+    before = time.time()
+    file.add(1, {"loss": 2.0})
+    time.sleep(0.2)
+    file.add(2, {"loss": 1.0})
+    time.sleep(0.2)
+    # Validation after the step is no part of it.
+    file.add(2, {"val": 1.5})
+    file.close()
+    first, second = (row["time"] for row in metrics.read(tmp_path / "metrics.jsonl"))
+    assert first == pytest.approx(before, abs=0.1)
+    assert second - first == pytest.approx(0.2, abs=0.1)
 
 
 def test_a_resumed_run_drops_the_steps_that_it_repeats(tmp_path):

@@ -269,6 +269,8 @@ def test_plan_of_a_hub_model(tmp_path):
 @pytest.mark.parametrize(("name", "env", "said"), [
     ("Smollm", {}, "Did you mean smollm2"),
     ("Llama-3.2-1B-Instruct", {}, "OWNER/NAME"),
+    ("random:Llama3.2-1B", {}, "no such shape. There are: .* Did you mean llama-3.2-1b"),
+    ("random", {}, "Did you mean random:"),
     ("tiny", {}, "Run `make data` first"),
     (LLAMA, {"HF_HUB_OFFLINE": "1"}, "login node"),
 ])
@@ -369,3 +371,72 @@ def test_smollm2_answers_and_stops(smollm2):
     answer = answer[0, asked.shape[1]:]
     assert "Paris" in tokenizer.decode(answer)
     assert answer[-1] == tokenizer.eos_token_id
+
+
+# ---- random weights of a shape
+
+@pytest.mark.parametrize(("shape", "count"), [
+    # Those of the models on the hub.
+    ("llama-3.2-1b", 1_235_814_400), ("llama-3.2-3b", 3_212_749_824), ("qwen2.5-0.5b", 494_032_768)])
+def test_a_shape_has_the_parameters_of_the_real_model(shape, count):
+    assert model.empty_model(model.SHAPES[shape]).num_parameters() == count
+
+
+def test_every_shape_has_its_parameters_tested():
+    [counted] = [mark for mark in test_a_shape_has_the_parameters_of_the_real_model.pytestmark if mark.name == "parametrize"]
+    assert {shape for shape, _ in counted.args[1]} == set(model.SHAPES)
+
+
+@pytest.fixture(scope="module")
+def random_models(tmp_path_factory):
+    """The same small shape made twice; its vocabulary is larger than the tokenizer's, as with the real shapes."""
+    small = {**model.LLAMA_3_2, "vocab_size": 50000, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    folders = [tmp_path_factory.mktemp("random") / "random-small" for _ in range(2)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(model.SHAPES, "small", small)
+        for folder in folders:
+            model.make("random:small", folder, folder / "none.parquet")
+    return folders
+
+
+def test_a_random_model_is_whole_and_the_same_every_time(random_models):
+    one, two = random_models
+    assert model.check_model_folder(one) == []
+    assert "is there and whole" in model.already_there("random:small", one)
+    assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
+
+
+def test_a_random_model_has_weights_of_a_training_that_starts(random_models):
+    import torch
+    from safetensors.torch import load_file
+
+    weights = load_file(random_models[0] / "model.safetensors")
+    assert all(weight.dtype == torch.bfloat16 for weight in weights.values()) and "lm_head.weight" not in weights
+    for name, weight in weights.items():
+        if weight.dim() > 1:
+            assert weight.float().std() == pytest.approx(0.02, rel=0.05) and abs(weight.float().mean()) < 0.001, name
+        else:
+            assert (weight == 1).all(), name
+
+
+def test_a_random_model_is_asked_and_answers_to_the_full_length_with_what_has_a_text_or_not(random_models):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, network = (kind.from_pretrained(random_models[0]) for kind in (AutoTokenizer, AutoModelForCausalLM))
+    assert network.config.eos_token_id == network.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert network.config.rope_scaling["rope_type"] == "llama3"
+    asked = tokenizer.apply_chat_template([{"role": "user", "content": "2+2?"}], add_generation_prompt=True, return_tensors="pt")
+    torch.manual_seed(0)
+    answers = network.generate(asked.repeat(8, 1), attention_mask=asked.new_ones(8, asked.shape[1]), max_new_tokens=64,
+                               do_sample=True)[:, asked.shape[1]:]
+    assert answers.shape == (8, 64) and not (answers == tokenizer.eos_token_id).any()
+    # Some of them are beyond the tokenizer's vocabulary.
+    assert answers.max() >= len(tokenizer)
+    assert all(tokenizer.decode(answer) for answer in answers) and tokenizer.decode([len(tokenizer)]) == ""
+
+
+def test_a_random_model_lies_under_its_shape(tmp_path):
+    plan = planned(tmp_path, "random:llama-3.2-1b", HF_HUB_OFFLINE="1")
+    assert plan.command[3:] == ["random:llama-3.2-1b", str(tmp_path / "models" / "random-llama-3.2-1b")]

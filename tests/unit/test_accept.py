@@ -1,0 +1,69 @@
+"""The acceptance test's own parts; the whole of it runs in tests/rehearsal."""
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from bridge import accept, settings
+from door import bridge
+
+
+@pytest.mark.parametrize(("gpus", "heads", "tp"), [(8, 32, 8), (8, 12, 4), (6, 32, 2), (1, 32, 1), (8, None, 1), (3, 4, 1)])
+def test_the_widest_tp_divides_the_gpus_and_the_heads(gpus, heads, tp):
+    assert accept.widest_tp(gpus, heads) == tp
+
+
+@pytest.fixture
+def trial(tmp_path) -> accept.Acceptance:
+    return accept.Acceptance(settings.read({"WORK_DIR": str(tmp_path), "GPUS": "2"}), {"WORK_DIR": str(tmp_path)},
+                             keep=lambda results: (tmp_path / "kept").write_text(str(len(results))))
+
+
+def test_a_step_that_fails_is_recorded_with_the_end_of_its_log_and_the_next_goes_on(trial, tmp_path):
+    def fails(log: Path) -> None:
+        log.write_text("one\nprogress 1\rprogress 2\nthe cause\n")
+        trial.command(7)
+
+    trial.step("first one", fails)
+    assert (tmp_path / "kept").read_text() == "1"
+    trial.step("second", lambda log: "well")
+    assert [(row["step"], row["status"], row["seen"]) for row in trial.results] == [
+        ("first one", "FAIL", "exit status 7"), ("second", "ok", "well")]
+    assert trial.results[0]["log"] == ["one", "progress 2", "the cause"]
+
+
+def test_what_a_person_ends_is_not_followed_by_more(trial):
+    trial.step("first", lambda log: trial.command(143))
+    trial.step("second", lambda log: "well")
+    assert [row["step"] for row in trial.results] == ["first"] and trial.interrupted == 143
+
+
+def test_the_report_names_neither_host_nor_person_nor_place_nor_secret(tmp_path):
+    env = {"WORK_DIR": str(tmp_path), "USER": "alice", "HF_TOKEN": "hf_secret"}
+    hidden = accept.to_hide(settings.read(env), env)
+    value = {"log": [f"{tmp_path}/x on {socket.gethostname()}", "/scratch/alice/env", {"a": "hf_secret"}], "number": 3}
+    shown = accept.masked(value, hidden)
+    assert shown == {"log": ["WORK_DIR/x on HOST", "/scratch/USER/env", {"a": "***"}], "number": 3}
+
+
+def test_the_page_shows_every_step_the_bandwidths_and_why_something_failed():
+    bandwidths = [{"megabytes": 1, "algbw_gb_s": 10.0, "busbw_gb_s": 12.5},
+                  {"megabytes": 1024, "algbw_gb_s": 80.0, "busbw_gb_s": 100.0}]
+    report = {
+        "gpus": ["2 x NVIDIA H100 80GB HBM3 (80 GiB)"], "driver": "570.1", "infiniband": [], "settings": {"NCCL_DEBUG": "WARN"},
+        "steps": [{"step": "all-reduce", "status": "ok", "seconds": 9.0, "seen": bandwidths},
+                  {"step": "sft", "status": "FAIL", "seconds": 20.5, "seen": "exit status 1",
+                   "log": ["a line", "CUDA out of memory"]}]}
+    page = accept.text(report)
+    assert page.startswith("bridge accept: 1 steps passed, 1 failed\n")
+    for line in ("NCCL_DEBUG    WARN", "infiniband    -", "gpus          2 x NVIDIA H100 80GB HBM3 (80 GiB)",
+                 "ok    all-reduce       9.0  100.00 GB/s of bus bandwidth at most",
+                 "FAIL  sft             20.5  exit status 1", "       1024 MB      80.00     100.00",
+                 "--- end of sft", "CUDA out of memory"):
+        assert line in page.splitlines()
+
+
+def test_more_gpus_than_there_are_or_an_argument_is_refused(tmp_path):
+    result = bridge("accept", "trainer.total_epochs=1", WORK_DIR=str(tmp_path))
+    assert result.returncode == 2 and "accept takes no arguments" in result.stderr

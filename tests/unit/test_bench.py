@@ -1,0 +1,162 @@
+"""The benchmark: its cases, and figures out of what verl really printed (captured/, from a rehearsal on CPU)."""
+
+import json
+import time
+import xml.etree.ElementTree as xml
+from pathlib import Path
+
+import pytest
+
+from bridge import bench, bench_report, metrics
+from bridge.errors import UsageError
+from bridge.hardware import Gpu
+from bridge.settings import CONFIGS
+from door import bridge
+
+CAPTURED = Path(__file__).with_name("captured")
+PPO = {"data": {"train_batch_size": 8, "max_prompt_length": 384, "max_response_length": 48},
+       "actor_rollout_ref": {"rollout": {"n": 1}}}
+SFT = {"data": {"train_batch_size": 16, "max_length": 256}}
+
+
+def captured(stage: str, times: list[float]) -> list[dict]:
+    """The rows that the door would have kept."""
+    text = (CAPTURED / f"{stage}.log").read_text()
+    found = [row for row in map(metrics.parse, text.splitlines()) if row]
+    return [{"step": step, "time": time, **values} for (step, values), time in zip(found, times, strict=True)]
+
+
+def test_ppos_figures_are_verls_own_without_the_first_step():
+    figures = bench.ppo_figures(captured("ppo", [100.0, 121.0]), PPO, 2)
+    assert figures["seconds_of_each_step"] == [20.194] and figures["first_step_seconds"] == 23.195
+    # The two ranks share the tokens; verl's perf/throughput of that step.
+    assert figures["tokens_per_second"] == pytest.approx(20.15467780473874, abs=0.06)
+    assert figures["padded_tokens_per_second"] == pytest.approx(8 * (384 + 48) / 20.193823 / 2, abs=0.06)
+    assert figures["phases"]["gen"] == 5.913 and figures["phases"]["update_actor"] == 6.662
+    assert figures["answer_tokens"] == 48.0 and figures["prompt_tokens"] == 53.75
+    # The most of all steps, the first among them.
+    assert figures["allocated_gib"] == 0.7677497863769531
+
+
+def test_sfts_figures_come_from_the_times_of_the_lines_and_the_progress_bar():
+    rows = captured("sft", [50.0, 52.0, 53.0, 54.5])
+    log = (CAPTURED / "sft.log").read_text()
+    figures = bench.sft_figures(rows, SFT, 2, 80.0, 135552, 1e9, log)
+    assert figures["seconds_of_each_step"] == [2.0, 1.0, 1.5] and figures["seconds_per_step"] == 1.5
+    assert figures["first_step_seconds"] == 2.24
+    assert figures["tokens_per_second"] == pytest.approx(16 * 80 / 1.5 / 2, abs=0.06)
+    assert figures["padded_tokens_per_second"] == pytest.approx(16 * 256 / 1.5 / 2, abs=0.06)
+    assert figures["mfu"] == pytest.approx(6 * 135552 * 16 * 80 / 1.5 / 2 / 1e9, rel=1e-3)
+    # A GPU that the table of peaks does not know.
+    assert bench.sft_figures(rows, SFT, 2, 80.0, 135552, None, log)["mfu"] is None
+
+
+def test_a_step_faster_than_a_second_is_read_from_the_bar_too():
+    log = "Epoch 1/1:   3%|x         | 1/32 [00:00<00:07,  4.00it/s]"
+    assert bench.sft_figures(captured("sft", [1.0, 2.0, 3.0, 4.0]), SFT, 1, 80.0, 1, None, log)["first_step_seconds"] == 0.25
+
+
+def test_the_cases_that_come_with_it_are_whole_and_each_tuned_one_is_compared_with_the_tutorial():
+    cases = {case.name: case for case in bench.read_cases(CONFIGS / "bench.yaml", "")}
+    assert {case.profile for case in cases.values()} == {"tutorial", "tuned"}
+    for case in cases.values():
+        if case.profile == "tuned":
+            assert cases[case.against].profile == "tutorial"
+            # The same work: what else it changes are levers.
+            assert cases[case.against].overrides == [text for text in case.overrides if text.startswith("data.")]
+    assert [case.name for case in bench.read_cases(CONFIGS / "bench.yaml", "ppo-tuned, sft-tuned")] == ["ppo-tuned", "sft-tuned"]
+
+
+def test_all_mistakes_in_a_file_of_cases_are_named_at_once(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("""
+steps: {sft: 4, ppo: 3}
+cases:
+  - {name: sft-a, profile: tuned, overides: []}
+  - {name: dpo-b, profile: tuned}
+  - {name: sft-c, profile: fast}
+  - {name: ppo-d, profile: tuned, caches: none}
+  - {name: ppo-e, profile: tuned, overrides: [trainer.totl_epochs=1, trainer.n_gpus_per_node=2]}
+""")
+    with pytest.raises(UsageError) as error:
+        bench.read_cases(file, "ppo-x")
+    text = str(error.value)
+    for words in ("unexpected keyword argument 'overides'", "case dpo-b: a name is", "no profile 'fast'", "they are 'none' and 3",
+                  "Did you mean trainer.total_epochs?", "GPUS=", "there is no case 'ppo-x'"):
+        assert words in text
+    assert len(error.value.problems) == 7
+
+
+def test_without_a_gpu_the_real_cases_are_refused_before_anything_is_made(tmp_path):
+    result = bridge("bench", WORK_DIR=str(tmp_path / "work"))
+    assert result.returncode == 2 and "no GPU visible" in result.stderr
+    assert not (tmp_path / "work").exists()
+    assert "Did you mean ppo-tuned?" in bridge("bench", WORK_DIR=str(tmp_path / "work"), CASES="ppo-tuned-").stderr
+
+
+def test_peak_memory_is_the_most_of_any_of_the_gpus_used(monkeypatch):
+    # (GPU 0, GPU 1, one that is not used), as seen one after another, and so on at the end.
+    seen = iter([(10, 20, 90), (30, 5, 90)] + [(0, 0, 90)] * 100)
+    monkeypatch.setattr(bench.hardware, "visible_gpus", lambda env: [Gpu("0", "H200", 100, used) for used in next(seen)])
+    for name in ("nvmlInit", "nvmlShutdown"):
+        monkeypatch.setattr(bench.pynvml, name, lambda: None)
+    with bench.PeakMemory({}, 2) as memory:
+        time.sleep(0.7)
+    assert memory.most == 30
+    with bench.PeakMemory({}, 0) as memory:
+        pass
+    assert memory.most is None
+
+
+def case(rate: float, against: str | None = None, **more) -> dict:
+    return {"status": "measured", "against": against, "seconds_per_step": 10.0, "tokens_per_second": rate,
+            "padded_tokens_per_second": 2 * rate, "peak_memory_gib": 60.1, "start_seconds": 50.2,
+            "first_step_seconds": 12.0, **more}
+
+
+def results() -> dict:
+    phases = {"gen": 3.0, "old_log_prob": 1.0, "values": 0.5, "update_critic": 2.0, "update_actor": 3.0, "adv": 0.1, "step": 10.0}
+    found = {
+        "gpu": "NVIDIA H200", "gpus": 1, "machine": {"driver": "570.1", "cpus": 16}, "image": "bridge.sif", "git_commit": "abc",
+        "model": {"name": "random-llama-3.2-1b", "parameters": 1235814400},
+        "sft": {"tutorial": case(1000.0, mfu=0.06), "tuned": case(7000.0, "sft-tutorial", mfu=None)},
+        "ppo": {"tutorial": case(2000.0, mfu_actor=0.07, mfu_critic=0.08, phases=phases, answer_tokens=256.0),
+                "tuned": {"status": "failed", "against": "ppo-tutorial", "steps_made": 1, "exit_status": 1,
+                          "log": ["", "no <room>"]}},
+    }
+    return {**found, "ratios": bench.ratios(found)}
+
+
+def test_ratios_are_those_of_measured_cases():
+    assert results()["ratios"] == {"sft-tuned": 7.0}
+
+
+def test_the_report_has_a_row_for_every_measured_case_and_names_those_that_failed(tmp_path):
+    file = tmp_path / "bench.json"
+    file.write_text(json.dumps(results()))
+    shown = bridge("bench", "--report", str(file), WORK_DIR=str(tmp_path))
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.strip() == (tmp_path / "bench.md").read_text().strip()
+    assert "| sft-tuned | 10.00 | 7,000 | 14,000 | 7.00 | - | - | 60.1 | 50 | 12.0 |" in shown.stdout
+    assert "| ppo-tutorial | 3.00 | 1.00 | 0.50 | 2.00 | 3.00 | 0.50 | 10.00 | 256 |" in shown.stdout
+    assert "ppo-tuned failed after 1 steps (exit status 1): no <room>" in shown.stdout
+    assert all(line.count("|") in (0, 10, 11) for line in shown.stdout.splitlines())
+
+
+def test_the_chart_is_an_svg_whose_bar_is_as_long_as_the_step():
+    tree = xml.fromstring(bench_report.chart(results()))
+    bars = [part for part in tree if part.tag.endswith("rect") and len(part)]
+    assert len(bars) == len(bench_report.PHASES)
+    assert sum(float(bar.get("width")) for bar in bars) == pytest.approx(bench_report.WIDTH - bench_report.LABEL - 90, abs=0.5)
+    assert bars[0][0].text == "ppo-tutorial: gen 3.00 s"
+
+
+def test_results_of_another_machine_or_commit_are_put_aside_and_not_mixed(tmp_path):
+    file = tmp_path / "bench.json"
+    head = {"gpu": "NVIDIA H200", "git_commit": "a"}
+    fresh = bench.earlier(file, head)
+    assert fresh == {**head, "sft": {}, "ppo": {}, "ratios": {}}
+    file.write_text(json.dumps({**fresh, "sft": {"tuned": {"status": "measured"}}}))
+    assert bench.earlier(file, head)["sft"] == {"tuned": {"status": "measured"}}
+    assert bench.earlier(file, {**head, "git_commit": "b"})["sft"] == {}
+    assert not file.exists() and json.loads((tmp_path / "bench.old.json").read_text())["git_commit"] == "a"

@@ -1,0 +1,82 @@
+"""Parts of bridge check that must be able to fail. That the whole passes is in tests/rehearsal and tests/image."""
+
+import dataclasses
+import os
+import types
+
+import pytest
+
+from bridge import check, hardware, manifest, settings
+
+
+def statuses(results) -> dict[str, tuple[str, str]]:
+    return {result.check: (result.status, result.seen) for result in results}
+
+
+@pytest.fixture
+def some_settings(tmp_path):
+    return dataclasses.replace(settings.read({"WORK_DIR": str(tmp_path)}))
+
+
+@pytest.fixture
+def in_an_image(monkeypatch):
+    made = {"recipe_commit": "abc", "requirements_lock_sha256": manifest.lock_hash(), "debian": {"tini": "0.19.0"}, "python": {}}
+    monkeypatch.setattr(manifest, "read", lambda: made)
+    return made
+
+
+def test_missing_infiniband_libraries_fail_in_the_image_and_are_a_warning_outside(monkeypatch, some_settings, in_an_image):
+    monkeypatch.setattr(check, "INFINIBAND", ("libnone.so.1",))
+    status, seen = statuses(check.infiniband(some_settings, {}))["InfiniBand libraries"]
+    assert status == "FAIL" and "libnone.so.1" in seen
+    monkeypatch.setattr(manifest, "read", lambda: None)
+    assert statuses(check.infiniband(some_settings, {}))["InfiniBand libraries"][0] == "warn"
+
+
+def test_an_image_with_another_lock_than_it_was_built_from_fails(some_settings, in_an_image):
+    assert statuses(check.image(some_settings, {}))["image"] == ("ok", "recipe abc, 1 Debian packages")
+    in_an_image["requirements_lock_sha256"] = "0" * 64
+    assert statuses(check.image(some_settings, {}))["image"][0] == "FAIL"
+
+
+def test_a_cache_that_cannot_be_written_to_is_named(some_settings, tmp_path):
+    folder = tmp_path / "cache" / "triton"
+    folder.parent.mkdir()
+    folder.write_text("a file where the folder should be")
+    status, seen = statuses(check.caches(some_settings, {"TRITON_CACHE_DIR": str(folder)}))["caches"]
+    assert status == "FAIL" and str(folder) in seen
+
+
+def test_a_module_from_outside_the_environment_is_named(monkeypatch, some_settings):
+    monkeypatch.setattr(check, "IMPORTS", ())
+    monkeypatch.setitem(check.sys.modules, "stranger", types.SimpleNamespace(__file__="/home/somebody/stranger.py"))
+    status, seen = statuses(check.imports(some_settings, {}))["modules from outside"]
+    assert status == "FAIL" and "stranger (/home/somebody/stranger.py)" in seen
+
+
+def test_another_cuda_than_the_lock_has_fails(monkeypatch):
+    import torch
+
+    assert check.cuda_build() == ("ok", "12.4")
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    assert check.cuda_build() == ("FAIL", "12.6")
+
+
+def flash_attn(monkeypatch, kernel):
+    """A flash-attn of our own, on a machine with a GPU of our own."""
+    module = types.SimpleNamespace(flash_attn_func=kernel, flash_attn_varlen_func=kernel)
+    monkeypatch.setitem(check.sys.modules, "flash_attn", module)
+    monkeypatch.setattr(check.importlib.metadata, "version", lambda name: "2.7.4.post1")
+    monkeypatch.setattr(hardware, "visible_gpus", lambda env: [hardware.Gpu("0", "a GPU", 1, 0)])
+
+
+def test_kernels_that_do_not_run_on_the_gpu_fail_with_torchs_own_words(monkeypatch, some_settings):
+    def kernel(*arguments, **options):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore")
+
+    from bridge import attention
+    cases = attention.comparisons
+    monkeypatch.setattr(attention, "comparisons", lambda one, other: cases(one, other, device="cpu"))
+    flash_attn(monkeypatch, kernel)
+    status, seen = statuses(check.flash_attention(some_settings, dict(os.environ)))["flash-attn kernels"]
+    assert status == "FAIL" and "no kernel image is available" in seen and "more" not in seen

@@ -1,0 +1,65 @@
+"""Which GPUs and cores a run gets. The GPUs are made up: what the driver would say is handed in."""
+
+import pytest
+
+from bridge import hardware, settings, train
+from bridge.hardware import Gpu
+
+EIGHT = {key: ("NVIDIA H100 80GB HBM3", 85 * 10**9, 0) for i in range(8) for key in (str(i), f"GPU-{i}{i}{i}{i}")}
+
+
+def devices(visible: str | None) -> list[str]:
+    return [gpu.device for gpu in hardware.select_gpus(EIGHT, 8, visible)]
+
+
+@pytest.mark.parametrize(("visible", "seen"), [
+    (None, list("01234567")), ("4,5", ["4", "5"]), ("", []), ("-1", []), ("5, 4", ["5", "4"]), ("GPU-33", ["GPU-33"]),
+    # Like CUDA: the list ends at its first name that is no GPU.
+    ("1,9,2", ["1"]),
+])
+def test_cuda_visible_devices_is_read_as_cuda_reads_it(visible, seen):
+    assert devices(visible) == seen
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("max 100000", None), ("150000 100000", 1), ("50000 100000", 1)])
+def test_the_cgroups_share_of_cores_counts(tmp_path, quota, cores):
+    (tmp_path / "cpu.max").write_text(quota)
+    unlimited = hardware.cpu_count(tmp_path / "none")
+    assert hardware.cpu_count(tmp_path) == (unlimited if cores is None else min(cores, unlimited))
+
+
+def choose(monkeypatch, gpus: list[Gpu], **env: str) -> tuple[int | None, list[str]]:
+    """What the door decides on a machine with these GPUs: how many it uses, and what is wrong."""
+    monkeypatch.setattr(hardware, "visible_gpus", lambda env: gpus)
+    problems: list[str] = []
+    env = {"PROFILE": "tutorial", **env}
+    count, on_cpu = train.choose_hardware(settings.read(env), env, [], problems, dry_run=False)
+    assert not on_cpu
+    return count, problems
+
+
+def gpus(count: int, used: int = 0) -> list[Gpu]:
+    return [Gpu(str(i), "NVIDIA H100 80GB HBM3", 85 * 10**9, used if i == 0 else 0) for i in range(count)]
+
+
+def test_all_visible_gpus_are_used_unless_told_otherwise(monkeypatch):
+    assert choose(monkeypatch, gpus(4)) == (4, [])
+    assert choose(monkeypatch, gpus(4), GPUS="2") == (2, [])
+
+
+def test_more_gpus_than_are_visible_are_refused_with_the_number_there_is(monkeypatch):
+    _, problems = choose(monkeypatch, gpus(4), GPUS="8", CUDA_VISIBLE_DEVICES="0,1,2,3")
+    assert problems == ["GPUS=8, but 4 visible (CUDA_VISIBLE_DEVICES=0,1,2,3). Use GPUS=4 or less."]
+
+
+def test_a_gpu_in_use_is_refused_unless_it_may_be_shared(monkeypatch):
+    _, problems = choose(monkeypatch, gpus(2, used=40 * 10**9))
+    assert "GPU 0 is in use (37 of 79 GiB)" in problems[0] and "SHARE_GPU=1" in problems[0]
+    assert choose(monkeypatch, gpus(2, used=40 * 10**9), SHARE_GPU="1") == (2, [])
+
+
+def test_the_trainer_sees_the_first_of_the_visible_gpus_only(monkeypatch):
+    monkeypatch.setattr(hardware, "visible_gpus", lambda env: hardware.select_gpus(EIGHT, 8, env["CUDA_VISIBLE_DEVICES"]))
+    own_env, notes = {}, []
+    train.limit_gpus(2, {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}, own_env, notes)
+    assert own_env == {"CUDA_VISIBLE_DEVICES": "4,5"} and notes == ["CUDA_VISIBLE_DEVICES=4,5 (the first 2 of 4)"]

@@ -1,0 +1,59 @@
+"""What the tuned profile changes inside the trainer's processes. The kernels need a GPU; that they are put in place does not."""
+
+import subprocess
+import sys
+
+
+def run(script: str) -> str:
+    """Run in a process of its own: the changes are for good."""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip().splitlines()[-1]
+
+
+def test_without_a_gpu_nothing_is_changed():
+    assert run("import torch; before = torch.optim.AdamW; import bridge.speedups; print(torch.optim.AdamW is before)") == "True"
+
+
+def test_actor_and_critic_are_built_from_the_fused_layers():
+    kinds = run("""
+from bridge import speedups
+speedups.fuse_layers("llama")
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification
+config = LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
+print({type(layer).__module__.split(".")[0] for kind in (LlamaForCausalLM, LlamaForTokenClassification)
+       for layer in (kind(config).model.norm, kind(config).model.layers[0].mlp)})
+""")
+    assert kinds == "{'liger_kernel'}"
+
+
+def test_the_loss_is_left_to_verl():
+    assert run("""
+from transformers import LlamaForCausalLM
+before = LlamaForCausalLM.forward
+from bridge import speedups
+speedups.fuse_layers("llama")
+print(LlamaForCausalLM.forward is before)
+""") == "True"
+
+
+def test_adamw_is_fused_unless_the_caller_chooses():
+    assert run("""
+import torch
+from bridge import speedups
+speedups.fuse_adamw()
+layer = torch.nn.Linear(2, 2)
+print([torch.optim.AdamW(layer.parameters(), lr=1, **given).defaults["fused"] for given in ({}, {"fused": False})])
+""") == "[True, False]"
+
+
+def test_verl_reaches_the_weights_behind_vllms_multi_step_runner():
+    assert run("""
+from types import SimpleNamespace
+from bridge import speedups
+speedups.open_multi_step_runner()
+from vllm.worker.multi_step_model_runner import MultiStepModelRunner
+runner = object.__new__(MultiStepModelRunner)
+runner._base_model_runner = SimpleNamespace(model="weights")
+print(runner.model)
+""") == "weights"
