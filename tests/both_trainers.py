@@ -49,7 +49,7 @@ def prepare(work_dir: Path) -> None:
     config = AutoConfig.from_pretrained(folder, **SHAPE)
     model = AutoModelForCausalLM.from_config(config)
     # Logits that spread as a trained model's do: else every token's loss is ln(vocabulary), and any weighting gives that mean.
-    model.get_input_embeddings().weight.data *= 10
+    model.get_input_embeddings().weight.data *= 3
     model.save_pretrained(folder)
 
 
