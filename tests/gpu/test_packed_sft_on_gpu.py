@@ -1,6 +1,6 @@
 """Packed SFT on a GPU against verl's padding trainer, in float32 and with flash attention in bfloat16.
 
-    python -m pytest tests/gpu/test_packed_sft.py        or, where there is no pytest:       python tests/gpu/test_packed_sft.py
+    python -m pytest tests/gpu          or, where there is no pytest:          python tests/gpu/test_packed_sft_on_gpu.py
 """
 
 import sys
