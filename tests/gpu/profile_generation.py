@@ -42,7 +42,7 @@ def main() -> None:
     engine = LLM(model=str(arguments.model), enable_sleep_mode=True, distributed_executor_backend="external_launcher",
                  dtype="bfloat16", enforce_eager=arguments.eager, gpu_memory_utilization=0.3, max_model_len=768,
                  max_num_batched_tokens=8192, enable_chunked_prefill=arguments.steps == 1, enable_prefix_caching=True,
-                 disable_custom_all_reduce=True, disable_log_stats=True, **extra)
+                 disable_custom_all_reduce=True, disable_log_stats=True, seed=0, **extra)
     result = {"start_seconds": time.perf_counter() - started, "steps": arguments.steps, "logprobs": arguments.logprobs,
               "eager": arguments.eager, "gpu": torch.cuda.get_device_name(), "rows": ROWS}
     sampling = SamplingParams(max_tokens=TOKENS, temperature=1.0, detokenize=False,
