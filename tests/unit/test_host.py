@@ -28,7 +28,8 @@ if sys.argv[1:] == ["info"]:
 Path(os.environ["FAKE_RECORD"]).write_text(json.dumps({{"argv": sys.argv, "env": dict(os.environ)}}))
 """
 TARGETS = ("help", "venv", "lock", "data", "model", "sft", "ppo", "merge", "upload", "check", "rehearse", "test", "lint",
-           "image", "oci", "shell", "bench", "accept")
+           "image", "oci", "shell", "bench", "accept", "plot", "eval",
+           "pull", "compare")
 
 
 class Host:
