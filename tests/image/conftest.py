@@ -67,7 +67,8 @@ class Sif:
             options += ["--bind", f"{source}:{target}"]
         for name, value in env.items():
             options += ["--env", f"{name}={value}"]
-        return options + ([] if user is None else ["--security", f"uid:{user}"])
+        # The checkout, where the tests are, may be closed to another user.
+        return options + ([] if user is None else ["--security", f"uid:{user}", "--pwd", "/"])
 
     def _call(self, call, command: list[str], host_env: Mapping[str, str], options: list[str]) -> Result:
         with mock.patch.dict(os.environ, {**SHELL, "PATH": self.path, **host_env}, clear=True):
