@@ -4,9 +4,11 @@ verl imports this module in every process that trains before it builds a model (
 it applies everything. On a machine without a GPU it changes nothing.
 """
 
+import gc
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,11 +43,38 @@ def open_multi_step_runner() -> None:
     MultiStepModelRunner.model = property(lambda runner: runner._base_model_runner.model)
 
 
+def open_vllm(**options: Any):
+    """vLLM's engine with verl's options, for a process that trains too.
+
+    No cache of prompts' keys and values: GSM8K's prompts share a few tokens only, and no answer can come from those of the
+    weights before. What is built by now is no garbage: Python need not look through it again after every few answers.
+    """
+    from vllm import LLM
+
+    engine = LLM(**{**options, "enable_prefix_caching": False})
+    gc.collect()
+    gc.freeze()
+    if not options["enable_sleep_mode"]:
+        # vLLM keeps its memory between the steps (free_cache_engine: false): PyTorch has no one to give its own back to, and
+        # may grow its blocks instead of breaking memory into pieces, which the allocator of a vLLM that sleeps forbids.
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        torch.cuda.empty_cache = lambda: None
+    return engine
+
+
+def let_verl_open_vllm_so() -> None:
+    """Let verl's rollout make its engine by open_vllm."""
+    from verl.workers.rollout.vllm_rollout import vllm_rollout_spmd
+
+    vllm_rollout_spmd.LLM = open_vllm
+
+
 def apply() -> None:
     """All of the above."""
     fuse_layers(json.loads((Path(os.environ["BRIDGE_MODEL_DIR"]) / "config.json").read_text())["model_type"])
     fuse_adamw()
     open_multi_step_runner()
+    let_verl_open_vllm_so()
 
 
 if torch.cuda.is_available():

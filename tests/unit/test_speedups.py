@@ -57,3 +57,19 @@ runner = object.__new__(MultiStepModelRunner)
 runner._base_model_runner = SimpleNamespace(model="weights")
 print(runner.model)
 """) == "weights"
+
+
+def test_verl_gets_a_vllm_that_keeps_no_prompts_of_the_weights_before():
+    # The engine itself needs a GPU.
+    assert run("""
+import gc, torch, vllm
+from bridge import speedups
+from verl.workers.rollout.vllm_rollout import vllm_rollout_spmd
+vllm.LLM = dict
+before = torch.cuda.empty_cache
+speedups.let_verl_open_vllm_so()
+asleep = vllm_rollout_spmd.LLM(seed=3, enable_prefix_caching=True, enable_sleep_mode=True)
+kept = torch.cuda.empty_cache is before
+awake = vllm_rollout_spmd.LLM(enable_prefix_caching=True, enable_sleep_mode=False)
+print(asleep, awake["enable_prefix_caching"], kept, torch.cuda.empty_cache is before, gc.get_freeze_count() > 10000)
+""") == "{'seed': 3, 'enable_prefix_caching': False, 'enable_sleep_mode': True} False True False True"
