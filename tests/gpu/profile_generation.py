@@ -1,7 +1,7 @@
 """[image, GPU] What bounds generation: seconds a batch, how much of them the GPU works, and which Python takes the rest.
 
-One way of running vLLM a call, set up as verl sets it up, on prompts of GSM8K:
-    python tests/gpu/profile_generation.py MODEL_FOLDER .../data/gsm8k/train.parquet out.json [--steps 16] [--logprobs]
+One way of running vLLM a call, opened as the tuned profile opens it, on prompts of GSM8K:
+    python tests/gpu/profile_generation.py MODEL_FOLDER .../data/gsm8k/train.parquet out.json [--steps 16] [--logprobs] [--plain]
 --steps above 1 takes vLLM's older engine (V0), the only one with multi-step scheduling. Prints a table, writes the same as JSON.
 """
 
@@ -23,14 +23,18 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--steps", type=int, default=1, help="decoding steps between two turns of the scheduler")
     parser.add_argument("--logprobs", action="store_true", help="collect the sampled tokens' log-probabilities, as verl does")
+    parser.add_argument("--plain", action="store_true", help="opened as verl opens it: prefix cache, no gc.freeze")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs, as the tutorial")
     arguments = parser.parse_args()
     # What torchrun or Ray would say to the only process.
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29555")
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29555",
+                      BRIDGE_MODEL_DIR=str(arguments.model))
     import pyarrow.parquet
     import torch
     from transformers import AutoTokenizer
     from vllm import LLM, SamplingParams
+
+    from bridge import speedups
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     rows = pyarrow.parquet.read_table(arguments.data, columns=["prompt"]).slice(0, ROWS).to_pylist()
@@ -39,12 +43,13 @@ def main() -> None:
     if not arguments.eager:
         extra["compilation_config"] = {"cudagraph_capture_sizes": [8, 16, 32, 64, 128, 192, 256]}
     started = time.perf_counter()
-    engine = LLM(model=str(arguments.model), enable_sleep_mode=True, distributed_executor_backend="external_launcher",
-                 dtype="bfloat16", enforce_eager=arguments.eager, gpu_memory_utilization=0.3, max_model_len=768,
-                 max_num_batched_tokens=8192, enable_chunked_prefill=arguments.steps == 1, enable_prefix_caching=True,
-                 disable_custom_all_reduce=True, disable_log_stats=True, seed=0, **extra)
+    engine = (LLM if arguments.plain else speedups.open_vllm)(
+        model=str(arguments.model), enable_sleep_mode=True, distributed_executor_backend="external_launcher",
+        dtype="bfloat16", enforce_eager=arguments.eager, gpu_memory_utilization=0.3, max_model_len=768,
+        max_num_batched_tokens=8192, enable_chunked_prefill=arguments.steps == 1, enable_prefix_caching=True,
+        disable_custom_all_reduce=True, disable_log_stats=True, seed=0, **extra)
     result = {"start_seconds": time.perf_counter() - started, "steps": arguments.steps, "logprobs": arguments.logprobs,
-              "eager": arguments.eager, "gpu": torch.cuda.get_device_name(), "rows": ROWS}
+              "plain": arguments.plain, "eager": arguments.eager, "gpu": torch.cuda.get_device_name(), "rows": ROWS}
     sampling = SamplingParams(max_tokens=TOKENS, temperature=1.0, detokenize=False,
                               logprobs=0 if arguments.logprobs else None)
 
