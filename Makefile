@@ -21,7 +21,7 @@ compare: ## List what differs between two images: A=bridge.sif B=localhost/bridg
 check: ## Test this environment: versions, GPUs, folders
 shell: ## Open a shell in the image
 
-##@ Training, in this order. ARGS='key=value ...' goes to the stage, ARGS=--dry-run only shows
+##@ Training, in this order. ARGS='key=value ...' goes to sft and ppo; ARGS=--dry-run (data to upload) only shows
 data: ## Fetch GSM8K and prepare it
 model: ## Fetch the base model
 sft: ## Supervised fine-tuning

@@ -206,11 +206,14 @@ def masked(value: Any, hidden: Mapping[str, str]) -> Any:
 
 def to_hide(settings: Settings, env: Mapping[str, str]) -> dict[str, str]:
     """Patterns of what names the host, the person or the place, and of secrets -> the word to put there."""
-    texts = {**{secret: "***" for secret in runs.secret_values(env)}, f"{settings.work_dir}": "WORK_DIR", f"{Path.home()}": "~",
-             f"/{env.get('USER')}/": "/USER/"}
-    # A home folder "/" would hide every path's beginning; a host's name is hidden as a word, since it may be short.
+    texts = {**{secret: "***" for secret in runs.secret_values(env)}, f"{settings.work_dir}": "WORK_DIR", f"{Path.home()}": "~"}
+    # Names of hosts and people are hidden as words, since they may be short.
+    host = socket.gethostname()
+    words = {host: "HOST", host.split(".")[0]: "HOST", env.get("USER") or Path.home().name: "USER"}
+    # A home folder "/" would hide every path's beginning.
     return {**{re.escape(text): word for text, word in texts.items() if text != "/"},
-            rf"\b{re.escape(socket.gethostname())}\b": "HOST"}
+            **{rf"\b{re.escape(name)}\b": word for name, word in words.items() if name},
+            r"\b(?!127\.)\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}\b": "ADDRESS"}
 
 
 def text(report: Mapping[str, Any]) -> str:

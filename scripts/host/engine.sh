@@ -29,6 +29,8 @@ choose_engine() { # STAGE
         echo "bridge: no image here: the rehearsal runs in .venv" >&2
         "$checkout/scripts/host/venv.sh"
         ENGINE=none
+        # A GPU would need flash-attn, which .venv has not.
+        export CUDA_VISIBLE_DEVICES=
     elif [[ $there == 0 && $ENGINE == none ]]; then
         fail "no apptainer, singularity, podman or docker on PATH. Load the module of one, or install one. $cure"
     elif [[ $there == 0 && $ENGINE == @(docker|podman) ]] && ! "$ENGINE" info > /dev/null 2>&1; then

@@ -42,9 +42,11 @@ def test_what_a_person_ends_is_not_followed_by_more(trial):
 def test_the_report_names_neither_host_nor_person_nor_place_nor_secret(tmp_path):
     env = {"WORK_DIR": str(tmp_path), "USER": "alice", "HF_TOKEN": "hf_secret"}
     hidden = accept.to_hide(settings.read(env), env)
-    value = {"log": [f"{tmp_path}/x on {socket.gethostname()}", "/scratch/alice/env", {"a": "hf_secret"}], "number": 3}
+    value = {"log": [f"{tmp_path}/x on {socket.gethostname()}", "/scratch/alice/env",
+                     "malice of alice at 10.1.22.3:80, 127.0.0.1", {"a": "hf_secret"}], "number": 3}
     shown = accept.masked(value, hidden)
-    assert shown == {"log": ["WORK_DIR/x on HOST", "/scratch/USER/env", {"a": "***"}], "number": 3}
+    assert shown == {"log": ["WORK_DIR/x on HOST", "/scratch/USER/env", "malice of USER at ADDRESS:80, 127.0.0.1", {"a": "***"}],
+                     "number": 3}
 
 
 def test_the_page_shows_every_step_the_bandwidths_and_why_something_failed():

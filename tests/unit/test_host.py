@@ -473,6 +473,7 @@ def test_the_rehearsal_makes_its_venv_where_there_is_no_image(host, engine):
     assert result.returncode == 0, result.stderr
     assert "made .venv" in result.stderr
     assert host.seen()["argv"] == [f"{copy}/.venv/bin/bridge", "rehearse"]
+    assert host.seen()["env"]["CUDA_VISIBLE_DEVICES"] == "", "a GPU would need flash-attn"
 
 
 def test_the_rehearsal_and_the_benchmark_take_nothing_of_the_real_run_from_the_env_file(host):
