@@ -34,7 +34,7 @@ plot: ## Draw the curves of runs: ARGS='RUN... --keys=a,b' (in .venv)
 plot: export ENGINE := none
 plot: venv
 bench: ## Measure how fast the profiles are; CASES=name,name picks some
-accept: ## Try out this node with all its GPUs, ten minutes: a page and a JSON
+accept: ## Try out this node with all its GPUs: a page and a JSON
 
 ##@ Development
 venv: ## Make .venv from the locks

@@ -27,7 +27,7 @@ def test_the_second_call_is_timed_and_the_third_traced(watched):
         written.append(watched.read_text() if watched.exists() else "")
     assert written[0] == "" and written[3] == written[2]
     took, collected = (float(line.split()[0]) for line in written[1].splitlines())
-    assert 0 <= collected <= took < 5
+    assert 0 <= collected <= took
     report = written[2].removeprefix(written[1]).splitlines()
     assert report[0].endswith("s of kernels")
     assert any(line.endswith("1 x aten::mm") for line in report[1:])
