@@ -3,8 +3,8 @@
 The environment's self-test, the bandwidth between the GPUs, four steps of SFT and of PPO that are stopped after the second,
 continued and merged, and PPO once more with vLLM spread over the GPUs. MODEL, if not given, is the tutorial's where WORK_DIR has
 it, else a random one; the data are those of WORK_DIR, else made-up problems. Works in WORK_DIR/accept, which it empties first,
-and leaves a page (accept.txt) and the same as accept.json there, to be sent: names of host and user, addresses and secrets are masked. What
-fails is recorded, and the rest goes on.
+and leaves a page (accept.txt) and the same as accept.json there, to be sent: names of host and user, addresses and secrets are
+masked. What fails is recorded, and the rest goes on.
 """
 
 import json
