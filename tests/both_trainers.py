@@ -94,7 +94,7 @@ def variant(name: str, on_gradients: Callable[[], None], on_metrics: Callable[[d
     from bridge import packed_sft
 
     precision, budget, token_mean = VARIANTS[name]
-    clip, pack, loader = fsdp_sft_trainer.fsdp2_clip_grad_norm_, packed_sft.pack, fsdp_sft_trainer.StatefulDataLoader
+    clip, pack_rows, loader = fsdp_sft_trainer.fsdp2_clip_grad_norm_, packed_sft.pack_rows, fsdp_sft_trainer.StatefulDataLoader
 
     def look_and_clip(*args, **options):
         on_gradients()
@@ -108,7 +108,7 @@ def variant(name: str, on_gradients: Callable[[], None], on_metrics: Callable[[d
 
     def seen_pack(*args):
         on_forward()
-        return pack(*args)
+        return pack_rows(*args)
 
     with ExitStack() as stack:
         if precision == "float32":
@@ -116,7 +116,7 @@ def variant(name: str, on_gradients: Callable[[], None], on_metrics: Callable[[d
         if token_mean:
             stack.enter_context(patch.object(packed_sft, "row_weights", lambda mask, rows: torch.full(
                 [len(mask)], len(mask) / rows / mask[:, :-1].sum())))
-        stack.enter_context(patch.object(packed_sft, "pack", seen_pack))
+        stack.enter_context(patch.object(packed_sft, "pack_rows", seen_pack))
         stack.enter_context(patch.object(fsdp_sft_trainer, "fsdp2_clip_grad_norm_", look_and_clip))
         stack.enter_context(patch.object(fsdp_sft_trainer, "Tracking", Tracking))
         # Eight processes for each loader are not worth starting here.

@@ -19,6 +19,7 @@ from tensordict import TensorDict
 from verl.trainer import fsdp_sft_trainer
 
 from bridge.errors import UsageError
+from bridge.packing import logits_looked_at, pack
 from bridge.sft import setting_problems
 
 
@@ -61,7 +62,7 @@ def row_weights(loss_mask: torch.Tensor, group_rows: int) -> torch.Tensor:
     return (1 / (valid + 1e-8)).repeat_interleave(group_rows)
 
 
-def pack(batch: TensorDict, weights: torch.Tensor, rows: list[int]) -> dict[str, torch.Tensor]:
+def pack_rows(batch: TensorDict, weights: torch.Tensor, rows: list[int]) -> dict[str, Any]:
     """Lay rows of a padded batch end to end, on the host.
 
     Args:
@@ -70,21 +71,12 @@ def pack(batch: TensorDict, weights: torch.Tensor, rows: list[int]) -> dict[str,
         rows: which ones.
 
     Returns:
-        input_ids, position_ids [tokens] (the positions start anew in each row); bounds [rows + 1], int32: where rows begin
-        and end; looked_at [responses]: the tokens whose logits the loss looks at, by number; labels, weights [responses].
+        what packing.pack returns, the loss's tokens looked at, and their weights [responses].
     """
-    there = batch["attention_mask"][rows].bool()
     looked_at = batch["loss_mask"][rows].bool()
     looked_at[:, -1] = False
-    packed = {
-        "input_ids": batch["input_ids"][rows][there],
-        "position_ids": batch["position_ids"][rows][there],
-        "bounds": F.pad(there.sum(1).cumsum(0), (1, 0)).to(torch.int32),
-        "looked_at": looked_at[there].nonzero().squeeze(1),
-        # The next token of the same row.
-        "labels": batch["input_ids"][rows].roll(-1, dims=1)[looked_at],
-        "weights": weights[rows].unsqueeze(1).expand_as(looked_at)[looked_at],
-    }
+    packed = pack(batch[rows], looked_at)
+    packed["weights"] = weights[rows].unsqueeze(1).expand_as(looked_at)[looked_at]
     if not len(packed["looked_at"]):
         # Prompts alone, cut off before their responses. All ranks run all forwards: one token is looked at, for nothing.
         packed.update(looked_at=torch.tensor([0]), labels=torch.tensor([0]), weights=torch.tensor([0.0]))
@@ -175,7 +167,7 @@ class PackedSFTTrainer(fsdp_sft_trainer.FSDPSFTTrainer):
         lengths = batch["attention_mask"].sum(1).tolist()
         total = torch.zeros((), device=self.device_name)
         for rows in spread(lengths, self.forwards_of_all_ranks(lengths)):
-            loss = self.forward_loss(pack(batch, weights, rows))
+            loss = self.forward_loss(pack_rows(batch, weights, rows))
             if do_backward:
                 loss.backward()
             total += loss.detach()
@@ -187,19 +179,11 @@ class PackedSFTTrainer(fsdp_sft_trainer.FSDPSFTTrainer):
         torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX)
         return int(count)
 
-    def forward_loss(self, packed: dict[str, torch.Tensor]) -> torch.Tensor:
+    def forward_loss(self, packed: dict[str, Any]) -> torch.Tensor:
         """One forward: the weighted sum of the response tokens' losses."""
-        longest = int(packed["bounds"].diff().max())
-        on_device = {name: self.moved(value) for name, value in packed.items()}
-        bounds = on_device["bounds"]
+        on_device = {name: self.moved(value) if isinstance(value, torch.Tensor) else value for name, value in packed.items()}
         with torch.autocast(device_type=self.device_name, dtype=torch.bfloat16):
-            logits = self.fsdp_model(
-                input_ids=on_device["input_ids"].unsqueeze(0), position_ids=on_device["position_ids"].unsqueeze(0),
-                use_cache=False, logits_to_keep=on_device["looked_at"],
-                # Attention within each row only. With positions alone transformers would look for the bounds in every layer,
-                # waiting for the GPU each time.
-                cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=longest, max_length_k=longest,
-            ).logits.squeeze(0)
+            logits = logits_looked_at(self.fsdp_model, on_device)
             return (token_losses(logits, on_device["labels"]) * on_device["weights"]).sum()
 
     def moved(self, value: torch.Tensor) -> torch.Tensor:

@@ -7,10 +7,14 @@ it applies everything. On a machine without a GPU it changes nothing.
 import gc
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+
+from bridge.packing import logits_looked_at, pack
 
 
 def fuse_layers(model_type: str) -> None:
@@ -34,6 +38,50 @@ def fuse_adamw() -> None:
             super().__init__(params, **{"fused": True, **options})
 
     torch.optim.AdamW = FusedAdamW
+
+
+def forward_answers(actor, micro_batch: Mapping[str, torch.Tensor], temperature: float,
+                    calculate_entropy: bool = False) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """What verl's DataParallelPPOActor._forward_micro_batch computes, with logits of the answers' tokens only.
+
+    verl computes those of the prompts too, and throws away what it makes of them.
+
+    Returns:
+        entropy (None unless asked for) and log_probs, [rows, answer tokens]; 0 at padding, which verl's losses mask.
+    """
+    from verl.utils.torch_functional import logprobs_from_logits
+
+    answers = micro_batch["responses"].size(1)
+    there = micro_batch["attention_mask"].bool()
+    # Each token is predicted by the one before it.
+    predicts = there[:, -answers - 1:-1] & there[:, -answers:]
+    packed = pack(micro_batch, F.pad(predicts, (there.size(1) - answers - 1, 1)))
+    with torch.autocast(device_type=actor.device_name, dtype=torch.bfloat16):
+        logits = logits_looked_at(actor.actor_module, packed)
+        if temperature != 1:
+            logits.div_(temperature)
+        # In place: the gradient is written over the logits, which entropy still needs.
+        log_probs = logprobs_from_logits(logits, packed["labels"], inplace_backward=not calculate_entropy)
+        entropy = actor.compute_entropy_from_logits(logits) if calculate_entropy else None
+
+    def in_rows(values: torch.Tensor) -> torch.Tensor:
+        return values.new_zeros(predicts.shape).masked_scatter(predicts, values)
+
+    return None if entropy is None else in_rows(entropy), in_rows(log_probs)
+
+
+def let_actor_look_at_answers_only() -> None:
+    """Let verl's actor compute log-probabilities by forward_answers, where its settings leave the usual way."""
+    from verl.workers.actor.dp_actor import DataParallelPPOActor
+
+    plain = DataParallelPPOActor._forward_micro_batch
+
+    def forward(actor, micro_batch, temperature, calculate_entropy=False):
+        usual = actor.use_remove_padding and not (actor.use_ulysses_sp or actor.use_fused_kernels or
+                                                  actor.config.entropy_checkpointing or "multi_modal_inputs" in micro_batch)
+        return (forward_answers if usual else plain)(actor, micro_batch, temperature, calculate_entropy)
+
+    DataParallelPPOActor._forward_micro_batch = forward
 
 
 def open_multi_step_runner() -> None:
@@ -73,6 +121,7 @@ def apply() -> None:
     """All of the above."""
     fuse_layers(json.loads((Path(os.environ["BRIDGE_MODEL_DIR"]) / "config.json").read_text())["model_type"])
     fuse_adamw()
+    let_actor_look_at_answers_only()
     open_multi_step_runner()
     let_verl_open_vllm_so()
 

@@ -7,7 +7,7 @@ import torch
 from tensordict import TensorDict
 
 from bridge.errors import UsageError
-from bridge.packed_sft import forwards_needed, pack, row_weights, spread
+from bridge.packed_sft import forwards_needed, pack_rows, row_weights, spread
 
 
 def batch_of(rows: list[tuple[int, int]], width: int) -> TensorDict:
@@ -25,10 +25,10 @@ def batch_of(rows: list[tuple[int, int]], width: int) -> TensorDict:
 
 def test_rows_lie_end_to_end_and_each_response_token_is_predicted_from_the_one_before():
     batch = batch_of([(2, 3), (3, 1), (1, 2)], width=5)
-    packed = pack(batch, torch.tensor([0.5, 0.25, 0.125]), [2, 0])
+    packed = pack_rows(batch, torch.tensor([0.5, 0.25, 0.125]), [2, 0])
     assert packed["input_ids"].tolist() == [201, 202, 203, 1, 2, 3, 4, 5]
     assert packed["position_ids"].tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
-    assert packed["bounds"].tolist() == [0, 3, 8] and packed["bounds"].dtype == torch.int32
+    assert packed["longest"] == 5 and packed["bounds"].tolist() == [0, 3, 8] and packed["bounds"].dtype == torch.int32
     assert packed["input_ids"][packed["looked_at"]].tolist() == [201, 202, 2, 3, 4]
     assert packed["labels"].tolist() == [202, 203, 3, 4, 5]
     assert packed["weights"].tolist() == [0.125, 0.125, 0.5, 0.5, 0.5]
@@ -38,7 +38,7 @@ def test_a_row_without_padding_does_not_see_the_next_row():
     batch = batch_of([(2, 2), (2, 2)], width=4)
     # As where a custom data set marks the last token, too: verl never looks at the last column.
     batch["loss_mask"][:, -1] = 1
-    packed = pack(batch, torch.ones(2), [0, 1])
+    packed = pack_rows(batch, torch.ones(2), [0, 1])
     assert packed["labels"].tolist() == [3, 4, 103, 104]
     assert row_weights(batch["loss_mask"], 2).tolist() == [0.25, 0.25]
 
@@ -46,7 +46,7 @@ def test_a_row_without_padding_does_not_see_the_next_row():
 def test_prompts_alone_still_make_a_forward_that_counts_for_nothing():
     batch = batch_of([(3, 0)], width=4)
     batch["loss_mask"][:] = 0
-    packed = pack(batch, row_weights(batch["loss_mask"], 1), [0])
+    packed = pack_rows(batch, row_weights(batch["loss_mask"], 1), [0])
     assert len(packed["looked_at"]) == len(packed["labels"]) == 1 and packed["weights"].tolist() == [0.0]
 
 

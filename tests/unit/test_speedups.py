@@ -73,3 +73,61 @@ kept = torch.cuda.empty_cache is before
 awake = vllm_rollout_spmd.LLM(enable_prefix_caching=True, enable_sleep_mode=False)
 print(asleep, awake["enable_prefix_caching"], kept, torch.cuda.empty_cache is before, gc.get_freeze_count() > 10000)
 """) == "{'seed': 3, 'enable_prefix_caching': False, 'enable_sleep_mode': True} False True False True"
+
+
+# Rows as verl's rollout makes them: prompts padded on the left, answers on the right; one of each has no padding.
+ANSWERS_AGAINST_VERL = """
+import torch
+from types import SimpleNamespace
+from bridge import on_cpu, speedups
+on_cpu.setup()
+from transformers import LlamaConfig, LlamaForCausalLM
+from verl.utils.torch_functional import entropy_from_logits
+from verl.workers.actor.dp_actor import DataParallelPPOActor
+plain = DataParallelPPOActor._forward_micro_batch
+speedups.let_actor_look_at_answers_only()
+torch.manual_seed(0)
+model = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                                     num_key_value_heads=2, vocab_size=50, attn_implementation="sdpa"))
+# Log-probabilities that differ, as a trained model's do.
+model.lm_head.weight.data *= 30
+forwards = []
+model.register_forward_hook(lambda module, inputs, output: forwards.append(output.logits.numel() // 50))
+config = SimpleNamespace(entropy_checkpointing=False)
+actor = SimpleNamespace(actor_module=model, device_name="cpu", config=config, use_remove_padding=True, use_ulysses_sp=False,
+                        use_fused_kernels=False, compute_entropy_from_logits=entropy_from_logits)
+PROMPT, ANSWER = 6, 5
+mask = torch.tensor([[0] * (PROMPT - prompt) + [1] * (prompt + answer) + [0] * (ANSWER - answer)
+                     for prompt, answer in ((2, 5), (6, 1), (6, 5), (3, 2))])
+ids = torch.randint(50, mask.shape)
+rows = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "responses": ids[:, PROMPT:]}
+answered = mask[:, PROMPT:].bool()
+weights = torch.randn(answered.shape)
+
+def both(temperature, calculate_entropy, usual):
+    actor.use_remove_padding = usual
+    model.zero_grad()
+    entropy, log_probs = DataParallelPPOActor._forward_micro_batch(actor, rows, temperature, calculate_entropy=calculate_entropy)
+    loss = (log_probs * weights)[answered].sum()
+    if calculate_entropy:
+        loss = loss + (entropy * weights)[answered].sum()
+    loss.backward()
+    return entropy, log_probs, [parameter.grad.clone() for parameter in model.parameters()]
+
+for temperature, calculate_entropy in ((1.0, False), (1.0, True), (0.7, True)):
+    entropy, log_probs, gradients = both(temperature, calculate_entropy, True)
+    verls_entropy, verls_log_probs, verls_gradients = both(temperature, calculate_entropy, False)
+    close = dict(rtol=1e-4, atol=1e-5)
+    assert log_probs[answered].std() > 1
+    torch.testing.assert_close(log_probs[answered], verls_log_probs[answered], **close)
+    assert (entropy is None) == (not calculate_entropy) == (verls_entropy is None)
+    if calculate_entropy:
+        torch.testing.assert_close(entropy[answered], verls_entropy[answered], **close)
+    torch.testing.assert_close(gradients, verls_gradients, **close)
+    assert not log_probs[~answered].any()
+print(set(forwards[::2]), set(forwards[1::2]))
+"""
+
+
+def test_the_actor_computes_what_verls_does_from_the_answers_logits_alone():
+    assert run(ANSWERS_AGAINST_VERL) == "{13} {44}"
