@@ -36,18 +36,19 @@ rows = parquet.read_table(f"{folder}/train.parquet")
 parquet.write_table(rows.take(numpy.random.default_rng(2).permutation(len(rows))), f"{folder}/second_order.parquet")
 END
 pids=()
+PROFILE=tuned stage tuned-1 sft & first=$!
+PROFILE=tutorial stage tutorial-1 sft & pids+=($!)
 for profile in tutorial tuned; do
-    PROFILE=$profile stage "$profile-1" sft & pids+=($!)
     PROFILE=$profile stage "$profile-2" sft data.train_files="$second_order" & pids+=($!)
 done
-wait_for "${pids[@]}"
+# PPO starts from this one; the tutorial's take several times as long and go on beside it.
+wait "$first"
 STAGE=sft stage tuned-1 merge
 
 # Memory for four at once. vLLM's newer engine, the tutorial's, takes other processes' memory for its own when it works out the size
 # of its cache: that is given instead, in blocks of 16 tokens, and the engine's share of the GPU is then no limit.
 rollout=actor_rollout_ref.rollout
 common=("trainer.total_training_steps=$ppo_steps" trainer.test_freq=-1 "+$rollout.engine_kwargs.vllm.num_gpu_blocks_override=8192")
-pids=()
 for seed in 1 2; do
     for profile in tutorial tuned; do
         own=("$rollout.gpu_memory_utilization=0.9")
@@ -61,11 +62,16 @@ for seed in 1 2; do
         from=("MODEL=$WORK_DIR/runs/tuned-1/sft/merged") save=-1
         if [[ $profile-$seed == tuned-1 ]]; then from=(INIT=sft) save=$ppo_steps; fi
         (export PROFILE="$profile" "${from[@]}"
-            stage "$profile-$seed" ppo "${common[@]}" "${own[@]}" trainer.save_freq="$save" +data.seed="$seed") & pids+=($!)
+            stage "$profile-$seed" ppo "${common[@]}" "${own[@]}" trainer.save_freq="$save" +data.seed="$seed") & last=$!
+        if [[ $profile-$seed == tuned-1 ]]; then first=$last; else pids+=("$last"); fi
         # Each looks how much memory is free when it starts.
         sleep 8
     done
 done
-wait_for "${pids[@]}"
+wait "$first"
 STAGE=ppo stage tuned-1 merge
+# The evaluation takes most of the GPU's memory: it waits for the others, and a run that failed does not stop it.
+status=0
+wait_for "${pids[@]}" || status=1
 stage tuned-1 eval
+exit "$status"
