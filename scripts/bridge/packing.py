@@ -31,13 +31,16 @@ def pack(batch: Mapping[str, torch.Tensor], looked_at: torch.Tensor) -> dict[str
     }
 
 
+def bounds_of(packed: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers' models hand on to flash attention: attention within each row only.
+
+    With positions alone transformers would look for the bounds in every layer, waiting for the GPU each time.
+    """
+    bounds, longest = packed["bounds"], packed["longest"]
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+
+
 def logits_looked_at(model: torch.nn.Module, packed: Mapping[str, Any]) -> torch.Tensor:
     """One forward of what pack returned. [predictions, vocabulary]."""
-    bounds, longest = packed["bounds"], packed["longest"]
-    return model(
-        input_ids=packed["input_ids"].unsqueeze(0), position_ids=packed["position_ids"].unsqueeze(0), use_cache=False,
-        logits_to_keep=packed["looked_at"],
-        # Attention within each row only. With positions alone transformers would look for the bounds in every layer,
-        # waiting for the GPU each time.
-        cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=longest, max_length_k=longest,
-    ).logits.squeeze(0)
+    return model(input_ids=packed["input_ids"].unsqueeze(0), position_ids=packed["position_ids"].unsqueeze(0), use_cache=False,
+                 logits_to_keep=packed["looked_at"], **bounds_of(packed)).logits.squeeze(0)

@@ -72,12 +72,15 @@ def timed(file: Path) -> Iterator[None]:
 @contextmanager
 def traced(file: Path) -> Iterator[None]:
     """Add the kernels of the block to the file, longest first."""
-    activities = [torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else [torch.profiler.ProfilerActivity.CPU]
+    on_gpu = torch.cuda.is_available()
+    activities = [torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities) as trace:
         yield
         seconds()
-    kernels = sorted(((max(event.self_device_time_total, event.self_cpu_time_total) / 1e6, event.count, event.key)
-                      for event in trace.key_averages()), reverse=True)
+    # Among the GPU's events are the CPU's calls that launch kernels and wait for them: those are no kernels.
+    spent_on = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    kernels = sorted(((getattr(event, spent_on) / 1e6, event.count, event.key) for event in trace.key_averages()
+                      if getattr(event, spent_on)), reverse=True)
     lines = [f"{sum(spent for spent, _, _ in kernels):10.3f} s of kernels"]
     lines += [f"{spent:10.3f} s {count:>7} x {name[:150]}" for spent, count, name in kernels[:40]]
     with file.open("a") as report:
