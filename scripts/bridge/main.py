@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 
-from bridge import __version__
+from bridge import __version__, read_ahead
 from bridge import settings as settings_module
 from bridge.errors import UsageError, exit_status, nearest, say
 from bridge.settings import Settings
@@ -79,6 +79,8 @@ def run_stage(name: str, env: Mapping[str, str], overrides: list[str], dry_run: 
     if set(problems) - missing:
         raise UsageError(*problems)
 
+    if stage.imports_torch and not dry_run:
+        read_ahead.start()
     child_env = clean_environment(settings, env)
     plan = stage.plan(settings, child_env, overrides, dry_run)
     for note in plan.notes:

@@ -145,6 +145,8 @@ def tell_ray(ranks: int) -> None:
     """Let Ray place `ranks` workers, one per pretended GPU, and call setup() in each of them."""
     import ray
 
+    # As many as are pretended, or Ray refuses; and CUDA sees none of that number, should there be a GPU that was hidden.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(["-1"] * ranks)
     ray_init = ray.init
 
     def init(*args, runtime_env=None, **options):

@@ -110,6 +110,9 @@ bridge)
         /opt/venv/bin/bridge --help > "/scif/apps/$stage/scif/runscript.help"
     done
     echo "proved: bridge --help"
+    HOME=/opt/home /opt/venv/bin/python -m bridge.read_ahead > /dev/null
+    rm -rf /opt/home
+    echo "proved: $(wc -l < /opt/bridge/read_ahead.txt) files and blocks to be read ahead"
     ;;
 manifest)
     /opt/venv/bin/python -m bridge.manifest "${2:-}" > /opt/bridge/manifest.json

@@ -161,6 +161,24 @@ def test_the_manifest_says_what_is_in_the_image(image):
     assert image.labels()["org.opencontainers.image.revision"] == (made["recipe_commit"] or "")
 
 
+def test_what_is_to_be_read_ahead_is_there_and_is_what_an_import_opens(image):
+    code = """
+import os
+from bridge import read_ahead
+lines = [line.partition("\\t") for line in read_ahead.FILE.read_text().splitlines()]
+sizes = {path: os.path.getsize(path) for path, _, _ in lines}
+assert all(int(offset or 0) < max(1, sizes[path]) for path, _, offset in lines)
+whole = {path for path, _, offset in lines if not offset}
+below = (read_ahead.sys.prefix + "/", "/usr/lib/")
+opened = read_ahead.opened_by(["verl.trainer.main_ppo"], below)
+print(len(whole), len(lines) - len(whole), len(opened), len(whole.intersection(opened)))
+"""
+    whole, blocks, opened, known = map(int, image.execute("python", "-c", code).checked().split()[-4:])
+    assert whole > 5000 and 500 < blocks < 2000
+    # Reading what nobody will ask for would cost more than it saves, and a list of old files would save nothing.
+    assert opened > 3000 and known > 0.98 * opened
+
+
 def test_every_file_below_opt_can_be_read_by_any_user(image):
     found = image.execute("find", "/opt", "(", "-type", "f", "!", "-perm", "-o=r", "-o", "-type", "d", "!", "-perm", "-o=rx", ")")
     assert found.checked() == ""

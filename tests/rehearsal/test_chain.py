@@ -23,7 +23,9 @@ class Rehearsal:
     def __init__(self, work_dir: Path):
         secrets = {"WANDB_API_KEY": "a-wandb-key-that-must-not-appear", "HF_TOKEN": "hf_the_users_own_token_must_not_appear"}
         self.secrets = [*secrets.values(), TOKEN]
-        result = subprocess.run([sys.executable, "-m", "bridge", "rehearse"], env={**SHELL, **secrets, "WORK_DIR": str(work_dir)},
+        # Without an image `make rehearse` hides what GPUs there are, since .venv has no flash-attn.
+        env = {**SHELL, **secrets, "WORK_DIR": str(work_dir), "CUDA_VISIBLE_DEVICES": ""}
+        result = subprocess.run([sys.executable, "-m", "bridge", "rehearse"], env=env,
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=1500)
         self.output = result.stdout
         assert result.returncode == 0, self.output[-6000:]

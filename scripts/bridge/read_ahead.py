@@ -1,0 +1,94 @@
+"""Read the files of the imports to come while other things are done: opened for the first time, those of an image cost seconds.
+
+    python -m bridge.read_ahead      writes read_ahead.txt, at the end of an image's build; without that nothing is read ahead
+A line is a file (whole), or a file, a tab and an offset (a block of a shared library), in the order in which they are needed.
+"""
+
+import os
+import re
+import struct
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from importlib import import_module
+
+from bridge.settings import ROOT
+
+FILE = ROOT / "read_ahead.txt"
+BLOCK = 1 << 20
+PAGE = os.sysconf("SC_PAGE_SIZE")
+# What the trainers import, in their order; the workers of PPO come last.
+MODULES = ("torch", "verl.trainer.fsdp_sft_trainer", "ray", "verl.trainer.main_ppo", "vllm", "verl.workers.fsdp_workers",
+           "verl.workers.rollout.vllm_rollout", "transformers.models.llama.modeling_llama", "wandb")
+
+
+def start() -> None:
+    """Read in the background. It ends by itself, or with the process."""
+    if FILE.is_file():
+        lines = FILE.read_text().splitlines()
+        # A library's blocks beside the small files: imports need both from the beginning.
+        for part in ([line for line in lines if "\t" not in line], [line for line in lines if "\t" in line]):
+            threading.Thread(target=read, args=(part,), daemon=True).start()
+
+
+def read(lines: Iterable[str]) -> None:
+    """Read what the lines name, once and in order."""
+    for line in lines:
+        path, _, offset = line.partition("\t")
+        try:
+            file = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            # Bound away by whoever runs the image: then nobody will ask for it.
+            continue
+        try:
+            if offset:
+                os.pread(file, BLOCK, int(offset))
+            else:
+                while os.read(file, BLOCK):
+                    pass
+        finally:
+            os.close(file)
+
+
+def opened_by(modules: Iterable[str], below: tuple[str, ...]) -> list[str]:
+    """Import modules; the files below these folders that Python opened for them, in order."""
+    opened: dict[str, None] = {}
+
+    def hook(event: str, arguments: tuple) -> None:
+        if event == "open" and isinstance(arguments[0], str) and arguments[0].startswith(below):
+            opened[arguments[0]] = None
+
+    sys.addaudithook(hook)
+    for module in modules:
+        import_module(module)
+    return [path for path in opened if os.path.isfile(path)]
+
+
+def touched_blocks(below: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+    """The blocks of shared libraries below these folders that this process has in its memory: (file, offset)."""
+    seen = set()
+    with open("/proc/self/maps") as maps, open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+        for line in maps:
+            found = re.match(r"([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) \S+ \d+ +(/.*\.so\b.*)", line)
+            if not found or not found[4].startswith(below):
+                continue
+            start, end, offset = (int(number, 16) for number in found.groups()[:3])
+            pagemap.seek(start // PAGE * 8)
+            entries = pagemap.read((end - start) // PAGE * 8)
+            for number, (entry,) in enumerate(struct.iter_unpack("<Q", entries)):
+                # Bit 63 of a page's entry: it is there.
+                if entry >> 63:
+                    seen.add((found[4].rstrip("\n"), (offset + number * PAGE) // BLOCK * BLOCK))
+    yield from sorted(seen)
+
+
+def main() -> None:
+    """Write the file. What the imports say goes where they say it."""
+    below = (sys.prefix + "/", "/usr/lib/")
+    lines = opened_by(MODULES, below)
+    lines += [f"{path}\t{offset}" for path, offset in touched_blocks(below)]
+    FILE.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
