@@ -1,22 +1,15 @@
 """What the tuned profile changes inside the trainer's processes. The kernels need a GPU; that they are put in place does not."""
 
-import subprocess
-import sys
-
-
-def run(script: str) -> str:
-    """Run in a process of its own: the changes are for good."""
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=300)
-    assert result.returncode == 0, result.stderr
-    return result.stdout.strip().splitlines()[-1]
+from door import run_python
 
 
 def test_without_a_gpu_nothing_is_changed():
-    assert run("import torch; before = torch.optim.AdamW; import bridge.speedups; print(torch.optim.AdamW is before)") == "True"
+    script = "import torch; before = torch.optim.AdamW; import bridge.speedups; print(torch.optim.AdamW is before)"
+    assert run_python(script) == "True"
 
 
 def test_actor_and_critic_are_built_from_the_fused_layers():
-    kinds = run("""
+    kinds = run_python("""
 from bridge import speedups
 speedups.fuse_layers("llama")
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification
@@ -28,7 +21,7 @@ print({type(layer).__module__.split(".")[0] for kind in (LlamaForCausalLM, Llama
 
 
 def test_the_loss_is_left_to_verl():
-    assert run("""
+    assert run_python("""
 from transformers import LlamaForCausalLM
 before = LlamaForCausalLM.forward
 from bridge import speedups
@@ -38,7 +31,7 @@ print(LlamaForCausalLM.forward is before)
 
 
 def test_adamw_is_fused_unless_the_caller_chooses():
-    assert run("""
+    assert run_python("""
 import torch
 from bridge import speedups
 speedups.fuse_adamw()
@@ -48,7 +41,7 @@ print([torch.optim.AdamW(layer.parameters(), lr=1, **given).defaults["fused"] fo
 
 
 def test_verl_reaches_the_weights_behind_vllms_multi_step_runner():
-    assert run("""
+    assert run_python("""
 from types import SimpleNamespace
 from bridge import speedups
 speedups.open_multi_step_runner()
@@ -61,7 +54,7 @@ print(runner.model)
 
 def test_verl_gets_a_vllm_that_keeps_no_prompts_of_the_weights_before():
     # The engine itself needs a GPU.
-    assert run("""
+    assert run_python("""
 import gc, torch, vllm
 from bridge import speedups
 from verl.workers.rollout.vllm_rollout import vllm_rollout_spmd
@@ -73,83 +66,3 @@ kept = torch.cuda.empty_cache is before
 awake = vllm_rollout_spmd.LLM(enable_prefix_caching=True, enable_sleep_mode=False)
 print(asleep, awake["enable_prefix_caching"], kept, torch.cuda.empty_cache is before, gc.get_freeze_count() > 10000)
 """) == "{'seed': 3, 'enable_prefix_caching': False, 'enable_sleep_mode': True} False True False True"
-
-
-# Rows as verl's rollout makes them: prompts padded on the left, answers on the right; one of each has no padding.
-AGAINST_VERL = """
-import torch
-from types import SimpleNamespace
-from bridge import on_cpu, speedups
-on_cpu.setup()
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification
-from verl.utils.torch_functional import entropy_from_logits
-from verl.workers.actor.dp_actor import DataParallelPPOActor
-from verl.workers.critic.dp_critic import DataParallelPPOCritic
-speedups.pack_ppo()
-torch.manual_seed(0)
-config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                     vocab_size=50, num_labels=1, classifier_dropout=0.0, attn_implementation="sdpa")
-PROMPT, ANSWER = 6, 5
-mask = torch.tensor([[0] * (PROMPT - prompt) + [1] * (prompt + answer) + [0] * (ANSWER - answer)
-                     for prompt, answer in ((2, 5), (6, 1), (6, 5), (3, 2))])
-ids = torch.randint(50, mask.shape)
-rows = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "responses": ids[:, PROMPT:]}
-answered = mask[:, PROMPT:].bool()
-weights = torch.randn(answered.shape)
-
-def equal(ours, verls):
-    torch.testing.assert_close(ours, verls, rtol=1e-3, atol=1e-4)
-
-def forward_and_gradients(worker, model, usual, compute):
-    worker.use_remove_padding = usual
-    model.zero_grad()
-    results = compute()
-    sum((result * weights)[answered].sum() for result in results if result is not None).backward()
-    return results, [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
-"""
-
-ACTOR = AGAINST_VERL + """
-model = LlamaForCausalLM(config)
-# Log-probabilities that differ, as a trained model's do.
-model.lm_head.weight.data *= 30
-computed = []
-model.register_forward_hook(lambda module, inputs, output: computed.append(output.logits.numel() // 50))
-actor = SimpleNamespace(actor_module=model, device_name="cpu", config=SimpleNamespace(entropy_checkpointing=False),
-                        ulysses_sequence_parallel_size=1, use_ulysses_sp=False, use_fused_kernels=False,
-                        compute_entropy_from_logits=entropy_from_logits)
-for temperature, calculate_entropy in ((1.0, False), (1.0, True), (0.7, True)):
-    ((entropy, log_probs), gradients), ((verls_entropy, verls_log_probs), verls_gradients) = (forward_and_gradients(
-        actor, model, usual, lambda: DataParallelPPOActor._forward_micro_batch(
-            actor, rows, temperature, calculate_entropy=calculate_entropy)) for usual in (True, False))
-    assert log_probs[answered].std() > 1 and not log_probs[~answered].any()
-    equal(log_probs[answered], verls_log_probs[answered])
-    assert (entropy is None) == (not calculate_entropy) == (verls_entropy is None)
-    if calculate_entropy:
-        equal(entropy[answered], verls_entropy[answered])
-    equal(gradients, verls_gradients)
-print(computed)
-"""
-
-CRITIC = AGAINST_VERL + """
-model = LlamaForTokenClassification(config)
-model.score.weight.data *= 30
-bounds = []
-model.base_model.layers[0].self_attn.register_forward_pre_hook(
-    lambda module, args, options: bounds.append(options.get("cu_seq_lens_q")), with_kwargs=True)
-critic = SimpleNamespace(critic_module=model, device_name="cpu", ulysses_sequence_parallel_size=1)
-((values,), gradients), ((verls_values,), verls_gradients) = (forward_and_gradients(
-    critic, model, usual, lambda: [DataParallelPPOCritic._forward_micro_batch(critic, rows)]) for usual in (True, False))
-assert values[answered].std() > 1 and not values[~answered].any()
-equal(values[answered], verls_values[answered])
-equal(gradients, verls_gradients)
-print(bounds[0].tolist(), bounds[1])
-"""
-
-
-def test_the_actor_computes_what_verls_does_from_the_answers_logits_alone():
-    # 13 answer tokens; 4 rows of 11 positions.
-    assert run(ACTOR) == "[13, 44, 13, 44, 13, 44]"
-
-
-def test_the_critic_computes_what_verls_does_told_where_rows_begin():
-    assert run(CRITIC) == "[0, 7, 14, 25, 30] None"
