@@ -10,6 +10,7 @@ import struct
 import sys
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from importlib import import_module
 
 from bridge.settings import ROOT
@@ -35,19 +36,13 @@ def read(lines: Iterable[str]) -> None:
     """Read what the lines name, once and in order."""
     for line in lines:
         path, _, offset = line.partition("\t")
-        try:
-            file = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:
-            # Bound away by whoever runs the image: then nobody will ask for it.
-            continue
-        try:
+        # What cannot be read (the run may bind its own over the image's) is passed over: whoever needs it will say so.
+        with suppress(OSError), open(path, "rb", buffering=0) as file:
             if offset:
-                os.pread(file, BLOCK, int(offset))
+                os.pread(file.fileno(), BLOCK, int(offset))
             else:
-                while os.read(file, BLOCK):
+                while file.read(BLOCK):
                     pass
-        finally:
-            os.close(file)
 
 
 def opened_by(modules: Iterable[str], below: tuple[str, ...]) -> list[str]:
