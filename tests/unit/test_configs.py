@@ -155,8 +155,8 @@ def test_the_tuned_profile_changes_machinery_and_no_mathematics(stage, groups):
     tuned = flatten(compose(stage, [f"profile/{stage}=tuned", *groups], NAMES))
     # trainer.seed: the order of SFT's rows, which verl's trainer takes from 0 whatever its configuration says.
     assert stage == "ppo" or tuned.pop("trainer.seed") == 0 != tutorial.pop("trainer.seed")
-    machinery = re.compile(r".*(external_lib|use_remove_padding|use_dynamic_bsz|max_token_len_per_gpu|enforce_eager|free_cache_engine"
-                           r"|gpu_memory_utilization|enable_gradient_checkpointing|enable_chunked_prefill|rollout.logprobs"
+    machinery = re.compile(r".*(external_lib|use_remove_padding|use_dynamic_bsz|max_token_len_per_gpu|enforce_eager"
+                           r"|free_cache_engine|gpu_memory_utilization|enable_gradient_checkpointing|enable_chunked_prefill|rollout.logprobs"
                            r"|engine_kwargs.vllm.*|_offload|packed_tokens_per_gpu)")
     different = {key for key in tutorial.keys() | tuned.keys() if tutorial.get(key, "absent") != tuned.get(key, "absent")}
     assert different
