@@ -79,9 +79,9 @@ def run_stage(name: str, env: Mapping[str, str], overrides: list[str], dry_run: 
     if set(problems) - missing:
         raise UsageError(*problems)
 
+    child_env = clean_environment(settings, env)
     if stage.imports_torch and not dry_run:
         read_ahead.start()
-    child_env = clean_environment(settings, env)
     plan = stage.plan(settings, child_env, overrides, dry_run)
     for note in plan.notes:
         say(note)

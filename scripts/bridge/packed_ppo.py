@@ -86,7 +86,7 @@ def apply() -> None:
     def usual(worker, model: torch.nn.Module, micro_batch: Mapping) -> bool:
         # Models that hand no bounds of rows to their attention compute as verl has it.
         return (worker.use_remove_padding and worker.ulysses_sequence_parallel_size == 1 and
-                model._supports_attention_backend and "multi_modal_inputs" not in micro_batch)
+                getattr(model, "_supports_attention_backend", False) and "multi_modal_inputs" not in micro_batch)
 
     def actor_forward(actor, micro_batch, temperature, calculate_entropy=False):
         ours = usual(actor, actor.actor_module, micro_batch) and not (

@@ -9,7 +9,7 @@ import re
 import struct
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from importlib import import_module
 
@@ -18,16 +18,17 @@ from bridge.settings import ROOT
 FILE = ROOT / "read_ahead.txt"
 BLOCK = 1 << 20
 PAGE = os.sysconf("SC_PAGE_SIZE")
-# What the trainers import, in their order; the workers of PPO come last.
+# What the trainers import: SFT's first, then PPO's, then its workers'.
 MODULES = ("torch", "verl.trainer.fsdp_sft_trainer", "ray", "verl.trainer.main_ppo", "vllm", "verl.workers.fsdp_workers",
            "verl.workers.rollout.vllm_rollout", "transformers.models.llama.modeling_llama", "wandb")
 
 
 def start() -> None:
-    """Read in the background. It ends by itself, or with the process."""
-    if FILE.is_file():
+    """Read in the background, in threads that take no lock and end by themselves or with the process."""
+    # A run goes on without it, slower: no file, no memory or no process left for a thread.
+    with suppress(OSError, RuntimeError):
         lines = FILE.read_text().splitlines()
-        # A library's blocks beside the small files: imports need both from the beginning.
+        # Libraries' blocks beside the small files: imports need both from the beginning.
         for part in ([line for line in lines if "\t" not in line], [line for line in lines if "\t" in line]):
             threading.Thread(target=read, args=(part,), daemon=True).start()
 
@@ -45,8 +46,11 @@ def read(lines: Iterable[str]) -> None:
                     pass
 
 
-def opened_by(modules: Iterable[str], below: tuple[str, ...]) -> list[str]:
-    """Import modules; the files below these folders that Python opened for them, in order."""
+def opened_by(modules: Iterable[str], below: tuple[str, ...], imported: Callable[[], None] = lambda: None) -> list[str]:
+    """Import modules; the files below these folders that Python opened for them, in order.
+
+    `imported` is called after each.
+    """
     opened: dict[str, None] = {}
 
     def hook(event: str, arguments: tuple) -> None:
@@ -56,6 +60,7 @@ def opened_by(modules: Iterable[str], below: tuple[str, ...]) -> list[str]:
     sys.addaudithook(hook)
     for module in modules:
         import_module(module)
+        imported()
     return [path for path in opened if os.path.isfile(path)]
 
 
@@ -80,8 +85,10 @@ def touched_blocks(below: tuple[str, ...]) -> Iterator[tuple[str, int]]:
 def main() -> None:
     """Write the file. What the imports say goes where they say it."""
     below = (sys.prefix + "/", "/usr/lib/")
-    lines = opened_by(MODULES, below)
-    lines += [f"{path}\t{offset}" for path, offset in touched_blocks(below)]
+    # As a dictionary: what an earlier import touched keeps its place.
+    blocks: dict[tuple[str, int], None] = {}
+    lines = opened_by(MODULES, below, lambda: blocks.update(dict.fromkeys(touched_blocks(below))))
+    lines += [f"{path}\t{offset}" for path, offset in blocks]
     FILE.write_text("\n".join(lines) + "\n")
 
 

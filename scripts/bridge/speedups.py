@@ -1,4 +1,4 @@
-"""[image] What the tuned profile changes inside the trainer's processes: the same arithmetic with fewer kernels.
+"""[image] What the tuned profile changes inside the trainer's processes: the same arithmetic with fewer kernels and less waiting.
 
 verl imports this module in every process that trains before it builds a model (its own hook, `model.external_lib`); importing
 it applies everything. On a machine without a GPU it changes nothing.

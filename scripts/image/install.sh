@@ -11,7 +11,7 @@ set -euo pipefail
 umask 022
 unset PYTHONPATH PYTHONHOME
 # Python cannot write its byte code at run time, since the image is read-only: it is compiled here. With hashes instead of
-# dates, so that two builds are the same to the byte.
+# dates, so that two builds are the same to the byte (all but read_ahead.txt).
 export PYTHONDONTWRITEBYTECODE=1 PYTHONNOUSERSITE=1 PYC_INVALIDATION_MODE=UNCHECKED_HASH
 site=/opt/venv/lib/python3.11/site-packages
 

@@ -35,6 +35,8 @@ folder = os.environ["WORK_DIR"] + "/data/gsm8k"
 rows = parquet.read_table(f"{folder}/train.parquet")
 parquet.write_table(rows.take(numpy.random.default_rng(2).permutation(len(rows))), f"{folder}/second_order.parquet")
 END
+# Should this end early, what it started ends too.
+trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
 pids=()
 PROFILE=tuned stage tuned-1 sft & first=$!
 PROFILE=tutorial stage tutorial-1 sft & pids+=($!)
@@ -45,7 +47,7 @@ done
 wait "$first"
 STAGE=sft stage tuned-1 merge
 
-# Memory for four at once. vLLM's newer engine, the tutorial's, takes other processes' memory for its own when it works out the size
+# Memory for all at once, the SFT runs that still go on among them. vLLM's newer engine, the tutorial's, takes other processes' memory for its own when it works out the size
 # of its cache: that is given instead, in blocks of 16 tokens, and the engine's share of the GPU is then no limit.
 rollout=actor_rollout_ref.rollout
 common=("trainer.total_training_steps=$ppo_steps" trainer.test_freq=-1 "+$rollout.engine_kwargs.vllm.num_gpu_blocks_override=8192")

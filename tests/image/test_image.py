@@ -171,11 +171,14 @@ assert all(int(offset or 0) < max(1, sizes[path]) for path, _, offset in lines)
 whole = {path for path, _, offset in lines if not offset}
 below = (read_ahead.sys.prefix + "/", "/usr/lib/")
 opened = read_ahead.opened_by(["verl.trainer.main_ppo"], below)
-print(len(whole), len(lines) - len(whole), len(opened), len(whole.intersection(opened)))
+libraries = {path: sizes[path] for path, _, offset in lines if offset}
+share = (len(lines) - len(whole)) * read_ahead.BLOCK / sum(libraries.values())
+print(len(whole), len(libraries), share, len(opened), len(whole.intersection(opened)))
 """
-    whole, blocks, opened, known = map(int, image.execute("python", "-c", code).checked().split()[-4:])
-    assert whole > 5000 and 500 < blocks < 2000
+    whole, libraries, share, opened, known = map(float, image.execute("python", "-c", code).checked().split()[-5:])
+    assert whole > 5000 and libraries > 100
     # Reading what nobody will ask for would cost more than it saves, and a list of old files would save nothing.
+    assert 0.02 < share < 0.5
     assert opened > 3000 and known > 0.98 * opened
 
 

@@ -72,7 +72,7 @@ for path in read_ahead.opened_by(["wave", "sndhdr"], (sys.base_prefix + "/", "/u
 def test_of_a_library_the_blocks_in_memory_are_named():
     from torch._C import __file__ as extension
 
-    folder = os.path.dirname(os.path.dirname(extension)) + "/torch/lib/"
+    folder = os.path.realpath(os.path.dirname(os.path.dirname(extension))) + "/torch/lib/"
     blocks = list(read_ahead.touched_blocks((folder,)))
     sizes = {path: os.path.getsize(path) for path, _ in blocks}
     assert any(path.endswith("libtorch_cpu.so") for path in sizes)

@@ -58,11 +58,12 @@ def test_verl_gets_a_vllm_that_keeps_no_prompts_of_the_weights_before():
 import gc, torch, vllm
 from bridge import speedups
 from verl.workers.rollout.vllm_rollout import vllm_rollout_spmd
-vllm.LLM = dict
+# Frozen before it is opened, too: PyTorch collects before it records each CUDA graph.
+vllm.LLM = lambda **options: {**options, "frozen": gc.get_freeze_count() > 10000}
 before = torch.cuda.empty_cache
 speedups.let_verl_open_vllm_so()
 asleep = vllm_rollout_spmd.LLM(seed=3, enable_prefix_caching=True, enable_sleep_mode=True)
 kept = torch.cuda.empty_cache is before
 awake = vllm_rollout_spmd.LLM(enable_prefix_caching=True, enable_sleep_mode=False)
 print(asleep, awake["enable_prefix_caching"], kept, torch.cuda.empty_cache is before, gc.get_freeze_count() > 10000)
-""") == "{'seed': 3, 'enable_prefix_caching': False, 'enable_sleep_mode': True} False True False True"
+""") == "{'seed': 3, 'enable_prefix_caching': False, 'enable_sleep_mode': True, 'frozen': True} False True False True"
