@@ -47,8 +47,9 @@ done
 wait "$first"
 STAGE=sft stage tuned-1 merge
 
-# Memory for all at once, the SFT runs that still go on among them. vLLM's newer engine, the tutorial's, takes other processes' memory for its own when it works out the size
-# of its cache: that is given instead, in blocks of 16 tokens, and the engine's share of the GPU is then no limit.
+# Memory for all at once, the SFT runs that still go on among them. vLLM's newer engine, the tutorial's, takes other processes'
+# memory for its own when it works out the size of its cache: that is given instead, in blocks of 16 tokens, and the engine's
+# share of the GPU is then no limit.
 rollout=actor_rollout_ref.rollout
 common=("trainer.total_training_steps=$ppo_steps" trainer.test_freq=-1 "+$rollout.engine_kwargs.vllm.num_gpu_blocks_override=8192")
 for seed in 1 2; do

@@ -24,8 +24,8 @@ rows = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1
 answered = mask[:, PROMPT:].bool()
 weights = torch.randn(answered.shape)
 
-def equal(ours, verls):
-    torch.testing.assert_close(ours, verls, rtol=1e-3, atol=1e-4)
+def equal(ours, verls, rtol=1e-4):
+    torch.testing.assert_close(ours, verls, rtol=rtol, atol=rtol / 10)
 
 def forward_and_gradients(worker, model, usual, compute):
     worker.use_remove_padding = usual
@@ -53,7 +53,7 @@ for temperature, calculate_entropy in ((1.0, False), (1.0, True), (0.7, True)):
     assert (entropy is None) == (not calculate_entropy) == (verls_entropy is None)
     if calculate_entropy:
         equal(entropy[answered], verls_entropy[answered])
-    equal(gradients, verls_gradients)
+    equal(gradients, verls_gradients, rtol=1e-3)  # sums in another order
 print(computed)
 """
 
@@ -73,7 +73,7 @@ for checkpointing in (False, True):
         critic, model, usual, lambda: [DataParallelPPOCritic._forward_micro_batch(critic, rows)]) for usual in (True, False))
     assert values[answered].std() > 1 and not values[~answered].any()
     equal(values[answered], verls_values[answered])
-    equal(gradients, verls_gradients)
+    equal(gradients, verls_gradients, rtol=1e-3)  # sums in another order
     # Where activations are not kept, the layer is run again for its gradient.
     told = [None if each is None else each.tolist() for each in bounds]
     assert told == [told[0]] * (1 + checkpointing) + [None] * (1 + checkpointing)

@@ -13,7 +13,7 @@ from bridge.errors import UsageError
 
 # Reading is seen from outside the process, as the kernel counts it.
 READ = """
-import os, sys
+import sys
 from bridge import read_ahead
 read_ahead.FILE = read_ahead.FILE.__class__(sys.argv[1])
 before = int(open("/proc/self/io").read().split()[1])
