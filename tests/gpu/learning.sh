@@ -49,18 +49,20 @@ STAGE=sft stage tuned-1 merge
 
 # Memory for all at once, the SFT runs that still go on among them. vLLM's newer engine, the tutorial's, takes other processes'
 # memory for its own when it works out the size of its cache: that is given instead, in blocks of 16 tokens, and the engine's
-# share of the GPU is then no limit.
+# share of the GPU is then no limit. No engine may give memory back while another measures: all stay awake, and `tuned`, whose
+# trainers give nothing back either, goes first.
 rollout=actor_rollout_ref.rollout
-common=("trainer.total_training_steps=$ppo_steps" trainer.test_freq=-1 "+$rollout.engine_kwargs.vllm.num_gpu_blocks_override=8192")
-for seed in 1 2; do
-    for profile in tutorial tuned; do
-        own=("$rollout.gpu_memory_utilization=0.9")
-        if [[ $profile == tuned ]]; then
-            own=("$rollout.gpu_memory_utilization=0.5")
-            for budget in actor_rollout_ref.actor.ppo critic.ppo "$rollout.log_prob" critic.forward; do
-                own+=("${budget}_max_token_len_per_gpu=4096")
-            done
-        fi
+common=("trainer.total_training_steps=$ppo_steps" trainer.test_freq=-1 "$rollout.free_cache_engine=false"
+    "+$rollout.engine_kwargs.vllm.num_gpu_blocks_override=8192")
+for profile in tuned tutorial; do
+    own=("$rollout.gpu_memory_utilization=0.9")
+    if [[ $profile == tuned ]]; then
+        own=("$rollout.gpu_memory_utilization=0.5")
+        for budget in actor_rollout_ref.actor.ppo critic.ppo "$rollout.log_prob" critic.forward; do
+            own+=("${budget}_max_token_len_per_gpu=4096")
+        done
+    fi
+    for seed in 1 2; do
         # All start from the same weights; the run that is evaluated calls them its own SFT, and saves what it becomes.
         from=("MODEL=$WORK_DIR/runs/tuned-1/sft/merged") save=-1
         if [[ $profile-$seed == tuned-1 ]]; then from=(INIT=sft) save=$ppo_steps; fi
