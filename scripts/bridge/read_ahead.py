@@ -17,6 +17,8 @@ from bridge.settings import ROOT
 
 FILE = ROOT / "read_ahead.txt"
 BLOCK = 1 << 20
+# For the small files, and as many for the libraries.
+MOST_THREADS = 4
 PAGE = os.sysconf("SC_PAGE_SIZE")
 # What the trainers import: SFT's first, then PPO's, then its workers'.
 MODULES = ("torch", "verl.trainer.fsdp_sft_trainer", "ray", "verl.trainer.main_ppo", "vllm", "verl.workers.fsdp_workers",
@@ -28,13 +30,16 @@ def start() -> None:
     # A run goes on without it, slower: no file, no memory or no process left for a thread.
     with suppress(OSError, RuntimeError):
         lines = FILE.read_text().splitlines()
+        # FUSE unpacks in parallel, beside the imports themselves.
+        threads = max(1, min(MOST_THREADS, len(os.sched_getaffinity(0)) // 4))
         # Libraries' blocks beside the small files: imports need both from the beginning.
         for part in ([line for line in lines if "\t" not in line], [line for line in lines if "\t" in line]):
-            threading.Thread(target=read, args=(part,), daemon=True).start()
+            for first in range(threads):
+                threading.Thread(target=read, args=(part[first::threads],), daemon=True).start()
 
 
 def read(lines: Iterable[str]) -> None:
-    """Read what the lines name, once and in order."""
+    """Read what the lines name, in order."""
     for line in lines:
         path, _, offset = line.partition("\t")
         # What cannot be read (the run may bind its own over the image's) is passed over: whoever needs it will say so.

@@ -45,6 +45,16 @@ def open_multi_step_runner() -> None:
     MultiStepModelRunner.model = property(lambda runner: runner._base_model_runner.model)
 
 
+def look_at_models_here() -> None:
+    """Let vLLM look at a model's class in this process, which needs it anyway.
+
+    vLLM's own way is a second Python, so that CUDA stays untouched in the first: it imports torch and vLLM anew.
+    """
+    from vllm.model_executor.models import registry
+
+    registry._run_in_subprocess = lambda look: look()
+
+
 def settle() -> None:
     """Tell Python's garbage collector that what there is stays: it need not look through it again after every few answers."""
     gc.collect()
@@ -59,6 +69,7 @@ def open_vllm(**options: Any):
     """
     from vllm import LLM
 
+    look_at_models_here()
     # A collection takes half a second in a process with all this imported, and each CUDA graph is recorded after one.
     settle()
     engine = LLM(**{**options, "enable_prefix_caching": False})

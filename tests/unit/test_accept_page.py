@@ -53,7 +53,8 @@ def test_the_page_shows_every_step_the_bandwidths_and_why_something_failed():
     bandwidths = [{"megabytes": 1, "algbw_gb_s": 10.0, "busbw_gb_s": 12.5},
                   {"megabytes": 1024, "algbw_gb_s": 80.0, "busbw_gb_s": 100.0}]
     report = {
-        "gpus": ["2 x NVIDIA H100 80GB HBM3 (80 GiB)"], "driver": "570.1", "infiniband": [], "settings": {"NCCL_DEBUG": "WARN"},
+        "gpus": ["2 x NVIDIA H100 80GB HBM3 (80 GiB)"], "ranks": 2, "driver": "570.1", "infiniband": [],
+        "settings": {"NCCL_DEBUG": "WARN"},
         "steps": [{"step": "all-reduce", "status": "ok", "seconds": 9.0, "seen": bandwidths},
                   {"step": "sft", "status": "FAIL", "seconds": 20.5, "seen": "exit status 1",
                    "log": ["a line", "CUDA out of memory"]}]}
@@ -64,6 +65,8 @@ def test_the_page_shows_every_step_the_bandwidths_and_why_something_failed():
                  "FAIL  sft             20.5  exit status 1", "       1024 MB      80.00     100.00",
                  "--- end of sft", "CUDA out of memory"):
         assert line in page.splitlines()
+    alone = accept.text({**report, "ranks": 1})
+    assert "one rank has none to send to" in alone and "GB/s" not in alone
 
 
 def test_more_gpus_than_there_are_or_an_argument_is_refused(tmp_path):

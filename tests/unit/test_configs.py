@@ -114,7 +114,7 @@ def test_the_tutorial_profile_launches_the_tutorials_configuration_key_by_key(st
     wanted = compose_as_verl_does(VERL_NAME[stage], typed, {})
     result = bridge(stage, "--dry-run", **{**env, "PROFILE": "tutorial", "GPUS": "8"})
     assert result.returncode == 0, result.stderr
-    assert f"-m {TUTORIAL_MODULE[stage]} --config-dir " in result.stdout
+    assert f" {TUTORIAL_MODULE[stage]} --config-dir " in result.stdout
     arguments, variables = launched(stage, result.stdout)
     found = compose_as_verl_does(VERL_NAME[stage], arguments, variables)
     different = {key for key in wanted.keys() | found.keys() if wanted.get(key, "absent") != found.get(key, "absent")}

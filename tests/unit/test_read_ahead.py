@@ -40,6 +40,22 @@ def test_files_are_read_whole_and_of_libraries_the_blocks_named(tmp_path):
     assert blocks <= bytes_read(listed) < blocks + 100_000
 
 
+def test_more_cores_read_with_more_threads_and_nothing_twice(monkeypatch, tmp_path):
+    lines = [f"small-{number}.pyc" for number in range(9)] + [f"library.so\t{number}" for number in range(7)]
+    listed = tmp_path / "read_ahead.txt"
+    listed.write_text("\n".join(lines))
+    monkeypatch.setattr(read_ahead, "FILE", listed)
+    for cores, threads in ((1, 2), (2, 2), (16, 8), (128, 8)):
+        parts = []
+        monkeypatch.setattr(read_ahead, "read", parts.append)
+        monkeypatch.setattr(read_ahead.os, "sched_getaffinity", lambda _pid, cores=cores: set(range(cores)))
+        before = set(threading.enumerate())
+        read_ahead.start()
+        for thread in set(threading.enumerate()) - before:
+            thread.join()
+        assert len(parts) == threads and sorted(line for part in parts for line in part) == sorted(lines)
+
+
 def test_a_file_that_is_not_there_is_passed_over(tmp_path):
     there = tmp_path / "there.pyc"
     there.write_bytes(b"x" * 1_000_000)

@@ -67,3 +67,18 @@ kept = torch.cuda.empty_cache is before
 awake = vllm_rollout_spmd.LLM(enable_prefix_caching=True, enable_sleep_mode=False)
 print(asleep, awake["enable_prefix_caching"], kept, torch.cuda.empty_cache is before, gc.get_freeze_count() > 10000)
 """) == "{'seed': 3, 'enable_prefix_caching': False, 'enable_sleep_mode': True, 'frozen': True} False True False True"
+
+
+def test_vllm_sees_the_same_of_a_model_without_a_second_python():
+    assert run_python("""
+import subprocess
+from bridge import speedups
+from vllm.model_executor.models import registry
+llama = registry.ModelRegistry.models["LlamaForCausalLM"]
+seen_by_another = llama.inspect_model_cls()
+speedups.look_at_models_here()
+def started(*_args, **_options):
+    raise AssertionError("a process was started")
+subprocess.run = subprocess.Popen = started
+print(llama.inspect_model_cls() == seen_by_another)
+""") == "True"
