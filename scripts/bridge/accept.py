@@ -228,7 +228,7 @@ def text(report: Mapping[str, Any]) -> str:
     for result in report["steps"]:
         seen = result["seen"]
         if isinstance(seen, list) and report["ranks"] == 1:
-            seen = "starts; one rank has none to send to, so no bandwidth"
+            seen = "ran; with one rank nothing is sent, so there is no bandwidth"
         elif isinstance(seen, list):
             bandwidth = [f"{row['megabytes']:>11} MB {row['algbw_gb_s']:>10.2f} {row['busbw_gb_s']:>10.2f}" for row in seen]
             seen = f"{max(row['busbw_gb_s'] for row in seen):.2f} GB/s of bus bandwidth at most"

@@ -33,7 +33,7 @@ def overrides(settings: Settings) -> list[str]:
 
 def command(ranks: int, module: list[str], arguments: list[str]) -> list[str]:
     """One process; Ray starts the workers."""
-    return [sys.executable, "-u", "-m", "bridge.without_dashboard", *module, *arguments]
+    return [sys.executable, "-u", "-m", "bridge.local_ray", *module, *arguments]
 
 
 def setting_problems(_config: Mapping[str, Any]) -> list[str]:

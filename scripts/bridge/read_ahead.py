@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from importlib import import_module
 
+from bridge import hardware
 from bridge.settings import ROOT
 
 FILE = ROOT / "read_ahead.txt"
 BLOCK = 1 << 20
-# For the small files, and as many for the libraries.
+# Threads for the small files; as many again read the libraries.
 MOST_THREADS = 4
 PAGE = os.sysconf("SC_PAGE_SIZE")
 # What the trainers import: SFT's first, then PPO's, then its workers'.
@@ -31,7 +32,7 @@ def start() -> None:
     with suppress(OSError, RuntimeError):
         lines = FILE.read_text().splitlines()
         # FUSE unpacks in parallel, beside the imports themselves.
-        threads = max(1, min(MOST_THREADS, len(os.sched_getaffinity(0)) // 4))
+        threads = max(1, min(MOST_THREADS, hardware.cpu_count() // 4))
         # Libraries' blocks beside the small files: imports need both from the beginning.
         for part in ([line for line in lines if "\t" not in line], [line for line in lines if "\t" in line]):
             for first in range(threads):

@@ -4,7 +4,7 @@
 # they only share its time.
 #   DATA_SOURCE=/folder WORK_DIR=/folder tests/gpu/learning.sh [STEPS OF PPO, 29] [STEPS OF THE PPO TO COMPARE WITH, 12]
 # A log for each run in WORK_DIR/learning. The curves, later and elsewhere:
-#   make plot ARGS='tutorial-1 tuned-1 tutorial-2 tuned-2'      make plot STAGE=sft ARGS='tutorial-1 ... --mean=5'
+#   make plot ARGS='tutorial-1 tuned-1 tutorial-2 tuned-2'      make plot STAGE=sft ARGS='tutorial-1 tuned-1 tutorial-2 tuned-2'
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 steps=${1:-29} compared_steps=${2:-12}
@@ -23,8 +23,11 @@ PROFILE=tuned stage tuned-1 sft
 STAGE=sft stage tuned-1 merge
 # All start from these weights, and runs of one seed from the same new value head, which verl draws anew for each run: the
 # critic's loss is a matter of that draw for a dozen steps.
-in_container() { scripts/host/container.sh shell -c 'python - "$@"' - "$@"; }
-in_container "$weights" "$logs" > "$logs/critics.log" 2>&1 << 'END'
+run_python() { # LOG ARGUMENTS...: a script from standard input (which Podman and Docker would not hand on), in the container
+    scripts/host/container.sh shell -c 'python - "$@"' - "${@:2}" > "$logs/$1.log" 2>&1 ||
+        { echo "$1: exit status $?, see $logs/$1.log" >&2; return 1; }
+}
+run_python critics "$weights" "$logs" << 'END'
 import sys
 
 import torch
@@ -41,19 +44,16 @@ ppo() { # RUN STEPS SAVE_EVERY
     PROFILE=${1%-*} stage "$1" ppo trainer.test_freq=-1 "+data.seed=${1#*-}" "critic.model.path=$logs/critic-${1#*-}" \
         "trainer.total_training_steps=$2" "trainer.save_freq=$3"
 }
-INIT=sft ppo tuned-1 "$steps" "$steps"
-STAGE=ppo stage tuned-1 merge
-stage tuned-1 eval
-
 # A run that fails does not keep the others from theirs.
 status=0
+INIT=sft ppo tuned-1 "$steps" "$steps" && STAGE=ppo stage tuned-1 merge && stage tuned-1 eval || status=1
 for run in tutorial-1 tuned-2 tutorial-2; do
     MODEL=$weights ppo $run "$compared_steps" -1 || status=1
 done
 
 # The trainers take the rows of SFT in one order always: a second order is a second file.
 second_order=$WORK_DIR/data/gsm8k/second_order.parquet
-in_container "$WORK_DIR/data/gsm8k/train.parquet" "$second_order" > "$logs/second_order.log" 2>&1 << 'END'
+run_python second_order "$WORK_DIR/data/gsm8k/train.parquet" "$second_order" << 'END'
 import sys
 
 import numpy

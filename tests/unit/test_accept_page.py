@@ -66,7 +66,7 @@ def test_the_page_shows_every_step_the_bandwidths_and_why_something_failed():
                  "--- end of sft", "CUDA out of memory"):
         assert line in page.splitlines()
     alone = accept.text({**report, "ranks": 1})
-    assert "one rank has none to send to" in alone and "GB/s" not in alone
+    assert "with one rank nothing is sent" in alone and "GB/s" not in alone
 
 
 def test_more_gpus_than_there_are_or_an_argument_is_refused(tmp_path):
