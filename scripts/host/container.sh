@@ -62,7 +62,8 @@ apptainer | singularity)
     ;;
 podman | docker)
     options+=(--rm --network host --ipc host --user "$(id -u):$(id -g)" --workdir "$WORK_DIR")
-    [[ ! -t 0 || ! -t 1 ]] || options+=(--interactive --tty)
+    # A shell reads its commands from a pipe or a file, too, as it does with Apptainer.
+    if [[ -t 0 && -t 1 ]]; then options+=(--interactive --tty); elif [[ $stage == shell ]]; then options+=(--interactive); fi
     [[ ! -d /dev/infiniband ]] || options+=(--device /dev/infiniband --ulimit memlock=-1)
     if [[ $ENGINE == docker ]]; then
         ! has_gpu || options+=(--gpus all)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # [GPU] How much does a model learn, and do both profiles learn alike? SFT, PPO and eval of SmolLM2-135M on GSM8K (the run
-# tuned-1), then the same PPO and SFT with each profile and two orders of the data, one after another on one GPU: side by side
-# they only share its time.
+# tuned-1), then the same PPO and SFT with each profile and two orders of the data, one after another, so that each has
+# the GPU whole.
 #   DATA_SOURCE=/folder WORK_DIR=/folder tests/gpu/learning.sh [STEPS OF PPO, 29] [STEPS OF THE PPO TO COMPARE WITH, 12]
 # A log for each run in WORK_DIR/learning. The curves, later and elsewhere:
 #   make plot ARGS='tutorial-1 tuned-1 tutorial-2 tuned-2'      make plot STAGE=sft ARGS='tutorial-1 tuned-1 tutorial-2 tuned-2'
@@ -23,7 +23,7 @@ PROFILE=tuned stage tuned-1 sft
 STAGE=sft stage tuned-1 merge
 # All start from these weights, and runs of one seed from the same new value head, which verl draws anew for each run: the
 # critic's loss is a matter of that draw for a dozen steps.
-run_python() { # LOG ARGUMENTS...: a script from standard input (which Podman and Docker would not hand on), in the container
+run_python() { # LOG ARGUMENTS...: a script from standard input, in the container
     scripts/host/container.sh shell -c 'python - "$@"' - "${@:2}" > "$logs/$1.log" 2>&1 ||
         { echo "$1: exit status $?, see $logs/$1.log" >&2; return 1; }
 }

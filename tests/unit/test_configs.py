@@ -68,7 +68,8 @@ TUTORIAL = {
         trainer.experiment_name=$WANDB_RUN_NAME
         trainer.total_epochs=15""",
 }
-TUTORIAL_MODULE = {"sft": "verl.trainer.fsdp_sft_trainer", "ppo": "verl.trainer.main_ppo"}
+# PPO's Ray is kept to the node; the trainer is verl's.
+TUTORIAL_MODULE = {"sft": "verl.trainer.fsdp_sft_trainer", "ppo": "bridge.local_ray verl.trainer.main_ppo"}
 # All that may differ: where things lie, what they are called, resuming, retention, and what depends on the machine.
 MAY_DIFFER = {
     "sft": {"data.train_files", "data.val_files", "model.partial_pretrain", "trainer.default_local_dir",
@@ -114,7 +115,7 @@ def test_the_tutorial_profile_launches_the_tutorials_configuration_key_by_key(st
     wanted = compose_as_verl_does(VERL_NAME[stage], typed, {})
     result = bridge(stage, "--dry-run", **{**env, "PROFILE": "tutorial", "GPUS": "8"})
     assert result.returncode == 0, result.stderr
-    assert f" {TUTORIAL_MODULE[stage]} --config-dir " in result.stdout
+    assert f"-m {TUTORIAL_MODULE[stage]} --config-dir " in result.stdout
     arguments, variables = launched(stage, result.stdout)
     found = compose_as_verl_does(VERL_NAME[stage], arguments, variables)
     different = {key for key in wanted.keys() | found.keys() if wanted.get(key, "absent") != found.get(key, "absent")}

@@ -416,6 +416,16 @@ def test_oci_engines_run_as_the_user_and_share_network_and_memory(host, engine):
                                            f"--env HOME={host.cwd}/work/cache/home"))
 
 
+@pytest.mark.parametrize("engine", ["podman", "docker"])
+def test_a_shell_without_a_terminal_gets_its_commands_from_standard_input_and_a_stage_does_not(host, engine):
+    host.engine(engine)
+    given = {}
+    for stage in ("shell", "data"):
+        host.container(stage, ENGINE=engine)
+        given[stage] = [option for option in ("--interactive", "--tty") if option in host.seen()["argv"]]
+    assert given == {"shell": ["--interactive"], "data": []}
+
+
 @pytest.mark.parametrize(("engine", "end"), [("apptainer", ["bash", "-c", "id"]),
                                              ("docker", ["localhost/bridge:latest", "-c", "id"])])
 def test_shell_opens_bash_instead_of_bridge(host, engine, end):

@@ -48,7 +48,7 @@ def test_more_cores_read_with_more_threads_and_nothing_twice(monkeypatch, tmp_pa
     for cores, threads in ((1, 2), (2, 2), (16, 8), (128, 8)):
         parts = []
         monkeypatch.setattr(read_ahead, "read", parts.append)
-        monkeypatch.setattr(read_ahead.os, "sched_getaffinity", lambda _pid, cores=cores: set(range(cores)))
+        monkeypatch.setattr(read_ahead.hardware, "cpu_count", lambda cores=cores: cores)
         before = set(threading.enumerate())
         read_ahead.start()
         for thread in set(threading.enumerate()) - before:
