@@ -1,6 +1,7 @@
 """Read the files of the imports to come while other things are done: opened for the first time, those of an image cost seconds.
 
     python -m bridge.read_ahead      writes read_ahead.txt, at the end of an image's build; without that nothing is read ahead
+It writes import_archive.bin too, since it makes the imports.
 A line is a file (whole), or a file, a tab and an offset (a block of a shared library), in the order in which they are needed.
 """
 
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from importlib import import_module
 
-from bridge import hardware
+from bridge import hardware, import_archive
 from bridge.settings import ROOT
 
 FILE = ROOT / "read_ahead.txt"
@@ -89,11 +90,13 @@ def touched_blocks(below: tuple[str, ...]) -> Iterator[tuple[str, int]]:
 
 
 def main() -> None:
-    """Write the file. What the imports say goes where they say it."""
+    """Write both files. What the imports say goes where they say it."""
     below = (sys.prefix + "/", "/usr/lib/")
     # As a dictionary: what an earlier import touched keeps its place.
     blocks: dict[tuple[str, int], None] = {}
-    lines = opened_by(MODULES, below, lambda: blocks.update(dict.fromkeys(touched_blocks(below))))
+    opened = opened_by(MODULES, below, lambda: blocks.update(dict.fromkeys(touched_blocks(below))))
+    packed = import_archive.pack(list(sys.modules.values()), below)
+    lines = [import_archive.FILE, *(path for path in opened if path not in packed)]
     lines += [f"{path}\t{offset}" for path, offset in blocks]
     FILE.write_text("\n".join(lines) + "\n")
 

@@ -12,7 +12,8 @@ said = ray.get(ray.remote(lambda: __import__("os").environ["SAID"]).remote())
 me = psutil.Process()
 pids = {me.pid, *(child.pid for child in me.children(recursive=True))}
 # Of all processes at once: psutil passes over those that end meanwhile, as Ray's short-lived ones do.
-ports = {connection.laddr for connection in psutil.net_connections() if connection.pid in pids and connection.status == psutil.CONN_LISTEN}
+ports = {connection.laddr for connection in psutil.net_connections()
+         if connection.pid in pids and connection.status == psutil.CONN_LISTEN}
 addresses = {port.ip.removeprefix("::ffff:") for port in ports}
 print(sys.argv[1:], said, repr(started.dashboard_url), addresses, 52365 in {port.port for port in ports})
 """
