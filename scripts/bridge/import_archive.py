@@ -7,6 +7,11 @@ install() in every Python that starts. Modules are otherwise what they were: sam
 source, same resources. While they are imported no garbage is collected: what an import makes stays, and looking through it
 again and again was a fifth of the time.
 
+Whatever lays other files over the image's (binds, overlays, a writable or derived image) must win. So pack() dates the folders
+it packs, and their __pycache__, with MARK: who adds, removes or replaces a file in a folder gives it another date, and a folder
+that is bound over it has its own. Without the mark a folder's modules come from its files. (A source that is edited in place
+has no effect either way: the image's byte code does not ask for it.)
+
 The file: 8 bytes with the length of the head (little-endian); the head, which is marshal's
 (importlib's MAGIC_NUMBER, {folder: {module's last name: (is a package, offset, length)}}); the byte code, without its headers.
 """
@@ -15,9 +20,8 @@ import gc
 import marshal
 import mmap
 import os
-import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from importlib.machinery import (
     BYTECODE_SUFFIXES,
     EXTENSION_SUFFIXES,
@@ -33,6 +37,8 @@ from types import ModuleType
 
 FILE = os.path.join(sys.prefix, "import_archive.bin")
 HEADER_OF_BYTE_CODE = 16
+# Seconds since 1970, in 2001: before there was any of this to write.
+MARK = 981_173_106
 # As importlib has them for a folder.
 LOADERS = ((ExtensionFileLoader, EXTENSION_SUFFIXES), (SourceFileLoader, SOURCE_SUFFIXES),
            (SourcelessFileLoader, BYTECODE_SUFFIXES))
@@ -40,6 +46,8 @@ LOADERS = ((ExtensionFileLoader, EXTENSION_SUFFIXES), (SourceFileLoader, SOURCE_
 
 class Loader(SourceFileLoader):
     """A module of which the byte code is in the archive."""
+
+    stopped_collection = False
 
     def __init__(self, fullname: str, path: str, byte_code: memoryview):
         super().__init__(fullname, path)
@@ -49,14 +57,23 @@ class Loader(SourceFileLoader):
         return marshal.loads(self._byte_code)
 
     def exec_module(self, module: ModuleType) -> None:
-        # What is imported within finds it disabled, and leaves it so.
-        enabled = gc.isenabled()
+        # What is imported within finds it stopped, and leaves it so.
+        if not gc.isenabled():
+            super().exec_module(module)
+            return
+        Loader.stopped_collection = True
         gc.disable()
         try:
             super().exec_module(module)
         finally:
-            if enabled:
-                gc.enable()
+            gc.enable()
+            Loader.stopped_collection = False
+
+
+def collect_again() -> None:
+    """In a forked child: it would never collect garbage if another thread imported just then."""
+    if Loader.stopped_collection:
+        gc.enable()
 
 
 class Finder(FileFinder):
@@ -71,32 +88,38 @@ class Finder(FileFinder):
 
     def find_spec(self, fullname: str, target: ModuleType | None = None) -> ModuleSpec | None:
         name = fullname.rpartition(".")[2]
-        if name not in self._modules:
+        is_package, byte_code = self._modules.get(name, (False, None))
+        folder = f"{self.path}/{name}"
+        if byte_code is None or is_package and not is_marked(folder):
             return super().find_spec(fullname, target)
-        is_package, byte_code = self._modules[name]
-        path = f"{self.path}/{name}/__init__.py" if is_package else f"{self.path}/{name}.py"
+        path = f"{folder}/__init__.py" if is_package else f"{folder}.py"
         return spec_from_file_location(fullname, path, loader=Loader(fullname, path, byte_code),
-                                       submodule_search_locations=[f"{self.path}/{name}"] if is_package else None)
+                                       submodule_search_locations=[folder] if is_package else None)
 
 
-def install(file: str = FILE, mountinfo: str = "/proc/self/mountinfo") -> None:
-    """Let this process import from the archive, if there is one and nothing can have changed since it was written."""
+def is_marked(folder: str) -> bool:
+    """Whether a folder's files are those of the time when it was packed."""
     try:
-        with open(mountinfo) as opened:
-            unchanged = unchanged_folders(opened, file)
-        with open(file, "rb") as opened:
-            # A map outlives the closing of all files, with which daemons begin.
-            archive = memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
+        return int(os.stat(folder).st_mtime) == int(os.stat(f"{folder}/__pycache__").st_mtime) == MARK
     except OSError:
-        # No archive (outside an image), or no /proc to tell by.
+        return False
+
+
+def install(file: str = FILE) -> None:
+    """Let this process import from the archive, if there is one, of this Python."""
+    # Byte code without assertions is in other files.
+    if sys.flags.optimize or not os.path.exists(file):
         return
+    with open(file, "rb") as opened:
+        # A map outlives the closing of all files, with which daemons begin.
+        archive = memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
     code = 8 + int.from_bytes(archive[:8], "little")
     magic_number, index = marshal.loads(archive[8:code])
     if magic_number != MAGIC_NUMBER:
         return
 
     def hook(folder: str) -> Finder:
-        if folder not in index or not unchanged(folder):
+        if folder not in index or not is_marked(folder):
             # So importlib asks the next hook.
             raise ImportError
         return Finder(folder, {name: (is_package, archive[code + offset:code + offset + length])
@@ -105,36 +128,14 @@ def install(file: str = FILE, mountinfo: str = "/proc/self/mountinfo") -> None:
     sys.path_hooks.insert(0, hook)
     for folder in index:
         sys.path_importer_cache.pop(folder, None)
-
-
-def unchanged_folders(mountinfo: Iterable[str], file: str) -> Callable[[str], bool]:
-    """Return what tells whether a folder is as it was when `file`, of the same image, was written.
-
-    It is, in a SIF's read-only file system (alone, or as the lowest layer of an overlay in which nothing but Apptainer's mount
-    points can lie above it), where nothing is bound over the folder or into it. mountinfo: lines, as in proc(5).
-    """
-    mounts: dict[str, bool] = {}
-    for line in mountinfo:
-        point, (kind, _, options) = line.split()[4], line.partition(" - ")[2].split(maxsplit=2)
-        layers = re.search(r"\blowerdir=([^,\s]*)", options)
-        # A later mount hides an earlier one.
-        mounts[point] = (kind == "squashfs" or kind.startswith("fuse.squashfuse")
-                         or kind == "overlay" and "upperdir=" not in options and bool(layers) and layers[1].count(":") == 1)
-
-    def below(path: str, point: str) -> bool:
-        return point == "/" or path == point or path.startswith(point + "/")
-
-    def mount_of(path: str) -> str:
-        return max((point for point in mounts if below(path, point)), key=len, default="")
-
-    image = mount_of(file)
-    if not mounts.get(image):
-        return lambda folder: False
-    return lambda folder: mount_of(folder) == image and not any(below(point, folder) for point in mounts)
+    os.register_at_fork(after_in_child=collect_again)
 
 
 def pack(modules: Iterable[ModuleType], below: tuple[str, ...], file: str = FILE) -> set[str]:
-    """Write the archive of the modules' byte code, as far as it is below these folders; return the files that it came from."""
+    """Write the archive of the modules' byte code, as far as it is below these folders, and mark its folders.
+
+    Returns the files that the byte code came from.
+    """
     packed = {}
     for module in modules:
         spec = getattr(module, "__spec__", None)
@@ -142,8 +143,9 @@ def pack(modules: Iterable[ModuleType], below: tuple[str, ...], file: str = FILE
             continue
         folder, is_package = os.path.dirname(spec.origin), spec.submodule_search_locations is not None
         name = os.path.basename(folder) if is_package else os.path.basename(spec.origin).removesuffix(".py")
-        # Of what is imported under another name than its file's, or has no byte code, the archive knows nothing.
-        if name == spec.name.rpartition(".")[2] and spec.cached and os.path.exists(spec.cached):
+        # Of what is imported under another name than its file's, has no byte code or lies elsewhere, the archive knows nothing.
+        if (name == spec.name.rpartition(".")[2] and spec.cached and os.path.exists(spec.cached)
+                and os.path.realpath(spec.origin) == spec.origin):
             packed[os.path.dirname(folder) if is_package else folder, name] = (is_package, spec.cached)
     index: dict[str, dict[str, tuple[bool, int, int]]] = {}
     code = bytearray()
@@ -156,4 +158,7 @@ def pack(modules: Iterable[ModuleType], below: tuple[str, ...], file: str = FILE
     head = marshal.dumps((MAGIC_NUMBER, index))
     with open(file, "wb") as opened:
         opened.write(len(head).to_bytes(8, "little") + head + code)
+    for folder in {os.path.dirname(cached) for _, cached in packed.values()}:
+        os.utime(folder, (MARK, MARK))
+        os.utime(os.path.dirname(folder), (MARK, MARK))
     return {cached for _, cached in packed.values()}

@@ -3,129 +3,140 @@
 import json
 import os
 import py_compile
+import shutil
 import subprocess
 import sys
 import types
+from importlib.util import cache_from_source, spec_from_file_location
 
 import pytest
 
 from bridge import import_archive
 
-SIF = "139 43 0:41 / / rw,nodev - overlay overlay ro,lowerdir=/session/overlay-lowerdir:/session/rootfs,redirect_dir=on"
-SQUASHFS = "139 43 0:41 / / ro - squashfs /dev/loop0 ro"
-FILE = "/opt/venv/import_archive.bin"
-
 IMPORT = """
-import gc, importlib.resources, inspect, json, pkgutil, sys
+import gc, importlib.resources, inspect, json, os, pkgutil, sys
 sys.path.insert(0, sys.argv[1])
 from bridge import import_archive
-import_archive.install(sys.argv[2], sys.argv[3])
-said = {"enabled": gc.isenabled()}
+import_archive.install(sys.argv[2])
+said = {"before": gc.isenabled()}
 try:
     import package.fails
 except ZeroDivisionError:
-    said["enabled after a failure"] = gc.isenabled()
-import package.inner, package.late
-for name, module in (("package", package), ("inner", package.inner), ("late", package.late)):
+    said["after a failure"] = gc.isenabled()
+import single, package.inner, package.late, package.below.deep
+said["at the end"] = gc.isenabled()
+for name in ("single", "package", "package.inner", "package.late", "package.below", "package.below.deep"):
+    module = sys.modules[name]
     spec = module.__spec__
     said[name] = [module.COLLECTS, module.__file__, module.__cached__, spec.name, spec.parent, spec.submodule_search_locations]
 said["source"] = inspect.getsource(package.inner)
 said["resource"] = importlib.resources.files(package).joinpath("data.txt").read_text()
 said["listed"] = sorted(found.name for found in pkgutil.iter_modules(package.__path__))
 said["archived"] = sorted(name for name, module in sys.modules.items()
-                          if name.startswith("package") and type(module.__loader__) is import_archive.Loader)
-said["enabled at the end"] = gc.isenabled()
+                          if name.startswith(("single", "package")) and type(module.__loader__) is import_archive.Loader)
 print(json.dumps(said))
 """
+PACKED = ["package", "package.below", "package.below.deep", "package.inner", "single"]
 
 
 @pytest.fixture
-def package(tmp_path):
-    """A package with byte code, packed but for one module; then nothing but the archive holds the code of the others."""
-    folder = tmp_path / "package"
-    folder.mkdir()
-    (folder / "data.txt").write_text("data")
+def place(tmp_path):
+    """A folder with a module and a package and their byte code, packed but for one module."""
+    below = tmp_path / "site/package/below"
+    below.mkdir(parents=True)
+    (tmp_path / "site/package/data.txt").write_text("data")
     modules = []
-    for name in ("__init__", "inner", "fails", "late"):
-        source = folder / f"{name}.py"
-        source.write_text("import gc\nCOLLECTS = gc.isenabled()\n" + "1 / 0\n" * (name == "fails"))
-        if name == "late":
-            continue
-        cached = py_compile.compile(str(source), invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
-        fullname = "package" if name == "__init__" else f"package.{name}"
+    for fullname, path in (("single", "single.py"), ("package", "package/__init__.py"), ("package.inner", "package/inner.py"),
+                           ("package.fails", "package/fails.py"), ("package.below", "package/below/__init__.py"),
+                           ("package.below.deep", "package/below/deep.py"), ("package.late", "package/late.py")):
+        source = tmp_path / "site" / path
+        source.write_text("import gc\nCOLLECTS = gc.isenabled()\n" + "1 / 0\n" * (fullname == "package.fails"))
+        py_compile.compile(str(source), invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
         module = types.ModuleType(fullname)
-        module.__spec__ = import_archive.spec_from_file_location(fullname, source)
+        module.__spec__ = spec_from_file_location(fullname, source)
         modules.append(module)
-        assert module.__spec__.cached == cached
-    packed = import_archive.pack([*modules, sys, types.ModuleType("made here")], (str(tmp_path),), str(tmp_path / "archive"))
-    assert packed == {module.__spec__.cached for module in modules}
-    return folder
+    # As it lies elsewhere, whoever changes it leaves no trace here.
+    (tmp_path / "site/linked.py").symlink_to(tmp_path / "site/package/late.py")
+    linked = types.ModuleType("linked")
+    linked.__spec__ = spec_from_file_location("linked", tmp_path / "site/linked.py")
+    not_packed = [sys, types.ModuleType("made here"), linked]
+    packed = import_archive.pack(modules[:-1] + not_packed, (str(tmp_path),), str(tmp_path / "archive"))
+    assert packed == {module.__spec__.cached for module in modules[:-1]}
+    return tmp_path
 
 
-def imported(package, mounts) -> dict:
-    """What a Python says that imports the package and has the archive, with these mounts."""
-    mountinfo = package.parent / "mountinfo"
-    mountinfo.write_text("".join(line + "\n" for line in mounts))
-    result = subprocess.run([sys.executable, "-c", IMPORT, str(package.parent), str(package.parent / "archive"), str(mountinfo)],
-                            capture_output=True, text=True, check=False)
+def imported(place, *options: str) -> dict:
+    """What a Python says that imports all and has the archive."""
+    result = subprocess.run([sys.executable, *options, "-c", IMPORT, str(place / "site"), str(place / "archive")],
+                            capture_output=True, text=True, check=False, timeout=60)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 
 
-def test_modules_of_the_archive_are_those_of_the_files(package):
-    from_files = imported(package, [])
+def test_modules_of_the_archive_are_those_of_the_files(place):
+    (place / "archive").rename(place / "away")
+    from_files = imported(place)
+    (place / "away").rename(place / "archive")
     assert from_files["archived"] == [] and from_files["package"][0] is True
-    for name in ("__init__", "inner", "fails"):
-        os.remove(import_archive.spec_from_file_location("any", package / f"{name}.py").cached)
-        # What is read as source must be source still; what is run is the archive's.
-        (package / f"{name}.py").write_text("COLLECTS = 'from the file'\n")
-    from_archive = imported(package, [SQUASHFS])
-    assert from_archive["archived"] == ["package", "package.inner"]
+    # What is read as source is the file; what is run is the archive's, though the byte code beside the file be spoilt.
+    (place / "site/package/inner.py").write_text("COLLECTS = 'from the file'\n")
+    with open(cache_from_source(str(place / "site/package/inner.py")), "r+b") as file:
+        file.write(b"spoilt")
+    from_archive = imported(place)
+    assert from_archive["archived"] == PACKED
     assert from_archive["source"] == "COLLECTS = 'from the file'\n"
-    for name in ("package", "inner", "late"):
+    for name in (*PACKED, "package.late"):
         assert from_archive[name][1:] == from_files[name][1:]
-    assert from_archive["resource"] == "data" and from_archive["listed"] == from_files["listed"] == ["fails", "inner", "late"]
+    assert from_archive["resource"] == "data"
+    assert from_archive["listed"] == from_files["listed"] == ["below", "fails", "inner", "late"]
 
 
-def test_garbage_is_collected_but_while_modules_of_the_archive_are_imported(package):
-    said = imported(package, [SQUASHFS])
-    assert (said["package"][0], said["inner"][0], said["late"][0]) == (False, False, True)
-    assert said["enabled"] and said["enabled after a failure"] and said["enabled at the end"]
+def test_garbage_is_collected_but_while_modules_of_the_archive_are_imported(place):
+    said = imported(place)
+    assert {said[name][0] for name in PACKED} == {False} and said["package.late"][0] is True
+    assert said["before"] and said["after a failure"] and said["at the end"]
 
 
-def test_what_is_bound_over_a_package_is_not_taken_from_the_archive(package):
-    for bound in (package, package / "inner.py", package / "inner"):
-        assert imported(package, [SQUASHFS, f"150 139 0:42 / {bound} rw - ext4 /dev/sda rw"])["archived"] == [], bound
-    elsewhere = package.parent / "packages"
-    assert imported(package, [SQUASHFS, f"150 139 0:42 / {elsewhere} rw - ext4 /dev/sda rw"])["archived"] == ["package.inner"]
+def test_a_child_that_is_forked_while_a_thread_imports_collects_garbage(place):
+    source = place / "site/package/slow.py"
+    source.write_text("import os\nchild = os.fork()\nif child == 0:\n    import gc\n    os._exit(gc.isenabled())\n"
+                      "STATUS = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])\n")
+    py_compile.compile(str(source), invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    module = types.ModuleType("package.slow")
+    module.__spec__ = spec_from_file_location("package.slow", source)
+    import_archive.pack([module], (str(place),), str(place / "archive"))
+    code = IMPORT.partition("said =")[0] + "import package.slow as slow; print(type(slow.__loader__).__name__, slow.STATUS)"
+    result = subprocess.run([sys.executable, "-c", code, str(place / "site"), str(place / "archive")], capture_output=True,
+                            text=True, check=True, timeout=60)
+    assert result.stdout.split() == ["Loader", "1"]
 
 
-@pytest.mark.parametrize(("mounts", "unchanged"), [
-    ([SIF], True),
-    ([SQUASHFS], True),
-    ([SIF, "140 139 0:42 / /home/user rw - nfs server:/home rw", "141 139 0:42 / /opt/data rw - ext4 /dev/sda rw"], True),
-    # Without overlay, Apptainer binds the folders of the root one by one.
-    (["139 43 0:41 / / rw - tmpfs tmpfs rw", "140 139 0:42 /opt /opt ro - fuse.squashfuse_ll squashfuse_ll ro,user_id=0"], True),
-    (["139 43 0:41 / / rw - tmpfs tmpfs rw", "140 139 0:42 /opt /opt rw - ext4 /dev/sda rw"], False),
-    # A third layer, read-only; one that can be written; an engine's that says nothing of its layers; an unpacked image.
-    ([SIF.replace("/session/rootfs", "/session/overlay-images/0/upper:/session/rootfs")], False),
-    ([SIF.replace("ro,lowerdir", "rw,upperdir=/session/upper,workdir=/session/work,lowerdir")], False),
-    (["139 43 0:41 / / rw - fuse.fuse-overlayfs fuse-overlayfs rw,user_id=0"], False),
-    (["139 43 0:41 / / rw - ext4 /dev/sda rw"], False),
-    # What was bound over the packages, or over all of /opt; and what was bound over that again.
-    ([SIF, "140 139 0:42 / /opt/venv/lib rw - ext4 /dev/sda rw"], False),
-    ([SIF, "140 139 0:42 / /opt/venv/lib/python3.11/site-packages/torch/nn rw - ext4 /dev/sda rw"], False),
-    ([SIF, "140 139 0:42 / /opt rw - ext4 /dev/sda rw"], False),
-    ([SIF, "140 139 0:42 / /opt ro - squashfs /dev/loop1 ro", "141 140 0:43 / /opt rw - ext4 /dev/sda rw"], False),
-    ([], False),
-])
-def test_only_where_no_file_can_have_changed_is_the_archive_in_force(mounts, unchanged):
-    assert import_archive.unchanged_folders(mounts, FILE)("/opt/venv/lib/python3.11/site-packages/torch") is unchanged
+def bind_over(site):
+    """As if another folder were bound over a package's: its date is its own, that of the folder above stays."""
+    shutil.rmtree(site / "package/below")
+    shutil.copytree(site / "package", site / "package/below", ignore=shutil.ignore_patterns("below", "__pycache__"))
+    (site / "package/below/deep.py").write_text("COLLECTS = None\n")
+    os.utime(site / "package", (import_archive.MARK, import_archive.MARK))
 
 
-def test_without_an_archive_of_this_python_nothing_changes(package, monkeypatch):
-    archive = package.parent / "archive"
+@pytest.mark.parametrize(("change", "archived"), [
+    (lambda site: (site / "other.py").touch(), ["package.below", "package.below.deep", "package.inner"]),
+    (lambda site: (site / "package/other.py").touch(), ["package.below.deep", "single"]),
+    (lambda site: os.replace(shutil.copy(site / "single.py", site.parent), site / "package/below/deep.py"),
+     ["package", "package.inner", "single"]),
+    (lambda site: py_compile.compile(str(site / "package/inner.py")), ["package.below.deep", "single"]),
+    (lambda site: shutil.rmtree(site / "__pycache__"), ["package.below", "package.below.deep", "package.inner"]),
+    (bind_over, ["package", "package.inner", "single"]),
+], ids=["a module is added", "a module is added to a package", "a source is replaced", "byte code is replaced",
+        "byte code is removed", "a folder is bound over a package"])
+def test_where_a_file_was_changed_since_modules_come_from_files(place, change, archived):
+    change(place / "site")
+    assert imported(place)["archived"] == archived
+
+
+def test_without_an_archive_of_this_python_nothing_changes(place):
+    # Without assertions the byte code is another.
+    assert imported(place, "-O")["archived"] == []
+    archive = place / "archive"
     archive.write_bytes(archive.read_bytes().replace(import_archive.MAGIC_NUMBER, b"old\n", 1))
-    assert imported(package, [SQUASHFS])["archived"] == []
-    archive.unlink()
-    assert imported(package, [SQUASHFS])["archived"] == []
+    assert imported(place)["archived"] == []
