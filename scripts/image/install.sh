@@ -110,12 +110,12 @@ bridge)
         /opt/venv/bin/bridge --help > "/scif/apps/$stage/scif/runscript.help"
     done
     echo "proved: bridge --help"
-    HOME=/opt/home /opt/venv/bin/python -m bridge.read_ahead > /dev/null
-    rm -rf /opt/home
-    # From now on every Python of the image imports from the archive.
+    # Every Python of the image imports from the archive that bridge.read_ahead writes. Before that, since it dates this folder.
     cp /opt/bridge/scripts/bridge/import_archive.py "$site/bridge_import_archive.py"
     /opt/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash "$site/bridge_import_archive.py"
     echo 'import bridge_import_archive; bridge_import_archive.install()' > "$site/bridge_import_archive.pth"
+    HOME=/opt/home /opt/venv/bin/python -m bridge.read_ahead > /dev/null
+    rm -rf /opt/home
     echo "proved: $(stat -c %s /opt/venv/import_archive.bin) bytes of imports packed," \
         "$(wc -l < /opt/bridge/read_ahead.txt) files and blocks to be read ahead"
     ;;

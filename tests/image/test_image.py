@@ -211,16 +211,20 @@ def test_imports_come_from_the_archive_but_for_what_is_bound_over_the_images(ima
 def test_what_was_installed_over_the_images_packages_is_imported(image, tmp_path):
     # As pip does, by another file of the same name. In a SIF first into an overlay, then with that read-only.
     install = f"cd {SITE}/codetiming && echo MINE = True > new && mv new __init__.py && rm -r __pycache__"
-    if not image.read_only:
-        found = image.execute("sh", "-c", f"{install} && python -c '{LOADERS}'").checked()
-        assert found.split()[-6:] == [*FROM_FILES, *FROM_ARCHIVE * 4, "True"]
-        return
-    overlay = tmp_path / "overlay"
-    overlay.mkdir()
-    for mode, command in (("", f"{install} && python -c '{LOADERS}'"), (":ro", f"python -c '{LOADERS}'")):
-        found = subprocess.run(["apptainer", "--silent", "exec", "--overlay", f"{overlay}{mode}", str(ROOT / "bridge.sif"),
-                                "sh", "-c", command], env=SHELL, capture_output=True, text=True, check=False, timeout=300)
-        assert found.stdout.split()[-6:] == [*FROM_FILES, *FROM_ARCHIVE * 4, "True"], found
+    if image.read_only:
+        (tmp_path / "overlay").mkdir()
+        said = []
+        for mode, command in (("", f"{install} && python -c '{LOADERS}'"), (":ro", f"python -c '{LOADERS}'")):
+            found = subprocess.run(["apptainer", "--silent", "exec", "--overlay", f"{tmp_path}/overlay{mode}",
+                                    str(ROOT / "bridge.sif"), "sh", "-c", command],
+                                   env=SHELL, capture_output=True, text=True, check=False, timeout=300)
+            assert found.returncode == 0, found.stderr
+            said.append(found.stdout)
+    else:
+        said = [image.execute("sh", "-c", f"{install} && python -c '{LOADERS}'").checked()]
+    for codetiming, inspect, _, torch_nn, _, mine in (output.split()[-6:] for output in said):
+        # An engine may copy the folder above as well, and its date is lost then: torch and verl themselves come from files.
+        assert ([codetiming], [inspect], [torch_nn], mine) == (FROM_FILES, FROM_ARCHIVE, FROM_ARCHIVE, "True")
 
 
 def test_every_file_below_opt_can_be_read_by_any_user(image):
