@@ -104,8 +104,7 @@ class Acceptance:
             raise StepFailed("nothing was left to do")
         last, text = new[-1], f"step {new[0]['step']} after {new[0]['time'] - started:.0f} s"
         if stage == "ppo":
-            text += (f"; step {last['step']} took {last['timing_s/step']:.1f} s (generation {last['timing_s/gen']:.1f}), "
-                     f"{last['perf/throughput']:,.0f} tokens/s/GPU, actor's MFU {last['perf/mfu/actor']:.2f}")
+            text += f"; {ppo_step(last, self.settings.gpus)}"
         elif len(new) > 1:
             text += f"; step {last['step']} took {last['time'] - new[-2]['time']:.1f} s"
         return text + ("; saved and stopped" if stop else "")
@@ -134,6 +133,15 @@ class Acceptance:
         tp = widest_tp(self.settings.gpus, model.attention_heads(self.settings.model_dir))
         if tp > 1:
             self.step(f"ppo TP={tp}", partial(self.train, "ppo", arguments=NOT_SAVING, to=SAVED, RUN=f"tp{tp}", TP=str(tp)))
+
+
+def ppo_step(row: Mapping[str, float], gpus: int) -> str:
+    """How fast a step of PPO was, from its line of metrics; saving, which verl counts as part of the step, by itself."""
+    saving = row.get("timing_s/save_checkpoint", 0.0)
+    seconds = row["timing_s/step"] - saving
+    return (f"step {row['step']} took {seconds:.1f} s (generation {row['timing_s/gen']:.1f}), "
+            f"{row['perf/total_num_tokens'] / seconds / gpus:,.0f} tokens/s/GPU, actor's MFU {row['perf/mfu/actor']:.2f}"
+            + (f"; saving took {saving:.1f} s" if saving >= 0.1 else ""))
 
 
 def widest_tp(gpus: int, heads: int | None) -> int:
@@ -223,9 +231,9 @@ def text(report: Mapping[str, Any]) -> str:
     shown = {name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in report.items()}
     if not report["gpus"]:
         shown["gpus"] = "none: ranks on CPU over gloo, where transformers generates, not vLLM"
-    facts = [f"{name:<14}{'-' if value in (None, '') else value}" for name, value in shown.items()
-             if name not in ("steps", "settings")]
-    facts += [f"{name:<14}{value}" for name, value in report["settings"].items()]
+    shown = {**{name: value for name, value in shown.items() if name not in ("steps", "settings")}, **report["settings"]}
+    width = max(map(len, shown)) + 2
+    facts = [f"{name:<{width}}{'-' if value in (None, '') else value}" for name, value in shown.items()]
     bandwidth, rows = [], []
     for result in report["steps"]:
         seen = result["seen"]

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,19 @@ def command(ranks: int, module: list[str], arguments: list[str]) -> list[str]:
     return [sys.executable, "-u", "-m", "bridge.local_ray", *module, *arguments]
 
 
-def setting_problems(_config: Mapping[str, Any]) -> list[str]:
-    """Settings that do not go together: none are known that verl takes."""
-    return []
+def setting_problems(config: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Overrides that would have no effect: numbers of rows where the profile counts micro batches in tokens."""
+    actor_rollout, critic = config["actor_rollout_ref"], config["critic"]
+    by_tokens = [
+        ("actor_rollout_ref.actor.ppo_micro_batch_size", "ppo_max_token_len_per_gpu", actor_rollout["actor"]["use_dynamic_bsz"]),
+        ("actor_rollout_ref.rollout.log_prob_micro_batch_size", "log_prob_max_token_len_per_gpu",
+         actor_rollout["rollout"]["log_prob_use_dynamic_bsz"]),
+        ("critic.ppo_micro_batch_size", "ppo_max_token_len_per_gpu", critic["use_dynamic_bsz"]),
+        ("critic.forward_micro_batch_size", "forward_max_token_len_per_gpu", critic["use_dynamic_bsz"]),
+    ]
+    return [f"{text}: no effect, since the profile counts micro batches in tokens. Use {key.rpartition('.')[0]}.{tokens}, or "
+            "PROFILE=tutorial, which counts rows."
+            for key, tokens, active in by_tokens if active for text in overrides if text.lstrip("+").startswith(key)]
 
 
 def columns(config: Mapping[str, Any]) -> list[str]:

@@ -133,7 +133,7 @@ def read(env: Mapping[str, str]) -> Settings:
     settings = Settings(
         work_dir=Path(os.path.abspath(os.path.expanduser(given("WORK_DIR", "work")))),
         run=run,
-        profile=choice("PROFILE", profiles(), "tutorial"),
+        profile=choice("PROFILE", profiles(), "tuned"),
         model=given("MODEL", "meta-llama/Llama-3.2-1B-Instruct"),
         data_source=given("DATA_SOURCE", "hub"),
         init=choice("INIT", ["base", "sft"], "base"),

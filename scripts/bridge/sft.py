@@ -1,7 +1,7 @@
 """The sft stage: verl's FSDP SFT trainer under torchrun. What is particular to it; the rest is in train.py."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ def command(ranks: int, module: list[str], arguments: list[str]) -> list[str]:
             f"--nproc_per_node={ranks}", "-m", *module, *arguments]
 
 
-def setting_problems(config: Mapping[str, Any]) -> list[str]:
+def setting_problems(config: Mapping[str, Any], _overrides: Sequence[str] = ()) -> list[str]:
     """Settings that do not go with packing."""
     budget, longest = config["bridge"]["packed_tokens_per_gpu"], config["data"]["max_length"]
     if budget is None:

@@ -86,7 +86,7 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
         # The rest is checked without them, so that all mistakes are named at once.
         problems += error.problems
         config = compose(stage, own, own_env)
-    problems += trainer.setting_problems(config)
+    problems += trainer.setting_problems(config, overrides)
     rows = data_problems(config, trainer.columns(config), problems)
     if model_dir != settings.model_dir:
         cure = ("INIT=sft starts from the merged result of the sft stage: run `make sft` and `make merge STAGE=sft` first, "

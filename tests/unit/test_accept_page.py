@@ -51,6 +51,15 @@ def test_one_rank_has_no_bandwidth(monkeypatch, tmp_path, ranks, seen):
     assert accept.Acceptance(settings.read(env), env, keep=print).all_reduce(tmp_path / "log") == seen
 
 
+def test_a_steps_speed_does_not_count_what_it_takes_to_save():
+    row = {"step": 2, "timing_s/step": 35.2, "timing_s/save_checkpoint": 31.2, "timing_s/gen": 1.2,
+           "perf/total_num_tokens": 92_000.0, "perf/mfu/actor": 0.51}
+    assert accept.ppo_step(row, 2) == ("step 2 took 4.0 s (generation 1.2), 11,500 tokens/s/GPU, actor's MFU 0.51; "
+                                       "saving took 31.2 s")
+    assert accept.ppo_step({**row, "timing_s/save_checkpoint": 0.0}, 2) == (
+        "step 2 took 35.2 s (generation 1.2), 1,307 tokens/s/GPU, actor's MFU 0.51")
+
+
 def test_the_report_names_neither_host_nor_person_nor_place_nor_secret(tmp_path):
     env = {"WORK_DIR": str(tmp_path), "USER": "alice", "HF_TOKEN": "hf_secret"}
     hidden = accept.to_hide(settings.read(env), env)
@@ -65,13 +74,15 @@ def test_the_page_shows_every_step_the_bandwidths_and_why_something_failed():
     bandwidths = [{"megabytes": 1, "algbw_gb_s": 10.0, "busbw_gb_s": 12.5},
                   {"megabytes": 1024, "algbw_gb_s": 80.0, "busbw_gb_s": 100.0}]
     report = {
-        "gpus": ["2 x NVIDIA H100 80GB HBM3 (80 GiB)"], "driver": "570.1", "infiniband": [], "settings": {"NCCL_DEBUG": "WARN"},
+        "gpus": ["2 x NVIDIA H100 80GB HBM3 (80 GiB)"], "driver": "570.1", "infiniband": [],
+        "settings": {"NCCL_DEBUG": "WARN", "NCCL_SOCKET_IFNAME": "ib0"},
         "steps": [{"step": "all-reduce", "status": "ok", "seconds": 9.0, "seen": bandwidths},
                   {"step": "sft", "status": "FAIL", "seconds": 20.5, "seen": "exit status 1",
                    "log": ["a line", "CUDA out of memory"]}]}
     page = accept.text(report)
     assert page.startswith("bridge accept: 1 steps passed, 1 failed\n")
-    for line in ("NCCL_DEBUG    WARN", "infiniband    -", "gpus          2 x NVIDIA H100 80GB HBM3 (80 GiB)",
+    for line in ("NCCL_DEBUG          WARN", "NCCL_SOCKET_IFNAME  ib0", "infiniband          -",
+                 "gpus                2 x NVIDIA H100 80GB HBM3 (80 GiB)",
                  "ok    all-reduce       9.0  100.00 GB/s of bus bandwidth at most",
                  "FAIL  sft             20.5  exit status 1", "       1024 MB      80.00     100.00",
                  "--- end of sft", "CUDA out of memory"):

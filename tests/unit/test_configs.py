@@ -11,7 +11,7 @@ import pytest
 import yaml
 from torch.utils.data import DistributedSampler
 
-from bridge import sft
+from bridge import ppo, sft
 from bridge.compose import compose, compose_checked, flatten, verl_config_dir
 from bridge.errors import UsageError
 from bridge.hardware import Gpu
@@ -181,6 +181,20 @@ def test_the_memory_preset_is_said_and_can_be_chosen(env):
     assert chosen.returncode == 0 and "memory/ppo=24gb" in chosen.stdout and "80gb" not in chosen.stdout
     wrong = bridge("ppo", *arguments, "memory/ppo=25gb", **tuned)
     assert wrong.returncode == 2 and "memory/ppo" in wrong.stderr
+
+
+@pytest.mark.parametrize(("override", "cure"), [
+    ("actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8", "actor_rollout_ref.actor.ppo_max_token_len_per_gpu"),
+    ("actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=8", "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu"),
+    ("critic.ppo_micro_batch_size_per_gpu=8", "critic.ppo_max_token_len_per_gpu"),
+    ("critic.forward_micro_batch_size_per_gpu=8", "critic.forward_max_token_len_per_gpu"),
+])
+def test_rows_are_refused_where_the_profile_counts_tokens(override, cure):
+    for profile, wanted in (("tuned", [f"{override}: no effect, since the profile counts micro batches in tokens. Use {cure}, or "
+                                       "PROFILE=tutorial, which counts rows."]), ("tutorial", [])):
+        own = [f"profile/ppo={profile}"]
+        config = compose_checked("ppo", own, [override], NAMES, OWNED)
+        assert ppo.setting_problems(config, [override]) == wanted
 
 
 def test_the_tuned_sft_packs_in_the_order_of_the_tutorial():

@@ -41,10 +41,10 @@ def test_an_empty_setting_counts_as_not_given():
     assert settings.read({"GPUS": "", "RUN": " "}) == settings.read({})
 
 
-def test_the_defaults_are_the_tutorials():
+def test_the_defaults_are_the_tutorials_but_for_the_faster_profile():
     found = settings.read({})
     assert found.model == "meta-llama/Llama-3.2-1B-Instruct"
-    assert found.profile == "tutorial" and found.init == "base" and found.keep == 2 and not found.public
+    assert found.profile == "tuned" and found.init == "base" and found.keep == 2 and not found.public
 
 
 def test_the_work_folder_is_absolute_and_a_tilde_is_the_home_folder(monkeypatch):
