@@ -37,18 +37,31 @@ def command(ranks: int, module: list[str], arguments: list[str]) -> list[str]:
 
 
 def setting_problems(config: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
-    """Overrides that would have no effect: numbers of rows where the profile counts micro batches in tokens."""
+    """Overrides that would have no effect: numbers of rows where micro batches are counted in tokens."""
     actor_rollout, critic = config["actor_rollout_ref"], config["critic"]
     by_tokens = [
         ("actor_rollout_ref.actor.ppo_micro_batch_size", "ppo_max_token_len_per_gpu", actor_rollout["actor"]["use_dynamic_bsz"]),
         ("actor_rollout_ref.rollout.log_prob_micro_batch_size", "log_prob_max_token_len_per_gpu",
          actor_rollout["rollout"]["log_prob_use_dynamic_bsz"]),
+        ("actor_rollout_ref.ref.log_prob_micro_batch_size", "log_prob_max_token_len_per_gpu",
+         actor_rollout["ref"]["log_prob_use_dynamic_bsz"]),
         ("critic.ppo_micro_batch_size", "ppo_max_token_len_per_gpu", critic["use_dynamic_bsz"]),
         ("critic.forward_micro_batch_size", "forward_max_token_len_per_gpu", critic["use_dynamic_bsz"]),
     ]
-    return [f"{text}: no effect, since the profile counts micro batches in tokens. Use {key.rpartition('.')[0]}.{tokens}, or "
-            "PROFILE=tutorial, which counts rows."
+    return [f"{text}: no effect, since micro batches are counted in tokens here (use_dynamic_bsz). Use "
+            f"{key.rpartition('.')[0]}.{tokens}, or PROFILE=tutorial, which counts rows."
             for key, tokens, active in by_tokens if active for text in overrides if text.lstrip("+").startswith(key)]
+
+
+def memory_problems(config: Mapping[str, Any], parameters: int, memory: int) -> list[str]:
+    """Whether vLLM can hold its part of the weights (2 bytes each) in its share of a GPU with so many bytes of memory."""
+    rollout = config["actor_rollout_ref"]["rollout"]
+    share, weights = rollout["gpu_memory_utilization"] * memory, 2 * parameters / rollout["tensor_model_parallel_size"]
+    if rollout["name"] != "vllm" or weights < share:
+        return []
+    return [f"vLLM's share of a GPU, {share / 1e9:.3g} GB (actor_rollout_ref.rollout.gpu_memory_utilization="
+            f"{rollout['gpu_memory_utilization']}), does not hold the model's weights, {weights / 1e9:.3g} GB a GPU. Raise it, "
+            "or spread the model over more GPUs (TP=)."]
 
 
 def columns(config: Mapping[str, Any]) -> list[str]:

@@ -85,7 +85,7 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
     except UsageError as error:
         # The rest is checked without them, so that all mistakes are named at once.
         problems += error.problems
-        config = compose(stage, own, own_env)
+        config, overrides = compose(stage, own, own_env), []
     problems += trainer.setting_problems(config, overrides)
     rows = data_problems(config, trainer.columns(config), problems)
     if model_dir != settings.model_dir:
@@ -98,6 +98,9 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
     model_problems = model.check_model_folder(model_dir, cure)
     problems += model_problems
     heads = None if model_problems else model.attention_heads(model_dir)
+    visible = hardware.visible_gpus(env)
+    if stage == "ppo" and visible and not model_problems:
+        problems += trainer.memory_problems(config, model.parameter_count(model_dir), min(gpu.memory for gpu in visible))
     world = gpus * config["trainer"]["nnodes"]
     faults = trainer.divisibility(config, world, heads)
     if faults:

@@ -2,19 +2,19 @@
 # [GPU] How much does a model learn, and do both profiles learn alike? SmolLM2-135M on GSM8K.
 #   DATA_SOURCE=/folder WORK_DIR=/folder tests/gpu/learning.sh                all of it, one after another
 #   ... tests/gpu/learning.sh chain [STEPS]             SFT, PPO from it (29 steps, an epoch) and eval: the run `learned`
-#   ... tests/gpu/learning.sh ppo PROFILE-SEED [STEPS]  PPO to compare the profiles with, once chain has its SFT merged
-#   ... tests/gpu/learning.sh sft PROFILE-SEED          SFT to compare the profiles with: two orders of the rows
+#   ... tests/gpu/learning.sh ppo PROFILE-SEED [STEPS]  PPO to compare the profiles with, once chain made WORK_DIR/learning/prepared
+#   ... tests/gpu/learning.sh sft PROFILE-SEED          SFT to compare the profiles with, likewise: two orders of the rows
 # Each alone, so that where there are more GPUs CUDA_VISIBLE_DEVICES can give it one. A log for each in WORK_DIR/learning.
 # The curves, later and elsewhere:
 #   make plot ARGS='tutorial-1 tuned-1 tutorial-2 tuned-2'      make plot STAGE=sft ARGS='tutorial-1 tuned-1 tutorial-2 tuned-2'
 #
 # PPO to compare with differs from the tutorial's, so that there is something to see in the minutes of a dozen steps of a model
-# this small, which answers one problem of 256 rightly: batches of 64, actor's learning rate 1e-5, and half a point for an
+# this small, which answers one problem of some 500 rightly: batches of 64, actor's learning rate 1e-5, and half a point for an
 # answer that gives a number where it should. All else is the profiles'.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export MODEL=${MODEL:-smollm2} GPUS=1 PROFILE=${PROFILE:-tuned}
-logs=$WORK_DIR/learning weights=$WORK_DIR/runs/learned/sft/merged
+logs=${WORK_DIR:?has to name a folder}/learning weights=$WORK_DIR/runs/learned/sft/merged
 mkdir -p "$logs"
 
 stage() { # RUN STAGE ARGUMENTS...: one stage, its output in a log of its own
@@ -28,6 +28,7 @@ run_python() { # LOG ARGUMENTS...: a script from standard input, in the containe
 }
 
 chain() { # [STEPS OF PPO]
+    rm -f "$logs/prepared"
     stage learned data
     stage learned model
     stage learned sft
@@ -88,7 +89,11 @@ sft() { # PROFILE-SEED
 }
 
 case ${1:-} in
-chain | ppo | sft) "$@" ;;
+chain) "$@" ;;
+ppo | sft)
+    [[ -f $logs/prepared ]] || { echo "$logs/prepared is not there: run $0 chain first." >&2; exit 2; }
+    "$@"
+    ;;
 '')
     chain
     # A run that fails does not keep the others from theirs.
@@ -100,7 +105,7 @@ chain | ppo | sft) "$@" ;;
     exit $status
     ;;
 *)
-    sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,6s/^# \{0,1\}//p' "$0" >&2
     exit 2
     ;;
 esac

@@ -186,15 +186,28 @@ def test_the_memory_preset_is_said_and_can_be_chosen(env):
 @pytest.mark.parametrize(("override", "cure"), [
     ("actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8", "actor_rollout_ref.actor.ppo_max_token_len_per_gpu"),
     ("actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=8", "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu"),
+    ("actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=8", "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu"),
     ("critic.ppo_micro_batch_size_per_gpu=8", "critic.ppo_max_token_len_per_gpu"),
     ("critic.forward_micro_batch_size_per_gpu=8", "critic.forward_max_token_len_per_gpu"),
 ])
 def test_rows_are_refused_where_the_profile_counts_tokens(override, cure):
-    for profile, wanted in (("tuned", [f"{override}: no effect, since the profile counts micro batches in tokens. Use {cure}, or "
-                                       "PROFILE=tutorial, which counts rows."]), ("tutorial", [])):
+    refused = (f"{override}: no effect, since micro batches are counted in tokens here (use_dynamic_bsz). Use {cure}, or "
+               "PROFILE=tutorial, which counts rows.")
+    for profile, wanted in (("tuned", [refused]), ("tutorial", [])):
         own = [f"profile/ppo={profile}"]
         config = compose_checked("ppo", own, [override], NAMES, OWNED)
         assert ppo.setting_problems(config, [override]) == wanted
+
+
+@pytest.mark.parametrize(("parameters", "tp", "problem"), [
+    (1_235_814_400, 1, None), (8_030_000_000, 2, None),
+    (8_030_000_000, 1, "12.8 GB (actor_rollout_ref.rollout.gpu_memory_utilization=0.15), does not hold the model's weights, 16"),
+])
+def test_vllm_has_to_hold_the_weights_in_its_share(parameters, tp, problem):
+    settings = [f"actor_rollout_ref.rollout.tensor_model_parallel_size={tp}"]
+    config = compose("ppo", ["profile/ppo=tuned", "memory/ppo=80gb", *settings], NAMES)
+    found = ppo.memory_problems(config, parameters, 85_520_809_984)
+    assert problem in found[0] if problem else found == []
 
 
 def test_the_tuned_sft_packs_in_the_order_of_the_tutorial():
