@@ -48,6 +48,18 @@ def test_env_example_names_every_profile():
     assert all(profile in line for profile in settings.profiles())
 
 
+@pytest.mark.parametrize("name", ["WORK_DIR", "RUN", "PROFILE", "MODEL", "DATA_SOURCE", "SHARE_GPU", "INIT", "KEEP", "PUBLIC",
+                                  "WANDB_PROJECT"])
+def test_env_example_shows_the_default_where_there_is_one(name):
+    shown = re.search(rf"^#{name}=(.*)", (ROOT / ".env.example").read_text(), re.MULTILINE)[1]
+    assert settings.read({name: shown}) == settings.read({}) != settings.read({name: other(name)})
+
+
+def other(name: str) -> str:
+    """A value of this setting that is no default."""
+    return {"PROFILE": "tutorial", "INIT": "sft", "KEEP": "3"}.get(name, "1")
+
+
 def test_every_module_of_the_door_is_named_by_the_table_or_imported_by_one_that_is():
     modules = {file.stem for file in (ROOT / "scripts" / "bridge").glob("*.py")}
     # A configuration may name one for verl to import.

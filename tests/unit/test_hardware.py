@@ -3,6 +3,7 @@
 import pytest
 
 from bridge import hardware, settings, train
+from bridge.errors import UsageError
 from bridge.hardware import Gpu
 
 EIGHT = {key: ("NVIDIA H100 80GB HBM3", 85 * 10**9, 0) for i in range(8) for key in (str(i), f"GPU-{i}{i}{i}{i}")}
@@ -56,6 +57,21 @@ def test_a_gpu_in_use_is_refused_unless_it_may_be_shared(monkeypatch):
     _, problems = choose(monkeypatch, gpus(2, used=40 * 10**9))
     assert "GPU 0 is in use (37 of 79 GiB)" in problems[0] and "SHARE_GPU=1" in problems[0]
     assert choose(monkeypatch, gpus(2, used=40 * 10**9), SHARE_GPU="1") == (2, [])
+
+
+@pytest.mark.parametrize(("stage", "memory", "refused"), [("ppo", 10**6, True), ("ppo", 10**9, False), ("sft", 10**6, False)])
+def test_ppo_is_refused_where_vllm_cannot_hold_the_weights(env, monkeypatch, stage, memory, refused):
+    monkeypatch.setattr(hardware, "visible_gpus", lambda env: [Gpu("0", "a GPU", memory, 0)])
+    # The tiny model's 0.27 MB do not fit into the tenth of 1 MB.
+    env = {**env, "PROFILE": "tuned", "GPUS": "1"}
+    arguments = ["actor_rollout_ref.rollout.gpu_memory_utilization=0.1"] if stage == "ppo" else []
+    problems = []
+    try:
+        train.plan(stage, settings.read(env), env, arguments, dry_run=True)
+    except UsageError as error:
+        problems = error.problems
+    said = [problem for problem in problems if "does not hold the model's weights, 0.00027" in problem]
+    assert (len(said) == len(problems) == 1) if refused else problems == []
 
 
 def test_the_trainer_sees_the_first_of_the_visible_gpus_only(monkeypatch):
