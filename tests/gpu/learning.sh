@@ -1,20 +1,25 @@
 #!/usr/bin/env bash
 # [GPU] How much does a model learn, and do both profiles learn alike? SmolLM2-135M on GSM8K.
 #   DATA_SOURCE=/folder WORK_DIR=/folder tests/gpu/learning.sh                all of it, one after another
-#   ... tests/gpu/learning.sh chain [STEPS]             SFT, PPO from it (29 steps, an epoch) and eval: the run `learned`
-#   ... tests/gpu/learning.sh ppo PROFILE-SEED [STEPS]  PPO to compare the profiles with, once chain made WORK_DIR/learning/prepared
+#   ... tests/gpu/learning.sh chain [STEPS]             SFT, PPO from it (58 steps, two epochs) and eval: the run `learned`
+#   ... tests/gpu/learning.sh prepare                   what runs to compare start from: the run `prepared`
+#   ... tests/gpu/learning.sh ppo PROFILE-SEED [STEPS]  PPO to compare the profiles with, once that is done
 #   ... tests/gpu/learning.sh sft PROFILE-SEED          SFT to compare the profiles with, likewise: two orders of the rows
 # Each alone, so that where there are more GPUs CUDA_VISIBLE_DEVICES can give it one. A log for each in WORK_DIR/learning.
 # The curves, later and elsewhere:
 #   make plot ARGS='tutorial-1 tuned-1 tutorial-2 tuned-2'      make plot STAGE=sft ARGS='tutorial-1 tuned-1 tutorial-2 tuned-2'
 #
-# PPO to compare with differs from the tutorial's, so that there is something to see in the minutes of a dozen steps of a model
-# this small, which answers one problem of some 500 rightly: batches of 64, actor's learning rate 1e-5, and half a point for an
-# answer that gives a number where it should. All else is the profiles'.
+# The chain's epochs and learning rates are larger than the tutorial's, which are made for a model ten times as large: with
+# those one answer of 500 is right after SFT, and PPO has next to nothing to learn from. The critic has four steps to find out
+# what an answer is worth before the actor follows it.
+#
+# PPO to compare with starts from an SFT with the tutorial's numbers and differs from the tutorial's PPO, so that there is
+# something to see in the minutes of a dozen steps: batches of 64, actor's learning rate 1e-5, and half a point for an answer
+# that gives a number where it should. All else is the profiles'.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export MODEL=${MODEL:-smollm2} GPUS=1 PROFILE=${PROFILE:-tuned}
-logs=${WORK_DIR:?has to name a folder}/learning weights=$WORK_DIR/runs/learned/sft/merged
+logs=${WORK_DIR:?has to name a folder}/learning weights=$WORK_DIR/runs/prepared/sft/merged
 mkdir -p "$logs"
 
 stage() { # RUN STAGE ARGUMENTS...: one stage, its output in a log of its own
@@ -28,18 +33,22 @@ run_python() { # LOG ARGUMENTS...: a script from standard input, in the containe
 }
 
 chain() { # [STEPS OF PPO]
-    rm -f "$logs/prepared"
     stage learned data
     stage learned model
-    stage learned sft
+    stage learned sft trainer.total_epochs=5 optim.lr=3e-4
     STAGE=sft stage learned merge
-    prepare_comparison
-    INIT=sft stage learned ppo trainer.test_freq=-1 "trainer.total_training_steps=${1:-29}" "trainer.save_freq=${1:-29}"
+    INIT=sft stage learned ppo actor_rollout_ref.actor.optim.lr=5e-6 trainer.critic_warmup=5 \
+        trainer.test_freq=-1 "trainer.total_training_steps=${1:-58}" "trainer.save_freq=${1:-58}"
     STAGE=ppo stage learned merge
     stage learned eval
 }
 
-prepare_comparison() {
+prepare() {
+    rm -f "$logs/prepared"
+    stage prepared data
+    stage prepared model
+    stage prepared sft
+    STAGE=sft stage prepared merge
     # Runs of one seed start from the same value head, which verl draws anew for each run: the critic's loss is a matter of
     # that draw for a dozen steps.
     run_python critics "$weights" "$logs" << 'END'
@@ -89,13 +98,14 @@ sft() { # PROFILE-SEED
 }
 
 case ${1:-} in
-chain) "$@" ;;
+chain | prepare) "$@" ;;
 ppo | sft)
-    [[ -f $logs/prepared ]] || { echo "$logs/prepared is not there: run $0 chain first." >&2; exit 2; }
+    [[ -f $logs/prepared ]] || { echo "$logs/prepared is not there: run $0 prepare first." >&2; exit 2; }
     "$@"
     ;;
 '')
     chain
+    prepare
     # A run that fails does not keep the others from theirs.
     status=0
     for run in tutorial-1 tuned-1 tutorial-2 tuned-2; do
@@ -105,7 +115,7 @@ ppo | sft)
     exit $status
     ;;
 *)
-    sed -n '2,6s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,7s/^# \{0,1\}//p' "$0" >&2
     exit 2
     ;;
 esac
