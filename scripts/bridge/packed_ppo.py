@@ -1,16 +1,18 @@
-"""[image] PPO's forwards without waste: logits of the answers' tokens only, and attention told where rows begin.
+"""[image] PPO without waste: logits of the answers' tokens only, attention told where rows begin, the loss by groups of rows.
 
 verl 0.5.0 removes the padding, but computes the logits of the prompts too, and lets transformers look for the bounds of the
-rows in every layer. Part of bridge.speedups; what is computed is verl's.
+rows in every layer. Where micro batches are counted in tokens, the loss is another one than with micro batches of so many
+rows: here it is the same. Part of bridge.speedups; what is computed is verl's.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from copy import copy
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from bridge.packing import bounds_of, logits_looked_at, pack
+from bridge.packing import bounds_of, group_weights, logits_looked_at, pack
 
 
 def predicting(micro_batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -76,8 +78,33 @@ def forward_values(critic, micro_batch: Mapping[str, torch.Tensor]) -> torch.Ten
     return in_rows(values.flatten()[packed["looked_at"]], micro_batch)
 
 
+def by_groups(update: Callable) -> Callable:
+    """verl's update of actor or critic with the loss of micro batches of rows where they are counted in tokens.
+
+    With micro batches of `ppo_micro_batch_size_per_gpu` rows the loss of a mini batch is the mean of their token means: a token
+    weighs 1 / (tokens of its group of rows). Counted in tokens, verl takes the token mean of all rows that fit, weighed by
+    their number, in which rows longer than their group's others weigh more. Here a token keeps its group's weight whichever
+    rows are computed together. Does nothing where the loss is another than verl's default, `token-mean`.
+    """
+    def grouped_update(worker, data) -> dict[str, Any]:
+        config, rows, mask = worker.config, worker.config.ppo_micro_batch_size_per_gpu, data.batch["response_mask"]
+        if not (config.use_dynamic_bsz and rows and config.loss_agg_mode == "token-mean"):
+            return update(worker, data)
+        # verl's losses and metrics multiply with the mask. It weighs a micro batch by its share of the mini batch's rows: of
+        # a mean over rows of sums over tokens this makes the same sum, however the rows are divided.
+        data.batch["response_mask"] = mask * (rows * group_weights(mask.sum(1), rows)).unsqueeze(1)
+        worker.config = copy(config)
+        worker.config.loss_agg_mode = "seq-mean-token-sum"
+        try:
+            return update(worker, data)
+        finally:
+            worker.config, data.batch["response_mask"] = config, mask
+
+    return grouped_update
+
+
 def apply() -> None:
-    """Let verl's actor and critic compute by the two above, where model and settings are the usual ones."""
+    """Let verl's actor and critic compute by the above, where model and settings are the usual ones."""
     from verl.workers.actor.dp_actor import DataParallelPPOActor
     from verl.workers.critic.dp_critic import DataParallelPPOCritic
 
@@ -101,3 +128,5 @@ def apply() -> None:
 
     DataParallelPPOActor._forward_micro_batch = actor_forward
     DataParallelPPOCritic._forward_micro_batch = critic_forward
+    DataParallelPPOActor.update_policy = by_groups(DataParallelPPOActor.update_policy)
+    DataParallelPPOCritic.update_critic = by_groups(DataParallelPPOCritic.update_critic)

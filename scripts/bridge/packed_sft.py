@@ -19,7 +19,7 @@ from tensordict import TensorDict
 from verl.trainer import fsdp_sft_trainer
 
 from bridge.errors import UsageError
-from bridge.packing import logits_looked_at, pack
+from bridge.packing import group_weights, logits_looked_at, pack
 from bridge.sft import setting_problems
 
 
@@ -56,10 +56,9 @@ def forwards_needed(lengths: list[int], budget: int) -> int:
 
 
 def row_weights(loss_mask: torch.Tensor, group_rows: int) -> torch.Tensor:
-    """What one response token of each row weighs: 1 / (response tokens of the row's group). [rows] -> [rows], float32."""
-    # The same guard against a group without any as verl's. Its loss never looks at the last column.
-    valid = loss_mask[:, :-1].sum(1).view(-1, group_rows).sum(1)
-    return (1 / (valid + 1e-8)).repeat_interleave(group_rows)
+    """What one response token of each row weighs: 1 / (response tokens of the row's group). [rows, length] -> [rows]."""
+    # verl's loss never looks at the last column.
+    return group_weights(loss_mask[:, :-1].sum(1), group_rows)
 
 
 def pack_rows(batch: TensorDict, weights: torch.Tensor, rows: list[int]) -> dict[str, Any]:

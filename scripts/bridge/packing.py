@@ -31,6 +31,20 @@ def pack(batch: Mapping[str, torch.Tensor], looked_at: torch.Tensor) -> dict[str
     }
 
 
+def group_weights(tokens: torch.Tensor, group_rows: int) -> torch.Tensor:
+    """What a token weighs where a loss is the mean over the tokens of each group of so many rows: 1 / (tokens of its group).
+
+    Args:
+        tokens: that count in each row, [rows]; the last group may have fewer rows.
+
+    Returns:
+        the weight of a token of each row, [rows], float32.
+    """
+    groups = F.pad(tokens, (0, -len(tokens) % group_rows)).view(-1, group_rows).sum(1)
+    # The same guard against a group without any as verl's.
+    return (1 / (groups + 1e-8)).repeat_interleave(group_rows)[:len(tokens)]
+
+
 def bounds_of(packed: Mapping[str, Any]) -> dict[str, Any]:
     """What transformers' models hand on to flash attention: attention within each row only.
 

@@ -39,18 +39,34 @@ def command(ranks: int, module: list[str], arguments: list[str]) -> list[str]:
 def setting_problems(config: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
     """Overrides that would have no effect: numbers of rows where micro batches are counted in tokens."""
     actor_rollout, critic = config["actor_rollout_ref"], config["critic"]
+    grouped = groups_rows(config)
     by_tokens = [
-        ("actor_rollout_ref.actor.ppo_micro_batch_size", "ppo_max_token_len_per_gpu", actor_rollout["actor"]["use_dynamic_bsz"]),
+        ("actor_rollout_ref.actor.ppo_micro_batch_size", "ppo_max_token_len_per_gpu",
+         actor_rollout["actor"]["use_dynamic_bsz"] and not grouped),
         ("actor_rollout_ref.rollout.log_prob_micro_batch_size", "log_prob_max_token_len_per_gpu",
          actor_rollout["rollout"]["log_prob_use_dynamic_bsz"]),
         ("actor_rollout_ref.ref.log_prob_micro_batch_size", "log_prob_max_token_len_per_gpu",
          actor_rollout["ref"]["log_prob_use_dynamic_bsz"]),
-        ("critic.ppo_micro_batch_size", "ppo_max_token_len_per_gpu", critic["use_dynamic_bsz"]),
+        ("critic.ppo_micro_batch_size", "ppo_max_token_len_per_gpu", critic["use_dynamic_bsz"] and not grouped),
         ("critic.forward_micro_batch_size", "forward_max_token_len_per_gpu", critic["use_dynamic_bsz"]),
     ]
     return [f"{text}: no effect, since micro batches are counted in tokens here (use_dynamic_bsz). Use "
             f"{key.rpartition('.')[0]}.{tokens}, or PROFILE=tutorial, which counts rows."
             for key, tokens, active in by_tokens if active for text in overrides if text.lstrip("+").startswith(key)]
+
+
+def groups_rows(config: Mapping[str, Any]) -> bool:
+    """Whether the loss is averaged over groups of so many rows though micro batches are counted in tokens."""
+    return config["actor_rollout_ref"]["model"]["external_lib"] == "bridge.speedups"
+
+
+def setting_notes(config: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
+    """What an override changes that its name does not say."""
+    parts = {"actor_rollout_ref.actor": config["actor_rollout_ref"]["actor"], "critic": config["critic"]}
+    return [f"{text}: rows whose tokens the loss averages together. How many are computed at once is "
+            f"{name}.ppo_max_token_len_per_gpu"
+            for name, part in parts.items() if part["use_dynamic_bsz"] and groups_rows(config)
+            for text in overrides if text.startswith(f"{name}.ppo_micro_batch_size")]
 
 
 def memory_problems(config: Mapping[str, Any], parameters: int, memory: int) -> list[str]:
@@ -84,7 +100,7 @@ def divisibility(config: Mapping[str, Any], world: int, heads: int | None) -> li
         mini, micro = part["ppo_mini_batch_size"], part["ppo_micro_batch_size_per_gpu"]
         if mini % world:
             faults.append(f"{name}.ppo_mini_batch_size={mini} does not divide by {world} GPUs")
-        elif not part["use_dynamic_bsz"] and micro and (mini // world) % micro:
+        elif micro and (mini // world) % micro:
             faults.append(f"{mini // world} rows a GPU ({name}.ppo_mini_batch_size={mini} / {world}) do not divide by "
                           f"ppo_micro_batch_size_per_gpu={micro}")
         if mini > batch:

@@ -50,6 +50,14 @@ def setting_problems(config: Mapping[str, Any], _overrides: Sequence[str] = ()) 
                        for key, (value, wanted) in needed.items() if value != wanted]
 
 
+def setting_notes(config: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
+    """What an override changes that its name does not say."""
+    if config["bridge"]["packed_tokens_per_gpu"] is None:
+        return []
+    return [f"{text}: rows whose tokens the loss averages together. How many are computed at once is bridge.packed_tokens_per_gpu"
+            for text in overrides if text.startswith("data.micro_batch_size_per_gpu")]
+
+
 def columns(config: Mapping[str, Any]) -> list[str]:
     """Columns that the trainer reads; "a.b" is field b of the struct a."""
     data = config["data"]

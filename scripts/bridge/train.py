@@ -87,6 +87,7 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
         problems += error.problems
         config, overrides = compose(stage, own, own_env), []
     problems += trainer.setting_problems(config, overrides)
+    notes += trainer.setting_notes(config, overrides)
     rows = data_problems(config, trainer.columns(config), problems)
     if model_dir != settings.model_dir:
         cure = ("INIT=sft starts from the merged result of the sft stage: run `make sft` and `make merge STAGE=sft` first, "

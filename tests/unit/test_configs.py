@@ -183,20 +183,48 @@ def test_the_memory_preset_is_said_and_can_be_chosen(env):
     assert wrong.returncode == 2 and "memory/ppo" in wrong.stderr
 
 
-@pytest.mark.parametrize(("override", "cure"), [
-    ("actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8", "actor_rollout_ref.actor.ppo_max_token_len_per_gpu"),
-    ("actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=8", "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu"),
-    ("actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=8", "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu"),
-    ("critic.ppo_micro_batch_size_per_gpu=8", "critic.ppo_max_token_len_per_gpu"),
-    ("critic.forward_micro_batch_size_per_gpu=8", "critic.forward_max_token_len_per_gpu"),
+VERLS_OWN = "actor_rollout_ref.model.external_lib=null"
+
+
+@pytest.mark.parametrize(("also", "override", "cure"), [
+    ([VERLS_OWN], "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8", "actor_rollout_ref.actor.ppo_max_token_len_per_gpu"),
+    ([], "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=8",
+     "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu"),
+    ([], "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=8", "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu"),
+    ([VERLS_OWN], "critic.ppo_micro_batch_size_per_gpu=8", "critic.ppo_max_token_len_per_gpu"),
+    ([], "critic.forward_micro_batch_size_per_gpu=8", "critic.forward_max_token_len_per_gpu"),
 ])
-def test_rows_are_refused_where_the_profile_counts_tokens(override, cure):
+def test_rows_are_refused_where_tokens_are_counted_and_rows_mean_nothing(also, override, cure):
     refused = (f"{override}: no effect, since micro batches are counted in tokens here (use_dynamic_bsz). Use {cure}, or "
                "PROFILE=tutorial, which counts rows.")
     for profile, wanted in (("tuned", [refused]), ("tutorial", [])):
         own = [f"profile/ppo={profile}"]
-        config = compose_checked("ppo", own, [override], NAMES, OWNED)
+        config = compose_checked("ppo", own, [override, *also], NAMES, OWNED)
         assert ppo.setting_problems(config, [override]) == wanted
+
+
+@pytest.mark.parametrize(("stage", "override", "budget"), [
+    (ppo, "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8", "actor_rollout_ref.actor.ppo_max_token_len_per_gpu"),
+    (ppo, "critic.ppo_micro_batch_size_per_gpu=8", "critic.ppo_max_token_len_per_gpu"),
+    (sft, "data.micro_batch_size_per_gpu=4", "bridge.packed_tokens_per_gpu"),
+])
+def test_rows_of_the_losss_groups_are_taken_with_a_word_of_what_they_are(stage, override, budget):
+    name = stage.__name__.split(".")[-1]
+    said = f"{override}: rows whose tokens the loss averages together. How many are computed at once is {budget}"
+    for profile, wanted in (("tuned", [said]), ("tutorial", [])):
+        memory = [f"memory/{name}=80gb"] if profile == "tuned" else []
+        config = compose_checked(name, [f"profile/{name}={profile}", *memory], [override], NAMES, OWNED)
+        assert stage.setting_problems(config, [override]) == []
+        assert stage.setting_notes(config, [override]) == wanted
+
+
+def test_groups_of_rows_have_to_divide_a_gpus_part_of_a_mini_batch_in_every_profile():
+    # verl's workers refuse it, too, after everything is loaded.
+    for profile in ("tutorial", "tuned"):
+        config = compose("ppo", [f"profile/ppo={profile}"], NAMES)
+        assert not ppo.divisibility(config, 16, heads=32)
+        assert [fault.split(" do not")[0] for fault in ppo.divisibility(config, 32, heads=32)] == [
+            f"2 rows a GPU ({part}.ppo_mini_batch_size=64 / 32)" for part in ("actor_rollout_ref.actor", "critic")]
 
 
 @pytest.mark.parametrize(("parameters", "tp", "problem"), [

@@ -12,10 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassificat
 from verl.utils.torch_functional import entropy_from_logits
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.critic.dp_critic import DataParallelPPOCritic
+verls_updates = DataParallelPPOActor.update_policy, DataParallelPPOCritic.update_critic
 packed_ppo.apply()
 torch.manual_seed(0)
-config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                     vocab_size=50, num_labels=1, classifier_dropout=0.0, attn_implementation="sdpa")
+llama = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                    vocab_size=50, num_labels=1, classifier_dropout=0.0, attn_implementation="sdpa")
 PROMPT, ANSWER = 6, 5
 mask = torch.tensor([[0] * (PROMPT - prompt) + [1] * (prompt + answer) + [0] * (ANSWER - answer)
                      for prompt, answer in ((2, 5), (6, 1), (6, 5), (3, 2), (4, 0))])
@@ -36,7 +37,7 @@ def forward_and_gradients(worker, model, usual, compute):
 """
 
 ACTOR = AGAINST_VERL + """
-model = LlamaForCausalLM(config)
+model = LlamaForCausalLM(llama)
 # Log-probabilities that differ, as a trained model's do.
 model.lm_head.weight.data *= 30
 computed = []
@@ -58,7 +59,7 @@ print(computed)
 """
 
 CRITIC = AGAINST_VERL + """
-model = LlamaForTokenClassification(config)
+model = LlamaForTokenClassification(llama)
 model.score.weight.data *= 30
 bounds = []
 model.base_model.layers[0].self_attn.register_forward_pre_hook(
@@ -122,3 +123,61 @@ print("as expected")
 
 def test_unusual_models_and_settings_are_left_to_verl():
     assert run_python(FALLBACKS) == "as expected"
+
+
+# Answers of very different lengths in groups of two rows, the last of one row; two mini batches. Counted in tokens, a long row is
+# computed together with a short one of another group.
+UPDATES = AGAINST_VERL + """
+import copy
+import torch.distributed
+from omegaconf import OmegaConf
+from verl import DataProto
+from bridge.compose import compose
+torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+
+PROMPT, ANSWER = 2, 20
+mask = torch.tensor([[1] * (PROMPT + answer) + [0] * (ANSWER - answer) for answer in (20, 18, 1, 3, 2)])
+ids, answered = torch.randint(50, mask.shape), mask[:, PROMPT:]
+old, advantages = torch.full(answered.shape, -4.0), torch.randn(answered.shape)
+names = dict.fromkeys(("WORK_DIR", "BRIDGE_MODEL_DIR", "BRIDGE_STAGE_DIR", "BRIDGE_RUN_NAME", "WANDB_PROJECT"), "")
+config = compose("ppo", ["profile/ppo=tuned", "memory/ppo=80gb"], names)
+
+def parameters(model):
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+def updated(part, start, worker, update, use_dynamic_bsz, loss_agg_mode="token-mean"):
+    model = copy.deepcopy(start)
+    # A step as long as the gradient, which is not clipped.
+    settings = OmegaConf.create({**part, "ppo_mini_batch_size": 4, "ppo_micro_batch_size_per_gpu": 2, "grad_clip": 1e9,
+                                 "ppo_max_token_len_per_gpu": 30, "use_dynamic_bsz": use_dynamic_bsz,
+                                 "loss_agg_mode": loss_agg_mode, "use_remove_padding": True, "use_torch_compile": False})
+    worker = worker(settings, model, torch.optim.SGD(model.parameters(), lr=1e-2))
+    data = DataProto.from_dict({
+        "input_ids": ids, "attention_mask": mask, "position_ids": mask.cumsum(1) - 1, "responses": ids[:, PROMPT:],
+        "response_mask": answered, "old_log_probs": old, "advantages": advantages, "values": torch.zeros_like(advantages),
+        "returns": advantages}, meta_info={"temperature": 1.0})
+    update(worker, data)
+    assert torch.equal(data.batch["response_mask"], answered) and worker.config.loss_agg_mode == loss_agg_mode
+    return parameters(model)
+
+for part, model, worker, ours, verls in (
+        (config["actor_rollout_ref"]["actor"], LlamaForCausalLM(llama), DataParallelPPOActor, DataParallelPPOActor.update_policy,
+         verls_updates[0]),
+        (config["critic"], LlamaForTokenClassification(llama), DataParallelPPOCritic, DataParallelPPOCritic.update_critic,
+         verls_updates[1])):
+    by_rows = updated(part, model, worker, verls, use_dynamic_bsz=False)
+    moved = (by_rows - parameters(model)).norm()
+    assert moved > 1e-3
+    assert torch.equal(updated(part, model, worker, ours, use_dynamic_bsz=False), by_rows)
+    assert (updated(part, model, worker, ours, use_dynamic_bsz=True) - by_rows).norm() < 1e-4 * moved
+    # verl's own loss, where tokens are counted, is another.
+    assert (updated(part, model, worker, verls, use_dynamic_bsz=True) - by_rows).norm() > 0.05 * moved
+    # A loss that is no mean over tokens knows no groups.
+    asked = dict(use_dynamic_bsz=True, loss_agg_mode="seq-mean-token-sum")
+    assert torch.equal(updated(part, model, worker, ours, **asked), updated(part, model, worker, verls, **asked))
+print("equal")
+"""
+
+
+def test_an_update_that_counts_tokens_is_that_of_the_groups_of_rows():
+    assert run_python(UPDATES) == "equal"

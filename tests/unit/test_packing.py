@@ -8,6 +8,7 @@ from tensordict import TensorDict
 
 from bridge.errors import UsageError
 from bridge.packed_sft import forwards_needed, pack_rows, row_weights, spread
+from bridge.packing import group_weights
 
 
 def batch_of(rows: list[tuple[int, int]], width: int) -> TensorDict:
@@ -71,3 +72,10 @@ def test_every_row_is_in_one_forward_and_no_forward_is_over_the_budget(seed):
 def test_a_row_longer_than_the_budget_is_refused():
     with pytest.raises(UsageError, match="a row has 513 tokens, more than bridge.packed_tokens_per_gpu=512. Use at least 513"):
         forwards_needed([513, 2], 512)
+
+
+def test_a_groups_tokens_share_its_weight_and_the_last_group_may_be_short():
+    weights = group_weights(torch.tensor([3, 1, 0, 0, 5]), 2)
+    assert weights[[0, 1, 4]].tolist() == pytest.approx([1 / 4, 1 / 4, 1 / 5])
+    # A group without tokens weighs nothing: its mask is 0.
+    assert torch.isfinite(weights).all()
