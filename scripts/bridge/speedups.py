@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from bridge import packed_ppo
+from bridge import multi_step, packed_ppo
 
 
 def fuse_layers(model_type: str) -> None:
@@ -80,14 +80,16 @@ def open_vllm(**options: Any):
     """vLLM's engine with verl's options, for a process that trains too.
 
     No cache of prompts' keys and values: GSM8K's prompts share a few tokens only, and no answer can come from those of the
-    weights before.
+    weights before. Where several steps are decoded between two turns of the scheduler, the bookkeeping is done at the turn,
+    for all of them together (bridge.multi_step), not for each step beside the GPU's work.
     """
     from vllm import LLM
 
     look_at_models_here()
     # A collection takes half a second in a process with all this imported, and each CUDA graph is recorded after one.
     settle()
-    engine = LLM(**{**options, "enable_prefix_caching": False})
+    at_the_turn = {"disable_async_output_proc": True} if options.get("num_scheduler_steps", 1) > 1 else {}
+    engine = LLM(**{**options, "enable_prefix_caching": False, **at_the_turn})
     settle()
     if not options["enable_sleep_mode"]:
         # vLLM keeps its memory between the steps (free_cache_engine: false): PyTorch has no one to give its own back to, and
@@ -110,6 +112,7 @@ def apply() -> None:
     fuse_adamw()
     packed_ppo.apply()
     open_multi_step_runner()
+    multi_step.apply()
     let_verl_open_vllm_so()
 
 

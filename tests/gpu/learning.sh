@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # [GPU] How much does a model learn, and do both profiles learn alike? SmolLM2-135M on GSM8K.
-#   DATA_SOURCE=/folder WORK_DIR=/folder tests/gpu/learning.sh                all of it, one after another
-#   ... tests/gpu/learning.sh chain [STEPS]             SFT, PPO from it (58 steps, two epochs) and eval: the run `learned`
+#   DATA_SOURCE=/folder WORK_DIR=/folder tests/gpu/learning.sh                all of it: chain, prepare, curves, SFT's curves
+#   ... tests/gpu/learning.sh chain [STEPS]             SFT, PPO from it and eval: the run `learned`
 #   ... tests/gpu/learning.sh prepare                   what runs to compare start from: the run `prepared`
-#   ... tests/gpu/learning.sh ppo PROFILE-SEED [STEPS]  PPO to compare the profiles with, once that is done
+#   ... tests/gpu/learning.sh curves [STEPS]            PPO with both profiles and two seeds, side by side on one GPU, once that is done
+#   ... tests/gpu/learning.sh ppo PROFILE-SEED [STEPS]  one of them, where there are more GPUs (CUDA_VISIBLE_DEVICES gives it one)
 #   ... tests/gpu/learning.sh sft PROFILE-SEED          SFT to compare the profiles with, likewise: two orders of the rows
-# Each alone, so that where there are more GPUs CUDA_VISIBLE_DEVICES can give it one. A log for each in WORK_DIR/learning.
-# The curves, later and elsewhere:
+# A log for each in WORK_DIR/learning. The curves, later and elsewhere:
 #   make plot ARGS='tutorial-1 tuned-1 tutorial-2 tuned-2'      make plot STAGE=sft ARGS='tutorial-1 tuned-1 tutorial-2 tuned-2'
 #
 # The chain's epochs and learning rates are larger than the tutorial's, which are made for a model ten times as large: with
@@ -15,16 +15,23 @@
 #
 # PPO to compare with starts from an SFT with the tutorial's numbers and differs from the tutorial's PPO, so that there is
 # something to see in the minutes of a dozen steps: batches of 64, actor's learning rate 1e-5, and half a point for an answer
-# that gives a number where it should. All else is the profiles'.
+# that gives a number where it should. All else is the profiles'. Several share a GPU: their curves count, not their speed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-export MODEL=${MODEL:-smollm2} GPUS=1 PROFILE=${PROFILE:-tuned}
+export MODEL=${MODEL:-smollm2} GPUS=1 PROFILE=${PROFILE:-tuned} SHARE_GPU=1
 logs=${WORK_DIR:?has to name a folder}/learning weights=$WORK_DIR/runs/prepared/sft/merged
 mkdir -p "$logs"
 
 stage() { # RUN STAGE ARGUMENTS...: one stage, its output in a log of its own
     RUN=$1 scripts/host/container.sh "${@:2}" > "$logs/$1-$2.log" 2>&1 ||
         { echo "$1 $2: exit status $?, see $logs/$1-$2.log" >&2; return 1; }
+}
+
+run_ppo() { # RUN PROFILE ARGUMENTS...: others may use the GPU, too. The profile's own library is named with the critic, which is
+    # built first.
+    local library=bridge.speedups
+    [[ $2 != tutorial ]] || library=null
+    PROFILE=$2 stage "$1" ppo "critic.model.external_lib=$library" actor_rollout_ref.model.external_lib=bridge.shared_gpu "${@:3}"
 }
 
 run_python() { # LOG ARGUMENTS...: a script from standard input, in the container
@@ -37,7 +44,7 @@ chain() { # [STEPS OF PPO]
     stage learned model
     stage learned sft trainer.total_epochs=5 optim.lr=3e-4
     STAGE=sft stage learned merge
-    INIT=sft stage learned ppo actor_rollout_ref.actor.optim.lr=5e-6 trainer.critic_warmup=5 \
+    INIT=sft run_ppo learned "$PROFILE" actor_rollout_ref.actor.optim.lr=5e-6 trainer.critic_warmup=5 \
         trainer.test_freq=-1 "trainer.total_training_steps=${1:-58}" "trainer.save_freq=${1:-58}"
     STAGE=ppo stage learned merge
     stage learned eval
@@ -85,10 +92,20 @@ END
 }
 
 ppo() { # PROFILE-SEED [STEPS]
-    MODEL=$weights PROFILE=${1%-*} stage "$1" ppo trainer.test_freq=-1 trainer.save_freq=-1 "+data.seed=${1#*-}" \
+    MODEL=$weights run_ppo "$1" "${1%-*}" trainer.test_freq=-1 trainer.save_freq=-1 "+data.seed=${1#*-}" \
         "critic.model.path=$logs/critic-${1#*-}" "custom_reward_function.path=$logs/reward.py" \
         data.train_batch_size=64 actor_rollout_ref.actor.ppo_mini_batch_size=16 actor_rollout_ref.actor.optim.lr=1e-5 \
         "trainer.total_training_steps=${2:-16}"
+}
+
+curves() { # [STEPS]: a run that fails does not keep the others from theirs
+    local run status=0 running=()
+    for run in tutorial-1 tuned-1 tutorial-2 tuned-2; do
+        ppo $run "$@" &
+        running+=($!)
+    done
+    for run in "${running[@]}"; do wait "$run" || status=1; done
+    return $status
 }
 
 sft() { # PROFILE-SEED
@@ -99,23 +116,20 @@ sft() { # PROFILE-SEED
 
 case ${1:-} in
 chain | prepare) "$@" ;;
-ppo | sft)
+curves | ppo | sft)
     [[ -f $logs/prepared ]] || { echo "$logs/prepared is not there: run $0 prepare first." >&2; exit 2; }
     "$@"
     ;;
 '')
-    chain
+    chain 58
     prepare
-    # A run that fails does not keep the others from theirs.
     status=0
-    for run in tutorial-1 tuned-1 tutorial-2 tuned-2; do
-        ppo $run || status=1
-        sft $run || status=1
-    done
+    curves 16 || status=1
+    for run in tutorial-1 tuned-1 tutorial-2 tuned-2; do sft $run || status=1; done
     exit $status
     ;;
 *)
-    sed -n '2,7s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
     exit 2
     ;;
 esac

@@ -23,7 +23,8 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--steps", type=int, default=1, help="decoding steps between two turns of the scheduler")
     parser.add_argument("--logprobs", action="store_true", help="collect the sampled tokens' log-probabilities, as verl does")
-    parser.add_argument("--plain", action="store_true", help="opened as verl opens it: prefix cache, no gc.freeze")
+    parser.add_argument("--plain", action="store_true",
+                        help="opened as verl opens it: prefix cache, no gc.freeze, tokens looked at step by step")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs, as the tutorial")
     arguments = parser.parse_args()
     # What torchrun or Ray would say to the only process.

@@ -1,0 +1,104 @@
+"""[image] vLLM's multi-step decoding with the tokens of a turn taken together. Part of bridge.speedups.
+
+vLLM 0.8.5 decodes several steps between two turns of its scheduler, but makes Python objects of every token of every step, and
+looks at each by itself: for 65,536 tokens that takes longer than the GPU takes to compute them. Here the tokens of a turn are
+copied once, and each answer gets its own in one piece. Which tokens there are, where an answer ends and why is vLLM's.
+
+Needs `disable_async_output_proc`: with it vLLM does its bookkeeping at the end of a turn. Requests that ask for more than tokens
+(log-probabilities, text, stop strings, a least number of tokens) and turns with prompts in them go vLLM's own way.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a turn has sampled: tokens [answers][steps]."""
+
+    tokens: list[list[int]]
+
+
+def asks_for_tokens_only(params) -> bool:
+    """Whether nothing but the tokens of an answer, its greatest length and its last token matters."""
+    return (params.logprobs is None and params.prompt_logprobs is None and not params.detokenize and not params.stop
+            and not params.min_tokens and not params.logits_processors and params.max_tokens is not None)
+
+
+def tokens_taken(tokens: list[int], seq, params, max_model_len: int) -> int:
+    """How many of a turn's tokens belong to the answer: none after its end."""
+    stops = set(params.stop_token_ids or ()) | (set() if params.ignore_eos else {seq.eos_token_id})
+    ended = next((number for number, token in enumerate(tokens, 1) if token in stops), len(tokens))
+    # vLLM ends a sequence with the first token that is one too many for the model.
+    return min(ended, params.max_tokens - seq.get_output_len(), max_model_len + 1 - seq.get_len())
+
+
+def append(tokens: list[int], seq, params, stop_checker) -> None:
+    """Give a sequence its tokens of a turn, and let vLLM say whether it has ended."""
+    taken = tokens[:tokens_taken(tokens, seq, params, stop_checker._get_max_model_len(seq.lora_request))]
+    data = seq.data
+    for ids in (data._output_token_ids, data._new_appended_tokens, data._cached_all_token_ids):
+        ids.extend(taken)
+    data.update_num_computed_tokens(len(taken))
+    # Only the last one taken can be an end.
+    stop_checker.maybe_stop_sequence(seq, 0, params)
+
+
+def process_turn(engine, ctx) -> None:
+    """What vLLM's LLMEngine._process_model_outputs does, for a whole turn."""
+    from vllm.outputs import RequestOutputFactory
+
+    turn = ctx.output_queue.popleft()
+    now, done = time.time(), []
+    for tokens, scheduled in zip(turn.outputs[0].tokens, turn.scheduler_outputs.scheduled_seq_groups, strict=True):
+        group = scheduled.seq_group
+        if group.is_finished():
+            continue
+        append(tokens, group.first_seq, group.sampling_params, engine.output_processor.stop_checker)
+        if group.is_finished():
+            group.maybe_set_first_token_time(now)
+            group.set_last_token_time(now)
+            done.append(group)
+    for group in [*done, *turn.scheduler_outputs.ignored_seq_groups]:
+        if output := RequestOutputFactory.create(group, engine.seq_id_to_seq_group, use_cache=engine.use_cached_outputs):
+            ctx.request_outputs.append(output)
+    if done:
+        for scheduler in engine.scheduler:
+            scheduler.free_finished_seq_groups()
+
+
+def apply() -> None:
+    """Let vLLM's multi-step runner and engine work so where they can."""
+    from vllm.engine.llm_engine import LLMEngine
+    from vllm.worker.multi_step_model_runner import ModelOutput, MultiStepModelRunner
+
+    vllms_maybe_pythonize = ModelOutput.maybe_pythonize
+    vllms_final, vllms_process = MultiStepModelRunner._final_process_outputs, LLMEngine._process_model_outputs
+
+    def together(model_input) -> bool:
+        frozen = model_input.frozen_model_input
+        return (frozen.async_callback is None and not model_input.num_single_step_prefills and
+                all(asks_for_tokens_only(group.sampling_params) for group in frozen.sampling_metadata.seq_groups))
+
+    def maybe_pythonize(output, model_input, *rest):
+        # Left to the end of the turn.
+        if model_input.frozen_model_input.async_callback is not None:
+            vllms_maybe_pythonize(output, model_input, *rest)
+
+    def final_process_outputs(runner, model_input, callback):
+        if callback is not None or not together(model_input):
+            return vllms_final(runner, model_input, callback)
+        # Waits until the GPU is done.
+        return [Turn(torch.cat([output.sampled_token_ids for output in model_input.cached_outputs], dim=1).tolist())]
+
+    def process_model_outputs(engine, ctx, request_id=None):
+        if ctx.output_queue and any(isinstance(output, Turn) for output in ctx.output_queue[0].outputs):
+            process_turn(engine, ctx)
+        else:
+            vllms_process(engine, ctx, request_id)
+
+    ModelOutput.maybe_pythonize = maybe_pythonize
+    MultiStepModelRunner._final_process_outputs = final_process_outputs
+    LLMEngine._process_model_outputs = process_model_outputs
