@@ -89,7 +89,7 @@ def open_vllm(**options: Any):
     # A collection takes half a second in a process with all this imported, and each CUDA graph is recorded after one.
     settle()
     at_the_turn = {"disable_async_output_proc": True} if options.get("num_scheduler_steps", 1) > 1 else {}
-    engine = LLM(**{**options, "enable_prefix_caching": False, **at_the_turn})
+    engine = LLM(**{**at_the_turn, **options, "enable_prefix_caching": False})
     settle()
     if not options["enable_sleep_mode"]:
         # vLLM keeps its memory between the steps (free_cache_engine: false): PyTorch has no one to give its own back to, and

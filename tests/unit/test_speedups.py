@@ -98,13 +98,14 @@ print(asleep, awake["enable_prefix_caching"], kept, torch.cuda.empty_cache is be
 """) == "{'seed': 3, 'enable_prefix_caching': False, 'enable_sleep_mode': True, 'frozen': True} False True False True"
 
 
-def test_vllm_does_its_bookkeeping_at_the_turn_where_there_is_one():
+def test_vllm_does_its_bookkeeping_at_the_turn_where_there_is_one_unless_the_caller_chooses():
     assert run_python("""
 import vllm
 from bridge import speedups
 vllm.LLM = lambda **options: options.get("disable_async_output_proc")
-print([speedups.open_vllm(enable_sleep_mode=True, num_scheduler_steps=steps) for steps in (1, 16)])
-""") == "[None, True]"
+print([speedups.open_vllm(enable_sleep_mode=True, **options) for options in (
+    {}, {"num_scheduler_steps": 16}, {"num_scheduler_steps": 16, "disable_async_output_proc": False})])
+""") == "[None, True, False]"
 
 
 def test_vllm_sees_the_same_of_a_model_without_a_second_python():
