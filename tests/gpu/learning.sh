@@ -29,9 +29,9 @@ stage() { # RUN STAGE ARGUMENTS...: one stage, its output in a log of its own
 
 run_ppo() { # RUN PROFILE ARGUMENTS...: others may use the GPU, too. The profile's own library is named with the critic, which is
     # built first.
-    local library=bridge.speedups
-    [[ $2 != tutorial ]] || library=null
-    PROFILE=$2 stage "$1" ppo "critic.model.external_lib=$library" actor_rollout_ref.model.external_lib=bridge.shared_gpu "${@:3}"
+    local own=(memory/ppo=80gb critic.model.external_lib=bridge.speedups)
+    [[ $2 != tutorial ]] || own=(critic.model.external_lib=null)
+    PROFILE=$2 stage "$1" ppo "${own[@]}" actor_rollout_ref.model.external_lib=bridge.shared_gpu "${@:3}"
 }
 
 run_python() { # LOG ARGUMENTS...: a script from standard input, in the container
