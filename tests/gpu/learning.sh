@@ -44,7 +44,7 @@ chain() { # [STEPS OF PPO]
     stage learned model
     stage learned sft trainer.total_epochs=5 optim.lr=3e-4
     STAGE=sft stage learned merge
-    INIT=sft run_ppo learned "$PROFILE" actor_rollout_ref.actor.optim.lr=5e-6 trainer.critic_warmup=5 \
+    INIT=sft run_ppo learned "$PROFILE" actor_rollout_ref.actor.optim.lr=1e-5 trainer.critic_warmup=5 \
         trainer.test_freq=-1 "trainer.total_training_steps=${1:-58}" "trainer.save_freq=${1:-58}"
     STAGE=ppo stage learned merge
     stage learned eval
