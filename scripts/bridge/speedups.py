@@ -81,15 +81,20 @@ def open_vllm(**options: Any):
 
     No cache of prompts' keys and values: GSM8K's prompts share a few tokens only, and no answer can come from those of the
     weights before. Where several steps are decoded between two turns of the scheduler, the bookkeeping is done at the turn,
-    for all of them together (bridge.multi_step), not for each step beside the GPU's work.
+    for all of them together (bridge.multi_step), not for each step beside the GPU's work; and flash attention 2 decodes, which
+    is faster at it than 3 for heads of 64 and answers of hundreds of tokens (docs/benchmarks.md).
     """
     from vllm import LLM
 
     look_at_models_here()
     # A collection takes half a second in a process with all this imported, and each CUDA graph is recorded after one.
     settle()
-    at_the_turn = {"disable_async_output_proc": True} if options.get("num_scheduler_steps", 1) > 1 else {}
-    engine = LLM(**{**at_the_turn, **options, "enable_prefix_caching": False})
+    own = {}
+    if options.get("num_scheduler_steps", 1) > 1:
+        own["disable_async_output_proc"] = True
+        # vLLM's setting: an option for it came later.
+        os.environ.setdefault("VLLM_FLASH_ATTN_VERSION", "2")
+    engine = LLM(**{**own, **options, "enable_prefix_caching": False})
     settle()
     if not options["enable_sleep_mode"]:
         # vLLM keeps its memory between the steps (free_cache_engine: false): PyTorch has no one to give its own back to, and

@@ -98,14 +98,20 @@ print(asleep, awake["enable_prefix_caching"], kept, torch.cuda.empty_cache is be
 """) == "{'seed': 3, 'enable_prefix_caching': False, 'enable_sleep_mode': True, 'frozen': True} False True False True"
 
 
-def test_vllm_does_its_bookkeeping_at_the_turn_where_there_is_one_unless_the_caller_chooses():
+def test_vllm_decodes_in_turns_as_it_does_so_fastest_unless_the_caller_chooses():
     assert run_python("""
-import vllm
+import os, vllm
 from bridge import speedups
-vllm.LLM = lambda **options: options.get("disable_async_output_proc")
-print([speedups.open_vllm(enable_sleep_mode=True, **options) for options in (
-    {}, {"num_scheduler_steps": 16}, {"num_scheduler_steps": 16, "disable_async_output_proc": False})])
-""") == "[None, True, False]"
+# What the engine is opened with, and which flash attention vLLM would take on a GPU that has both.
+vllm.LLM = lambda **options: (options.get("disable_async_output_proc"), vllm.envs.VLLM_FLASH_ATTN_VERSION)
+seen = []
+for options in {}, {"num_scheduler_steps": 16}, {"num_scheduler_steps": 16, "disable_async_output_proc": False}:
+    os.environ.pop("VLLM_FLASH_ATTN_VERSION", None)
+    seen.append(speedups.open_vllm(enable_sleep_mode=True, **options))
+os.environ["VLLM_FLASH_ATTN_VERSION"] = "3"
+seen.append(speedups.open_vllm(enable_sleep_mode=True, num_scheduler_steps=16))
+print(seen)
+""") == "[(None, None), (True, 2), (False, 2), (True, 3)]"
 
 
 def test_vllm_sees_the_same_of_a_model_without_a_second_python():
