@@ -77,18 +77,24 @@ def apply() -> None:
     vllms_maybe_pythonize = ModelOutput.maybe_pythonize
     vllms_final, vllms_process = MultiStepModelRunner._final_process_outputs, LLMEngine._process_model_outputs
 
-    def together(model_input) -> bool:
-        frozen = model_input.frozen_model_input
-        return (frozen.async_callback is None and not model_input.num_single_step_prefills and
+    def taken_together(turn) -> bool:
+        # Asked at each step, and the same for all of a turn.
+        if not hasattr(turn, "taken_together"):
+            frozen = turn.frozen_model_input
+            turn.taken_together = (
+                frozen.async_callback is None and not turn.num_single_step_prefills and
                 all(asks_for_tokens_only(group.sampling_params) for group in frozen.sampling_metadata.seq_groups))
+        return turn.taken_together
 
     def maybe_pythonize(output, model_input, *rest):
-        # Left to the end of the turn.
-        if model_input.frozen_model_input.async_callback is not None:
+        if not taken_together(model_input):
             vllms_maybe_pythonize(output, model_input, *rest)
+        else:
+            # Those of the whole vocabulary, which nobody asks for: 131 MB a step for 256 answers of Llama.
+            output.logprobs = None
 
     def final_process_outputs(runner, model_input, callback):
-        if callback is not None or not together(model_input):
+        if not taken_together(model_input):
             return vllms_final(runner, model_input, callback)
         # Waits until the GPU is done.
         return [Turn(torch.cat([output.sampled_token_ids for output in model_input.cached_outputs], dim=1).tolist())]

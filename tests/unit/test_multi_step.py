@@ -58,8 +58,13 @@ def decode(params, rows=40, vocabulary=60):
         tokens = torch.tensor([[streams[group.request_id].randrange(vocabulary) for _ in range(steps)] for group in metadata])
         turn = StatefulModelInput(frozen_model_input=SimpleNamespace(async_callback=None, sampling_metadata=sampling),
                                   num_queries=len(metadata), num_single_step_prefills=prompts)
-        turn.cached_outputs = [ModelOutput(SamplerOutput([]), ready, tokens[:, step:step + 1].clone(), False, None,
+        turn.cached_outputs = [ModelOutput(SamplerOutput([]), ready, tokens[:, step:step + 1].clone(), False, torch.zeros(1),
                                            runner.pythonization_cache) for step in range(steps)]
+        # What the runner does after each step but the last, and then at the end.
+        for output in turn.cached_outputs[:-1]:
+            output.maybe_pythonize(turn, None, runner.pinned_sampled_token_ids)
+        held = sum(output.logprobs is not None for output in turn.cached_outputs[:-1])
+        assert not held, held
         outputs = runner._final_process_outputs(turn, None)
         context = SchedulerContext()
         context.append_output(outputs, metadata, scheduled, is_async=False, is_last_step=True, is_first_step_output=steps == 1)
