@@ -1,8 +1,9 @@
 """[image] vLLM's multi-step decoding with the tokens of a turn taken together. Part of bridge.speedups.
 
 vLLM 0.8.5 decodes several steps between two turns of its scheduler, but makes Python objects of every token of every step, and
-looks at each by itself: for 65,536 tokens that takes longer than the GPU takes to compute them. Here the tokens of a turn are
-copied once, and each answer gets its own in one piece. Which tokens there are, where an answer ends and why is vLLM's.
+looks at each by itself, beside the GPU's work where Python is fast enough. Here the tokens of a turn are copied once, and each
+answer gets its own in one piece, in a tenth of the time (docs/benchmarks.md). Which tokens there are, where an answer ends and
+why is vLLM's.
 
 Needs `disable_async_output_proc`: with it vLLM does its bookkeeping at the end of a turn. Requests that ask for more than tokens
 (log-probabilities, text, stop strings, a least number of tokens) and turns with prompts in them go vLLM's own way.

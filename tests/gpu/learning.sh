@@ -27,8 +27,8 @@ stage() { # RUN STAGE ARGUMENTS...: one stage, its output in a log of its own
         { echo "$1 $2: exit status $?, see $logs/$1-$2.log" >&2; return 1; }
 }
 
-run_ppo() { # RUN PROFILE ARGUMENTS...: others may use the GPU, too. The profile's own library is named with the critic, which is
-    # built first.
+# Others may use the GPU, too. What the profile changes in the trainer is named with the critic, which is built first.
+run_ppo() { # RUN PROFILE ARGUMENTS...
     local own=(memory/ppo=80gb critic.model.external_lib=bridge.speedups)
     [[ $2 != tutorial ]] || own=(critic.model.external_lib=null)
     PROFILE=$2 stage "$1" ppo "${own[@]}" actor_rollout_ref.model.external_lib=bridge.shared_gpu "${@:3}"
