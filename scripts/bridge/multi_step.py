@@ -5,8 +5,9 @@ looks at each by itself, beside the GPU's work where Python is fast enough. Here
 answer gets its own in one piece, in a tenth of the time (docs/benchmarks.md). Which tokens there are, where an answer ends and
 why is vLLM's.
 
-Needs `disable_async_output_proc`: with it vLLM does its bookkeeping at the end of a turn. Requests that ask for more than tokens
-(log-probabilities, text, stop strings, a least number of tokens) and turns with prompts in them go vLLM's own way.
+Needs `disable_async_output_proc`: with it vLLM does its bookkeeping at the end of a turn. Requests that ask for more than the
+tokens of a whole answer (log-probabilities, text, stop strings, a least number of tokens) and turns with prompts in them go
+vLLM's own way. What the sampler itself takes from the tokens before (penalties, a least number) it knows up to the turn only.
 """
 
 import time
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 
-@dataclass(frozen=True)
+@dataclass
 class Turn:
     """What a turn has sampled: tokens [answers][steps]."""
 
@@ -23,9 +24,12 @@ class Turn:
 
 
 def asks_for_tokens_only(params) -> bool:
-    """Whether nothing but the tokens of an answer, its greatest length and its last token matters."""
-    return (params.logprobs is None and params.prompt_logprobs is None and not params.detokenize and not params.stop
-            and not params.min_tokens and not params.logits_processors and params.max_tokens is not None)
+    """Whether nothing but the tokens of a whole answer, its greatest length and its last token matters."""
+    from vllm.sampling_params import RequestOutputKind
+
+    return (params.output_kind == RequestOutputKind.FINAL_ONLY and params.logprobs is None and params.prompt_logprobs is None
+            and not params.detokenize and not params.stop and not params.min_tokens and not params.logits_processors
+            and params.max_tokens is not None)
 
 
 def tokens_taken(tokens: list[int], seq, params, max_model_len: int) -> int:
@@ -38,7 +42,7 @@ def tokens_taken(tokens: list[int], seq, params, max_model_len: int) -> int:
 
 def append(tokens: list[int], seq, params, stop_checker) -> None:
     """Give a sequence its tokens of a turn, and let vLLM say whether it has ended."""
-    taken = tokens[:tokens_taken(tokens, seq, params, stop_checker._get_max_model_len(seq.lora_request))]
+    taken = tokens[:tokens_taken(tokens, seq, params, stop_checker._get_max_model_len(None))]
     data = seq.data
     for ids in (data._output_token_ids, data._new_appended_tokens, data._cached_all_token_ids):
         ids.extend(taken)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from bridge.packing import bounds_of, group_weights, logits_looked_at, pack
+from bridge.ppo import averages_groups
 
 
 def predicting(micro_batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -83,12 +84,12 @@ def by_groups(update: Callable) -> Callable:
 
     With micro batches of `ppo_micro_batch_size_per_gpu` rows the loss of a mini batch is the mean of their token means: a token
     weighs 1 / (tokens of its group of rows). Counted in tokens, verl takes the token mean of all rows that fit, weighed by
-    their number, in which rows longer than their group's others weigh more. Here a token keeps its group's weight whichever
-    rows are computed together. Does nothing where the loss is another than verl's default, `token-mean`.
+    their number, in which tokens of groups with longer answers than the others weigh more. Here a token keeps its group's
+    weight whichever rows are computed together. Does nothing where the loss is another than verl's default.
     """
     def grouped_update(worker, data) -> dict[str, Any]:
         config, rows, mask = worker.config, worker.config.ppo_micro_batch_size_per_gpu, data.batch["response_mask"]
-        if not (config.use_dynamic_bsz and rows and config.loss_agg_mode == "token-mean"):
+        if not averages_groups(config):
             return update(worker, data)
         # verl's losses and metrics multiply with the mask. It weighs a micro batch by its share of the mini batch's rows: of
         # a mean over rows of sums over tokens this makes the same sum, however the rows are divided.

@@ -39,15 +39,15 @@ def command(ranks: int, module: list[str], arguments: list[str]) -> list[str]:
 def setting_problems(config: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
     """Overrides that would have no effect: numbers of rows where micro batches are counted in tokens."""
     actor_rollout, critic = config["actor_rollout_ref"], config["critic"]
-    grouped = groups_rows(config)
     by_tokens = [
         ("actor_rollout_ref.actor.ppo_micro_batch_size", "ppo_max_token_len_per_gpu",
-         actor_rollout["actor"]["use_dynamic_bsz"] and not grouped),
+         actor_rollout["actor"]["use_dynamic_bsz"] and not groups_rows(config, actor_rollout["actor"])),
         ("actor_rollout_ref.rollout.log_prob_micro_batch_size", "log_prob_max_token_len_per_gpu",
          actor_rollout["rollout"]["log_prob_use_dynamic_bsz"]),
         ("actor_rollout_ref.ref.log_prob_micro_batch_size", "log_prob_max_token_len_per_gpu",
          actor_rollout["ref"]["log_prob_use_dynamic_bsz"]),
-        ("critic.ppo_micro_batch_size", "ppo_max_token_len_per_gpu", critic["use_dynamic_bsz"] and not grouped),
+        ("critic.ppo_micro_batch_size", "ppo_max_token_len_per_gpu",
+         critic["use_dynamic_bsz"] and not groups_rows(config, critic)),
         ("critic.forward_micro_batch_size", "forward_max_token_len_per_gpu", critic["use_dynamic_bsz"]),
     ]
     return [f"{text}: no effect, since micro batches are counted in tokens here (use_dynamic_bsz). Use "
@@ -55,9 +55,16 @@ def setting_problems(config: Mapping[str, Any], overrides: Sequence[str]) -> lis
             for key, tokens, active in by_tokens if active for text in overrides if text.lstrip("+").startswith(key)]
 
 
-def groups_rows(config: Mapping[str, Any]) -> bool:
-    """Whether the loss is averaged over groups of so many rows though micro batches are counted in tokens."""
-    return config["actor_rollout_ref"]["model"]["external_lib"] == "bridge.speedups"
+def averages_groups(part: Mapping[str, Any]) -> bool:
+    """Whether actor or critic has a loss that bridge.packed_ppo averages over groups of rows: verl's defaults, by tokens."""
+    return bool(part["use_dynamic_bsz"] and part["ppo_micro_batch_size_per_gpu"] and part["loss_agg_mode"] == "token-mean"
+                and part.get("policy_loss", {}).get("loss_mode", "vanilla") == "vanilla")
+
+
+def groups_rows(config: Mapping[str, Any], part: Mapping[str, Any]) -> bool:
+    """Whether the loss of this part is averaged over groups of so many rows though micro batches are counted in tokens."""
+    libraries = config["actor_rollout_ref"]["model"]["external_lib"], config["critic"]["model"]["external_lib"]
+    return averages_groups(part) and any(name in ("bridge.speedups", "bridge.profiled") for name in libraries)
 
 
 def setting_notes(config: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
@@ -65,8 +72,8 @@ def setting_notes(config: Mapping[str, Any], overrides: Sequence[str]) -> list[s
     parts = {"actor_rollout_ref.actor": config["actor_rollout_ref"]["actor"], "critic": config["critic"]}
     return [f"{text}: rows whose tokens the loss averages together. How many are computed at once is "
             f"{name}.ppo_max_token_len_per_gpu"
-            for name, part in parts.items() if part["use_dynamic_bsz"] and groups_rows(config)
-            for text in overrides if text.startswith(f"{name}.ppo_micro_batch_size")]
+            for name, part in parts.items() if groups_rows(config, part)
+            for text in overrides if text.lstrip("+").startswith(f"{name}.ppo_micro_batch_size")]
 
 
 def memory_problems(config: Mapping[str, Any], parameters: int, memory: int) -> list[str]:

@@ -55,7 +55,7 @@ def setting_notes(config: Mapping[str, Any], overrides: Sequence[str]) -> list[s
     if config["bridge"]["packed_tokens_per_gpu"] is None:
         return []
     return [f"{text}: rows whose tokens the loss averages together. How many are computed at once is bridge.packed_tokens_per_gpu"
-            for text in overrides if text.startswith("data.micro_batch_size_per_gpu")]
+            for text in overrides if text.lstrip("+").startswith("data.micro_batch_size_per_gpu")]
 
 
 def columns(config: Mapping[str, Any]) -> list[str]:

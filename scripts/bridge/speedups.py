@@ -81,8 +81,8 @@ def open_vllm(**options: Any):
 
     No cache of prompts' keys and values: GSM8K's prompts share a few tokens only, and no answer can come from those of the
     weights before. Where several steps are decoded between two turns of the scheduler, the bookkeeping is done at the turn,
-    for all of them together (bridge.multi_step), not for each step beside the GPU's work; and flash attention 2 decodes, which
-    is faster at it than 3 for heads of 64 and answers of hundreds of tokens (docs/benchmarks.md).
+    for all of them together (bridge.multi_step), not for each step beside the GPU's work; and flash attention 2 decodes where
+    heads have 64 elements, for which it was seen to be faster at it than 3 (docs/benchmarks.md).
     """
     from vllm import LLM
 
@@ -92,8 +92,9 @@ def open_vllm(**options: Any):
     own = {}
     if options.get("num_scheduler_steps", 1) > 1:
         own["disable_async_output_proc"] = True
-        # vLLM's setting: an option for it came later.
-        os.environ.setdefault("VLLM_FLASH_ATTN_VERSION", "2")
+        if head_size(model_config()) == 64:
+            # An option for it came with a later vLLM.
+            os.environ.setdefault("VLLM_FLASH_ATTN_VERSION", "2")
     engine = LLM(**{**own, **options, "enable_prefix_caching": False})
     settle()
     if not options["enable_sleep_mode"]:
@@ -111,9 +112,22 @@ def let_verl_open_vllm_so() -> None:
     vllm_rollout_spmd.LLM = open_vllm
 
 
+def model_config() -> dict[str, Any]:
+    """config.json of the model that is trained."""
+    return json.loads((Path(os.environ["BRIDGE_MODEL_DIR"]) / "config.json").read_text())
+
+
+def head_size(config: dict[str, Any]) -> int | None:
+    """Elements of one attention head; None where a config.json says it in another way."""
+    if "head_dim" in config:
+        return config["head_dim"]
+    heads = config.get("num_attention_heads")
+    return config["hidden_size"] // heads if heads and "hidden_size" in config else None
+
+
 def apply() -> None:
     """All of the above."""
-    fuse_layers(json.loads((Path(os.environ["BRIDGE_MODEL_DIR"]) / "config.json").read_text())["model_type"])
+    fuse_layers(model_config()["model_type"])
     fuse_adamw()
     packed_ppo.apply()
     open_multi_step_runner()

@@ -14,8 +14,9 @@
 # what an answer is worth before the actor follows it.
 #
 # PPO to compare with starts from an SFT with the tutorial's numbers and differs from the tutorial's PPO, so that there is
-# something to see in the minutes of a dozen steps: batches of 64, actor's learning rate 1e-5, and half a point for an answer
-# that gives a number where it should. All else is the profiles'. Several share a GPU: their curves count, not their speed.
+# something to see in the minutes of a dozen steps: batches of 64 in mini batches of 16, actor's learning rate 1e-5, and half
+# a point for an answer that gives a number where it should. All else is the profiles', but for vLLM's cache
+# (bridge.shared_gpu), since several share a GPU: their curves count, not their speed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export MODEL=${MODEL:-smollm2} GPUS=1 PROFILE=${PROFILE:-tuned} SHARE_GPU=1
@@ -23,8 +24,8 @@ logs=${WORK_DIR:?has to name a folder}/learning weights=$WORK_DIR/runs/prepared/
 mkdir -p "$logs"
 
 stage() { # RUN STAGE ARGUMENTS...: one stage, its output in a log of its own
-    RUN=$1 scripts/host/container.sh "${@:2}" > "$logs/$1-$2.log" 2>&1 ||
-        { echo "$1 $2: exit status $?, see $logs/$1-$2.log" >&2; return 1; }
+    local log=$logs/$1-$2${STAGE:+-$STAGE}.log
+    RUN=$1 scripts/host/container.sh "${@:2}" > "$log" 2>&1 || { echo "$1 $2: exit status $?, see $log" >&2; return 1; }
 }
 
 # Others may use the GPU, too. What the profile changes in the trainer is named with the critic, which is built first.

@@ -184,10 +184,13 @@ def test_the_memory_preset_is_said_and_can_be_chosen(env):
 
 
 VERLS_OWN = "actor_rollout_ref.model.external_lib=null"
+OTHER_LOSS = "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean"
 
 
 @pytest.mark.parametrize(("also", "override", "cure"), [
     ([VERLS_OWN], "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8", "actor_rollout_ref.actor.ppo_max_token_len_per_gpu"),
+    ([OTHER_LOSS], "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8",
+     "actor_rollout_ref.actor.ppo_max_token_len_per_gpu"),
     ([], "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=8",
      "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu"),
     ([], "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=8", "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu"),
@@ -216,6 +219,14 @@ def test_rows_of_the_losss_groups_are_taken_with_a_word_of_what_they_are(stage, 
         config = compose_checked(name, [f"profile/{name}={profile}", *memory], [override], NAMES, OWNED)
         assert stage.setting_problems(config, [override]) == []
         assert stage.setting_notes(config, [override]) == wanted
+
+
+def test_rows_mean_something_as_well_where_the_speedups_come_with_the_critic():
+    own = ["profile/ppo=tuned", "memory/ppo=80gb"]
+    also = ["actor_rollout_ref.model.external_lib=bridge.shared_gpu", "critic.model.external_lib=bridge.speedups"]
+    override = "++critic.ppo_micro_batch_size_per_gpu=8"
+    config = compose_checked("ppo", own, [override, *also], NAMES, OWNED)
+    assert ppo.setting_problems(config, [override]) == [] and len(ppo.setting_notes(config, [override])) == 1
 
 
 def test_groups_of_rows_have_to_divide_a_gpus_part_of_a_mini_batch_in_every_profile():

@@ -175,6 +175,14 @@ for part, model, worker, ours, verls in (
     # A loss that is no mean over tokens knows no groups.
     asked = dict(use_dynamic_bsz=True, loss_agg_mode="seq-mean-token-sum")
     assert torch.equal(updated(part, model, worker, ours, **asked), updated(part, model, worker, verls, **asked))
+# Nor does one that counts tokens for more than its mean.
+part = {**config["actor_rollout_ref"]["actor"], "policy_loss": {
+    "loss_mode": "clip_cov", "clip_cov_ratio": 0.5, "clip_cov_lb": -9, "clip_cov_ub": 9}}
+clipped = []
+for update in DataParallelPPOActor.update_policy, verls_updates[0]:
+    torch.manual_seed(1)
+    clipped.append(updated(part, LlamaForCausalLM(llama), DataParallelPPOActor, update, use_dynamic_bsz=True))
+assert torch.equal(*clipped)
 print("equal")
 """
 

@@ -100,8 +100,14 @@ print(asleep, awake["enable_prefix_caching"], kept, torch.cuda.empty_cache is be
 
 def test_vllm_decodes_in_turns_as_it_does_so_fastest_unless_the_caller_chooses():
     assert run_python("""
-import os, vllm
+import json, os, tempfile, vllm
+from pathlib import Path
 from bridge import speedups
+folder = tempfile.TemporaryDirectory()
+os.environ["BRIDGE_MODEL_DIR"] = folder.name
+def model(**config):
+    Path(folder.name, "config.json").write_text(json.dumps(config))
+model(hidden_size=2048, num_attention_heads=32)
 # What the engine is opened with, and which flash attention vLLM would take on a GPU that has both.
 vllm.LLM = lambda **options: (options.get("disable_async_output_proc"), vllm.envs.VLLM_FLASH_ATTN_VERSION)
 seen = []
@@ -110,8 +116,12 @@ for options in {}, {"num_scheduler_steps": 16}, {"num_scheduler_steps": 16, "dis
     seen.append(speedups.open_vllm(enable_sleep_mode=True, **options))
 os.environ["VLLM_FLASH_ATTN_VERSION"] = "3"
 seen.append(speedups.open_vllm(enable_sleep_mode=True, num_scheduler_steps=16))
+del os.environ["VLLM_FLASH_ATTN_VERSION"]
+for config in {"hidden_size": 2048, "num_attention_heads": 32, "head_dim": 128}, {"n_embd": 768}:
+    model(**config)
+    seen.append(speedups.open_vllm(enable_sleep_mode=True, num_scheduler_steps=16))
 print(seen)
-""") == "[(None, None), (True, 2), (False, 2), (True, 3)]"
+""") == "[(None, None), (True, 2), (False, 2), (True, 3), (True, None), (True, None)]"
 
 
 def test_vllm_sees_the_same_of_a_model_without_a_second_python():
