@@ -22,7 +22,7 @@ from vllm.worker.multi_step_model_runner import ModelOutput, MultiStepModelRunne
 EOS, STOP, STEPS, MODEL_LENGTH, VOCABULARY = 0, 1, 16, 120, 60
 ready = SimpleNamespace(synchronize=lambda: None, query=lambda: True)
 
-def engine_with(params, rows, at_once, blocks, too_long):
+def engine_with(params, rows, at_once, blocks, too_long, late):
     cache = CacheConfig(block_size=16, gpu_memory_utilization=1, swap_space=0, cache_dtype="auto")
     cache.num_gpu_blocks, cache.num_cpu_blocks = blocks, 0
     engine = object.__new__(LLMEngine)
@@ -41,7 +41,8 @@ def engine_with(params, rows, at_once, blocks, too_long):
         length = MODEL_LENGTH + 1 if row in too_long else 2 + row % 50
         sequence = Sequence(row, {"type": "token", "prompt_token_ids": list(range(2, 2 + length))}, 16, eos_token_id=EOS)
         groups.append(SequenceGroup(str(row), [sequence], 0.0, sampling_params=params.clone()))
-        engine.scheduler[0].add_seq_group(groups[-1])
+        if row not in late:
+            engine.scheduler[0].add_seq_group(groups[-1])
     runner = object.__new__(MultiStepModelRunner)
     runner._copy_stream, runner.pythonization_cache = None, PythonizationCache()
     runner.pinned_sampled_token_ids = torch.zeros(rows, 1, dtype=torch.long)
@@ -58,11 +59,14 @@ def state(group):
             data.get_num_computed_tokens(), data.stage.name, sequence.status.name, sequence.stop_reason,
             group.is_finished() and group.metrics.first_token_time is not None]
 
-def decode(params, rows=40, at_once=40, blocks=2560, too_long=(), aborted=()):
-    engine, runner, groups = engine_with(params, rows, at_once, blocks, too_long)
+def decode(params, rows=40, at_once=40, blocks=2560, too_long=(), aborted=(), late=()):
+    engine, runner, groups = engine_with(params, rows, at_once, blocks, too_long, late)
     scheduler = engine.scheduler[0]
     found, after, preempted = {}, [], 0
     while scheduler.has_unfinished_seqs():
+        if len(after) == 2:
+            for row in late:
+                scheduler.add_seq_group(groups[row])
         metadata, scheduled, _ = scheduler.schedule()
         preempted += scheduled.preempted
         steps = scheduled.num_lookahead_slots + 1
@@ -110,6 +114,7 @@ CASES = {
     "no end of sequence": (dict(max_tokens=50, ignore_eos=True), {}),
     "the model's length": (dict(max_tokens=500, ignore_eos=True), {}),
     "few at once, too long prompts": (dict(max_tokens=50), {"at_once": 7, "too_long": (0, 20, 39)}),
+    "a too long prompt while others decode": (dict(max_tokens=90, ignore_eos=True), {"too_long": (39,), "late": (39,)}),
     "few blocks": (dict(max_tokens=90, ignore_eos=True), {"blocks": 120}),
     "aborted": (dict(max_tokens=90, ignore_eos=True), {"aborted": ("3", "17")}),
     # These go vLLM's own way: a single token comes with the prompt, the others ask for more.
