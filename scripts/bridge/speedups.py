@@ -93,7 +93,7 @@ def open_vllm(**options: Any):
     if options.get("num_scheduler_steps", 1) > 1:
         own["disable_async_output_proc"] = True
         if head_size(model_config()) == 64:
-            # An option for it came with a later vLLM.
+            # vLLM 0.8.5 has no option for it.
             os.environ.setdefault("VLLM_FLASH_ATTN_VERSION", "2")
     engine = LLM(**{**own, **options, "enable_prefix_caching": False})
     settle()
