@@ -91,7 +91,7 @@ class Acceptance:
 
         def saved() -> bool:
             # SFT writes the step's line before it saves, PPO after.
-            return bool(checkpoints.newest_complete(stage_dir / "checkpoints", stage)
+            return bool(runs.newest_checkpoint(stage_dir, stage)
                         and metrics.read(stage_dir / "metrics.jsonl"))
 
         self.command(trial.stage(stage, {**self.env, **env}, arguments, log, saved if stop else lambda: False))

@@ -1,13 +1,16 @@
-"""The one module that knows how verl 0.5.0 lays out its checkpoints.
+"""The one module that knows how verl 0.5.0 lays out its checkpoints, and what has to be there for what.
 
     checkpoints/latest_checkpointed_iteration.txt      the tracker: a step, written last (by PPO not atomically)
-    checkpoints/global_step_N/data.pt                  state of the data loader
-    checkpoints/global_step_N/{.,actor,critic}/        SFT: the folder itself; PPO: both
+    checkpoints/global_step_N/{.,actor,critic}/        SFT: the folder itself; PPO: actor, and critic where there is one
+        {model,optim,extra_state}_world_size_W_rank_R.pt   zip files, one of each a rank, of what the run saves
+        huggingface/                                   config and tokenizer; weights only if hf_model is saved
         fsdp_config.json                               {"world_size": W}
-        {model,optim,extra_state}_world_size_W_rank_R.pt   zip files, one of each a rank
-        huggingface/                                   config and tokenizer, no weights
+    checkpoints/global_step_N/data.pt                  state of the data loader, written after all of the above
+    checkpoints/global_step_N/checksums.json           ours: size and checksum of each file, once all are there
+    checkpoints/global_step_N.set-aside                ours: was not whole when the run went on from an earlier step
 
-Source: verl/utils/checkpoint/fsdp_checkpoint_manager.py and the two trainers.
+Source: verl/utils/checkpoint/fsdp_checkpoint_manager.py and the two trainers. An error of the file system (a stale handle, a
+disk that does not answer) is raised, never taken for a file that is missing or cut short.
 """
 
 import json
@@ -15,16 +18,41 @@ import os
 import re
 import shutil
 import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import xxhash
+
+from bridge.errors import Tolerance, UsageError, say
 
 TRACKER = "latest_checkpointed_iteration.txt"
-SHARDS = ("model", "optim", "extra_state")
+CHECKSUMS = "checksums.json"
+LOADER = "data.pt"
+# Name under which prepare_resume puts it aside.
+EPOCH_END = "data.at-epoch-end.pt"
+# What verl's save_contents may name -> how its files begin, and bytes of it a parameter (float32; Adam has two moments).
+SHARDS = {"model": ("model", 4), "optimizer": ("optim", 8), "extra": ("extra_state", 0)}
+# The whole model in Hugging Face's form, beside the shards.
+HF_MODEL_BYTES = 4
+ALL = tuple(SHARDS)
+# Where verl is told what to load, by stage and part.
+LOAD_CONTENTS = {"sft": {".": "trainer.checkpoint.load_contents"},
+                 "ppo": {"actor": "actor_rollout_ref.actor.checkpoint.load_contents",
+                         "critic": "critic.checkpoint.load_contents"}}
+# Advantage estimators for which verl trains a critic (RayPPOTrainer.__init__).
+WITH_CRITIC = ("gae",)
+
+# The folders of a checkpoint that hold shards -> what is saved in each, in the words of verl's save_contents.
+Contents = Mapping[str, Sequence[str]]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One global_step_N folder. `faults` is empty when everything that resuming needs is there and whole."""
+    """One global_step_N folder. `faults` is empty when everything that it was to hold is there and written to its end."""
 
     path: Path
     step: int
@@ -32,16 +60,51 @@ class Checkpoint:
 
     @property
     def complete(self) -> bool:
-        """Whether verl can resume from it."""
+        """Whether it holds what was asked for."""
         return not self.faults
 
 
-def parts(stage: str) -> tuple[str, ...]:
-    """Folders inside a checkpoint that hold shards."""
-    return ("actor", "critic") if stage == "ppo" else (".",)
+def contents(stage: str, config: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """What a checkpoint of a run with this configuration holds."""
+    def saved(part: Mapping[str, Any]) -> tuple[str, ...]:
+        # verl takes null for its default.
+        return tuple(part["checkpoint"]["save_contents"] or ALL)
+
+    if stage == "sft":
+        return {".": saved(config["trainer"])}
+    found = {"actor": saved(config["actor_rollout_ref"]["actor"])}
+    if config["algorithm"]["adv_estimator"] in WITH_CRITIC:
+        found["critic"] = saved(config["critic"])
+    return found
 
 
-def shard_faults(folder: Path, kinds: tuple[str, ...] = SHARDS) -> list[str]:
+def content_problems(stage: str, config: Mapping[str, Any]) -> list[str]:
+    """Checkpoints that could be neither merged nor continued from, as verl would save them without a word."""
+    known = (*ALL, "hf_model")
+    return [f"save_contents=[{', '.join(kinds)}] of {part if stage == 'ppo' else stage}: it has to name model, and no other "
+            f"words than {', '.join(known)}."
+            for part, kinds in contents(stage, config).items() if "model" not in kinds or set(kinds) - set(known)]
+
+
+def mergeable(stage: str) -> dict[str, tuple[str, ...]]:
+    """What merging needs of a checkpoint: less than continuing."""
+    return {"actor" if stage == "ppo" else ".": ("model",)}
+
+
+def not_continued(stage: str, saved: Contents) -> list[str]:
+    """What verl would begin anew, in silence, where a run that saves this is continued: "critic: optimizer"."""
+    return [f"{part if stage == 'ppo' else stage}: {kind}" for part, kinds in saved.items() for kind in ALL if kind not in kinds]
+
+
+def expected_size(saved: Contents, parameters: int) -> int:
+    """Bytes of one checkpoint. For 1.236e9 parameters: SFT 14.8 GB, PPO 29.7 GB, without a critic 14.8 GB."""
+    return parameters * sum(SHARDS[kind][1] if kind in SHARDS else HF_MODEL_BYTES for kinds in saved.values() for kind in kinds)
+
+
+# ---- what is there
+
+
+def shard_faults(folder: Path, kinds: Sequence[str] = ALL) -> list[str]:
     """What is missing or cut short in one folder of shards, as short phrases with the file's name."""
     config = folder / "fsdp_config.json"
     if not config.is_file():
@@ -51,9 +114,9 @@ def shard_faults(folder: Path, kinds: tuple[str, ...] = SHARDS) -> list[str]:
     except (ValueError, KeyError, TypeError):
         return [f"{folder.name}/fsdp_config.json is not readable"]
     faults = []
-    for kind in kinds:
+    for begin in (SHARDS[kind][0] for kind in kinds if kind in SHARDS):
         for rank in range(world_size):
-            file = folder / f"{kind}_world_size_{world_size}_rank_{rank}.pt"
+            file = folder / f"{begin}_world_size_{world_size}_rank_{rank}.pt"
             if not file.is_file():
                 faults.append(f"{folder.name}/{file.name} is missing")
             elif not is_whole(file):
@@ -64,12 +127,20 @@ def shard_faults(folder: Path, kinds: tuple[str, ...] = SHARDS) -> list[str]:
 
 
 def is_whole(file: Path) -> bool:
-    """Whether a torch.save file was written to its end: its table of contents is the last thing in it."""
-    try:
-        with zipfile.ZipFile(file):
-            return True
-    except (zipfile.BadZipFile, OSError):
-        return False
+    """Whether a torch.save file was written to its end: its table of contents is the last thing in it.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with open(file, "rb") as stream:
+        # zipfile takes an error of the file system at the file's end for "no zip file".
+        stream.seek(-min(os.fstat(stream.fileno()).st_size, 1 << 16), os.SEEK_END)
+        stream.read()
+        try:
+            with zipfile.ZipFile(stream):
+                return True
+        except zipfile.BadZipFile:
+            return False
 
 
 def is_value_model(folder: Path) -> bool:
@@ -83,74 +154,40 @@ def is_value_model(folder: Path) -> bool:
     return b"score.weight" in names or b"v_head." in names
 
 
-def list_checkpoints(folder: Path, stage: str) -> list[Checkpoint]:
-    """All global_step_N folders, oldest first, with what each lacks."""
-    found = []
-    for path in folder.glob("global_step_*"):
-        match = re.fullmatch(r"global_step_(\d+)", path.name)
-        if not match or not path.is_dir():
-            continue
-        faults = [fault for part in parts(stage) for fault in shard_faults(path / part)]
-        loader, aside = path / "data.pt", path / EPOCH_END
-        if not aside.is_file() and not (loader.is_file() and is_whole(loader)):
-            faults.append("data.pt is missing or cut short")
-        found.append(Checkpoint(path, int(match[1]), tuple(faults)))
-    return sorted(found, key=lambda checkpoint: checkpoint.step)
+def loader_state(path: Path) -> Path:
+    """The file with the data loader's state in a global_step_N folder."""
+    return path / EPOCH_END if (path / EPOCH_END).is_file() else path / LOADER
 
 
-def newest_complete(folder: Path, stage: str) -> Checkpoint | None:
+def step_folders(folder: Path, suffix: str = "") -> list[tuple[int, Path]]:
+    """(N, folder) of each global_step_N (with this suffix, a pattern), oldest first."""
+    try:
+        # Not Path.glob, which takes a folder that may not be read for an empty one.
+        entries = [entry for entry in os.scandir(folder) if entry.is_dir()]
+    except FileNotFoundError:
+        return []
+    found = [(match, Path(entry.path)) for entry in entries
+             if (match := re.fullmatch(rf"global_step_(\d+){suffix}", entry.name))]
+    return sorted((int(match[1]), path) for match, path in found)
+
+
+def judged(path: Path, step: int, wanted: Contents, loader: bool = True) -> Checkpoint:
+    """A checkpoint with what it lacks of what is wanted; `loader`: the data loader's state as well."""
+    faults = [fault for part, kinds in wanted.items() for fault in shard_faults(path / part, kinds)]
+    if loader and not (loader_state(path).is_file() and is_whole(loader_state(path))):
+        faults.append(f"{LOADER} is missing or cut short")
+    return Checkpoint(path, step, tuple(faults))
+
+
+def list_checkpoints(folder: Path, wanted: Contents, loader: bool = True) -> list[Checkpoint]:
+    """All global_step_N folders, oldest first."""
+    return [judged(path, step, wanted, loader) for step, path in step_folders(folder)]
+
+
+def newest_complete(folder: Path, wanted: Contents) -> Checkpoint | None:
     """The checkpoint to continue from or to merge."""
-    complete = [checkpoint for checkpoint in list_checkpoints(folder, stage) if checkpoint.complete]
+    complete = [checkpoint for checkpoint in list_checkpoints(folder, wanted) if checkpoint.complete]
     return complete[-1] if complete else None
-
-
-def prune(folder: Path, stage: str, keep: int | None) -> list[Path]:
-    """Remove what is older than the newest `keep` complete checkpoints; returns what was removed.
-
-    verl's own retention is a list in memory, so checkpoints from before a restart would stay for ever. What is newer
-    than the newest complete one is never touched: it may be being written.
-    """
-    if keep is None:
-        return []
-    checkpoints = list_checkpoints(folder, stage)
-    complete = [checkpoint.step for checkpoint in checkpoints if checkpoint.complete]
-    if len(complete) < keep:
-        return []
-    old = [checkpoint.path for checkpoint in checkpoints if checkpoint.step < complete[-keep]]
-    for path in old:
-        shutil.rmtree(path)
-    return old
-
-
-# Name under which prepare_resume puts data.pt aside.
-EPOCH_END = "data.at-epoch-end.pt"
-
-
-def prepare_resume(folder: Path, stage: str, resume_from: Checkpoint | None, steps_per_epoch: int) -> list[str]:
-    """Make the folder such that verl continues from this checkpoint (None: starts anew). Returns what was done.
-
-    - Half-written checkpoints newer than it are removed: verl would write into them.
-    - The tracker is made to agree: verl reads it even when told what to resume, and crashes on an empty one.
-    - SFT at the end of an epoch: verl loads the state of an exhausted data loader and then skips an epoch. Without data.pt
-      it starts the next epoch, in that epoch's order. (PPO's loop is not affected.)
-    """
-    said = []
-    step = resume_from.step if resume_from else 0
-    for checkpoint in list_checkpoints(folder, stage):
-        if checkpoint.step > step:
-            shutil.rmtree(checkpoint.path)
-            said.append(f"removed the incomplete checkpoint {checkpoint.path.name} ({checkpoint.faults[0]})")
-    tracker = folder / TRACKER
-    if resume_from is None:
-        tracker.unlink(missing_ok=True)
-        return said
-    temporary = folder / (TRACKER + ".tmp")
-    temporary.write_text(str(step))
-    os.replace(temporary, tracker)
-    loader = resume_from.path / "data.pt"
-    if stage == "sft" and step % steps_per_epoch == 0 and loader.is_file():
-        os.replace(loader, resume_from.path / EPOCH_END)
-    return said
 
 
 def size(folder: Path) -> int:
@@ -165,9 +202,192 @@ def size(folder: Path) -> int:
     return total
 
 
-def expected_size(stage: str, parameters: int) -> int:
-    """Bytes of one checkpoint: weights and two Adam moments in fp32; PPO saves actor and critic.
+# ---- whether it is still what was saved
 
-    For 1.236e9 parameters: SFT 14.8 GB, PPO 29.7 GB.
+
+def checksum(file: Path) -> str:
+    """Checksum of a file's bytes, as fast as they can be read. It tells damage, not forgery."""
+    digest = xxhash.xxh3_128()
+    with open(file, "rb", buffering=0) as stream:
+        while piece := stream.read(1 << 24):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def record_checksums(path: Path) -> None:
+    """Write down size and checksum of every file of a checkpoint that has just been saved; the file appears whole."""
+    files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith(CHECKSUMS))
+    found = {str(file.relative_to(path)): {"bytes": file.stat().st_size, "xxh3_128": checksum(file)} for file in files}
+    temporary = path / f"{CHECKSUMS}.tmp"
+    temporary.write_text(json.dumps(found, indent=1) + "\n")
+    os.replace(temporary, path / CHECKSUMS)
+
+
+def damage(path: Path, below: str = "") -> list[str]:
+    """Which files of a checkpoint are not what was saved; read whole, several at once.
+
+    Where no checksums were recorded (an older version, or the run ended before it came to that) the shards' own, which
+    torch.save has put into them (CRC-32), are compared.
+
+    Args:
+        path: the global_step_N folder.
+        below: only files whose path in it begins so.
     """
-    return 12 * parameters * len(parts(stage))
+    record = path / CHECKSUMS
+    if not record.is_file():
+        say(f"{path.name} has no {CHECKSUMS}: compared with the shards' own checksums")
+        files = sorted(file for file in path.rglob("*.pt") if str(file.relative_to(path)).startswith(below))
+        with ThreadPoolExecutor(8) as pool:
+            return [fault for fault in pool.map(crc_fault, files) if fault]
+    try:
+        wanted = {name: (row["bytes"], row["xxh3_128"]) for name, row in json.loads(record.read_text()).items()
+                  if name.startswith(below)}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"{path.name}/{CHECKSUMS} is damaged itself ({error})"]
+
+    def fault(name: str) -> str | None:
+        file = path / name if name != LOADER else loader_state(path)
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != wanted[name][0]:
+            return f"{name} has {file.stat().st_size} bytes instead of {wanted[name][0]}"
+        return None if checksum(file) == wanted[name][1] else f"{name} is not what was saved: its checksum differs"
+
+    with ThreadPoolExecutor(8) as pool:
+        return [found for found in pool.map(fault, wanted) if found]
+
+
+def crc_fault(file: Path) -> str | None:
+    """What is wrong with a torch.save file by the checksums inside it."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            bad = archive.testzip()
+    except zipfile.BadZipFile:
+        return f"{file.name} is cut short"
+    return f"{file.name} is not what was saved: the checksum of {bad} differs" if bad else None
+
+
+# ---- what is put aside and removed
+
+
+def set_aside(path: Path) -> Path:
+    """Give a checkpoint that is not whole another name, under which neither verl nor the bridge takes it."""
+    number, target = 1, path.with_name(f"{path.name}.set-aside")
+    while target.exists():
+        number += 1
+        target = path.with_name(f"{path.name}.set-aside-{number}")
+    os.rename(path, target)
+    return target
+
+
+def set_aside_damaged(folder: Path, wanted: Contents) -> list[str]:
+    """Read the newest complete checkpoint whole; while it is damaged, put it aside and take the one before.
+
+    Returns:
+        what was done.
+
+    Raises:
+        UsageError: all are damaged. Nothing was touched.
+    """
+    faults: dict[Path, list[str]] = {}
+    for checkpoint in reversed([found for found in list_checkpoints(folder, wanted) if found.complete]):
+        say(f"comparing {checkpoint.path.name} with the checksums of when it was saved")
+        found = damage(checkpoint.path)
+        if not found:
+            return [f"set aside the damaged checkpoint {path.name} as {set_aside(path).name} ({why[0]})"
+                    for path, why in faults.items()]
+        faults[checkpoint.path] = found
+    if faults:
+        raise UsageError(none_usable(folder, [f"{path.name}: {why[0]}" for path, why in faults.items()]))
+    return []
+
+
+def none_usable(folder: Path, faults: Sequence[str]) -> str:
+    """Why a run is neither continued nor begun anew, and how to go on."""
+    return (f"{folder} holds checkpoints, but none can be continued from, so nothing was touched:\n  " + "\n  ".join(faults) +
+            "\nIf their disk comes back, run the same command again. To begin anew: RUN=NAME, or move them away: "
+            f"mv {folder} {folder}.old")
+
+
+def newer_incomplete(folder: Path, wanted: Contents, step: int) -> list[Checkpoint]:
+    """What a run that goes on from `step` would write into if it stayed."""
+    return [checkpoint for checkpoint in list_checkpoints(folder, wanted) if checkpoint.step > step]
+
+
+def prepare_resume(folder: Path, stage: str, wanted: Contents, resume_from: Checkpoint | None, steps_per_epoch: int) -> list[str]:
+    """Make the folder such that verl continues from this checkpoint (None: starts anew). Returns what was done.
+
+    - Incomplete checkpoints newer than it are put aside: verl would write into them.
+    - The tracker is made to agree: verl reads it even when told what to resume, and crashes on an empty one.
+    - SFT at the end of an epoch: verl loads the state of an exhausted data loader and then skips an epoch. Without data.pt
+      it starts the next epoch, in that epoch's order. (PPO's loop is not affected.)
+    """
+    tracker = folder / TRACKER
+    if resume_from is None:
+        tracker.unlink(missing_ok=True)
+        return []
+    said = [f"set aside the incomplete checkpoint {checkpoint.path.name} as {set_aside(checkpoint.path).name} "
+            f"({checkpoint.faults[0]})" for checkpoint in newer_incomplete(folder, wanted, resume_from.step)]
+    temporary = folder / (TRACKER + ".tmp")
+    temporary.write_text(str(resume_from.step))
+    os.replace(temporary, tracker)
+    loader = resume_from.path / LOADER
+    if stage == "sft" and resume_from.step % steps_per_epoch == 0 and loader.is_file():
+        os.replace(loader, resume_from.path / EPOCH_END)
+    return said
+
+
+def prune(folder: Path, wanted: Contents, keep: int | None) -> Iterator[Path]:
+    """Remove what is older than the newest `keep` complete checkpoints (None: all stay), and what was put aside at a step
+    that has been reached since; yields each as it is gone.
+
+    What is newer than the newest complete one is never touched: it may be being written.
+    """
+    checkpoints = list_checkpoints(folder, wanted)
+    complete = [checkpoint.step for checkpoint in checkpoints if checkpoint.complete]
+    old = [path for step, path in step_folders(folder, r"\.set-aside(?:-\d+)?") if complete and step <= complete[-1]]
+    if keep is not None and len(complete) >= keep:
+        old += [checkpoint.path for checkpoint in checkpoints if checkpoint.step < complete[-keep]]
+    for path in old:
+        shutil.rmtree(path)
+        yield path
+
+
+class Housekeeping(Thread):
+    """While a run goes on: records the checksums of each new checkpoint, then prunes. Reading 30 GB takes seconds, so the
+    trainer's output is not kept waiting for it. What fails is said and tried again.
+    """
+
+    SECONDS = 5
+
+    def __init__(self, folder: Path, wanted: Contents, keep: int | None):
+        super().__init__(daemon=True)
+        self.folder, self.wanted, self.keep = folder, wanted, keep
+        # Those of before stay as they are: without a record, if they had none.
+        self.seen = {path for _, path in step_folders(folder)}
+        self.tolerance, self.done = Tolerance("keeping checkpoints in order"), Event()
+
+    def run(self) -> None:
+        while not self.done.wait(self.SECONDS):
+            self.tolerance(self.look)
+
+    def look(self) -> None:
+        """Take in what has appeared and is whole."""
+        # data.pt is written last: before it is there, the others need not be opened.
+        new = [judged(path, step, self.wanted) for step, path in step_folders(self.folder)
+               if path not in self.seen and (path / LOADER).is_file()]
+        new = [checkpoint.path for checkpoint in new if checkpoint.complete]
+        # First, since saving may be faster than reading.
+        for path in prune(self.folder, self.wanted, self.keep) if new else ():
+            say(f"removed {path.name}" + ("" if path.suffix else f" (KEEP={self.keep})"))
+        for path in new:
+            if path.is_dir():
+                record_checksums(path)
+            self.seen.add(path)
+
+    def close(self, hurry: bool) -> None:
+        """Stop. `hurry`: at once (a time limit may be near); what was not recorded is then without a record."""
+        self.done.set()
+        if not hurry:
+            self.join()
+            self.tolerance(self.look)

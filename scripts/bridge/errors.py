@@ -27,6 +27,27 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" Did you mean {match[0]}?" if match else ""
 
 
+class Tolerance:
+    """Does what a run can go on without for a while: an error of the file system is said once, and when it is over."""
+
+    def __init__(self, what: str):
+        self.what, self.failing = what, False
+
+    def __call__(self, work: Callable[[], object]) -> bool:
+        """Do the work; whether it succeeded."""
+        try:
+            work()
+        except OSError as error:
+            if not self.failing:
+                say(f"{self.what} failed: {error}. The run goes on, and it is tried again")
+            self.failing = True
+            return False
+        if self.failing:
+            say(f"{self.what} works again")
+        self.failing = False
+        return True
+
+
 def exit_status(entry: Callable[[], int | None]) -> int:
     """Run a program's entry; a UsageError becomes lines on stderr and status 2, anything else keeps its traceback."""
     try:

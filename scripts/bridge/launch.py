@@ -9,10 +9,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from bridge import metrics
-from bridge.errors import say
+from bridge.errors import Tolerance, say
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 # verl's SFT ranks and Ray's daemons need a moment to stop by themselves.
@@ -21,7 +22,7 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def run(command: list[str], env: Mapping[str, str], log: Path | None, metrics_file: metrics.Metrics | None,
-        secrets: list[str], on_step: Callable[[], None] = lambda: None, until: Callable[[], bool] = lambda: False) -> int:
+        secrets: list[str], until: Callable[[], bool] = lambda: False) -> int:
     """Run a command to its end.
 
     Args:
@@ -30,7 +31,6 @@ def run(command: list[str], env: Mapping[str, str], log: Path | None, metrics_fi
         log: file that the output is appended to, beside being shown; None for none.
         metrics_file: gets what verl's console lines say.
         secrets: values that are replaced by *** should the program print them.
-        on_step: called after each line of metrics and at the end.
         until: asked some times a second; once true, the child is sent SIGTERM, and that it ends so is no failure.
 
     Returns:
@@ -60,7 +60,7 @@ def run(command: list[str], env: Mapping[str, str], log: Path | None, metrics_fi
               if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN}
     try:
         with open(log or os.devnull, "ab", buffering=0) as log_file:
-            copy_output(child, log_file, metrics_file, secrets, on_step, is_ending)
+            copy_output(child, log_file, metrics_file, secrets, is_ending)
         if received:
             say(f"{signal.Signals(received[0]).name} received: passed on to the {Path(command[0]).name} process")
         status = wait(child, GRACE_SECONDS if received or asked else None)
@@ -68,7 +68,6 @@ def run(command: list[str], env: Mapping[str, str], log: Path | None, metrics_fi
         stop_all()
         for number, handler in before.items():
             signal.signal(number, handler)
-    on_step()
     if received:
         return 128 + received[0]
     if asked:
@@ -90,15 +89,19 @@ def end_with_parent() -> None:
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
-def copy_output(child: subprocess.Popen, log_file, metrics_file, secrets, on_step, is_ending: Callable[[], bool]) -> None:
-    """Copy the child's output to stdout and the log until it ends, line by line (a progress bar's \\r ends a line too)."""
+def copy_output(child: subprocess.Popen, log_file, metrics_file, secrets, is_ending: Callable[[], bool]) -> None:
+    """Copy the child's output to stdout and the log until it ends, line by line (a progress bar's \\r ends a line too).
+
+    A log or metrics that cannot be written (a quota) end no training: that is said, and tried again with the next line.
+    """
+    logging, recording = Tolerance("writing to log.txt"), Tolerance("writing to metrics.jsonl")
     hidden = [secret.encode() for secret in secrets if secret]
     pending, stop_at = b"", None
 
     def emit(data: bytes) -> None:
         for secret in hidden:
             data = data.replace(secret, b"***")
-        log_file.write(data)
+        logging(partial(write_all, log_file, data))
         try:
             sys.stdout.buffer.write(data)
             sys.stdout.buffer.flush()
@@ -118,8 +121,7 @@ def copy_output(child: subprocess.Popen, log_file, metrics_file, secrets, on_ste
                 emit(line)
                 row = metrics_file and metrics.parse(line.decode(errors="replace"))
                 if row:
-                    metrics_file.add(*row)
-                    on_step()
+                    recording(partial(metrics_file.add, *row))
         elif pending and len(pending) > 8192:
             # No end of line in sight: show it rather than hold it back.
             emit(pending)
@@ -132,6 +134,36 @@ def copy_output(child: subprocess.Popen, log_file, metrics_file, secrets, on_ste
         if not ready and child.poll() is not None:
             break
     emit(pending)
+
+
+def write_all(file, data: bytes) -> None:
+    """Write to an unbuffered file, which may take a part at a time."""
+    while data:
+        data = data[file.write(data):]
+
+
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+# An exception's line in a traceback, behind what torchrun and Ray put before each line of a process.
+EXCEPTION = re.compile(r"^(?:\[\w+\]:|\([^()]*pid=[^()]*\)|\s)*((?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit)\b(?:: .*)?)$")
+PLACE = re.compile(r'File "([^"]+)", line (\d+)')
+# What torchrun, Ray and torch's data loader make of a process's exception: its own is the cause.
+CARRIERS = ("RayTaskError", "ChildFailedError", "RayActorError", "ActorDiedError", ": Caught ")
+
+
+def reason(log: Path, start: int) -> str | None:
+    """What ended a program and where, from the first traceback in its log beginning at byte `start`; None if there is none.
+
+    The first, since what other ranks say follows from it.
+    """
+    place = None
+    with open(log, "rb") as stream:
+        stream.seek(start)
+        for line in COLOUR.sub("", stream.read().decode(errors="replace")).splitlines():
+            if found := PLACE.search(line):
+                place = f"{Path(found[1]).name}, line {found[2]}"
+            elif place and (found := EXCEPTION.match(line)) and not any(word in found[1] for word in CARRIERS):
+                return f"{found[1][:300]} ({place})"
+    return None
 
 
 def children() -> list[int]:

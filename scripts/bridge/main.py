@@ -93,12 +93,17 @@ def run_stage(name: str, env: Mapping[str, str], overrides: list[str], dry_run: 
         return 0
     if plan.keep_log:
         plan.record_dir.mkdir(parents=True, exist_ok=True)
-    from bridge import runs
+    from bridge import checkpoints, runs
 
     with runs.locked(plan.record_dir) if plan.keep_log else nullcontext():
-        if stage.trains:
-            # What another run did here before the lock was ours counts.
+        while stage.trains:
+            # What another run did here before the lock was ours counts, and so does damage, which only reading shows.
             plan = stage.plan(settings, child_env, overrides, dry_run)
+            aside = [] if plan.finished else checkpoints.set_aside_damaged(plan.checkpoints, plan.saved)
+            for done in aside:
+                say(done)
+            if not aside:
+                break
         if plan.finished:
             say(plan.finished)
             return 0
@@ -109,44 +114,49 @@ def run_stage(name: str, env: Mapping[str, str], overrides: list[str], dry_run: 
 def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
     """Run what was planned, keeping the record; returns the exit status."""
     from bridge import checkpoints, launch, runs
+    from bridge.errors import Tolerance
     from bridge.metrics import Metrics
 
     secrets = runs.secret_values(env)
     record = runs.begin(plan, env)
-    metrics = None
+    log = plan.record_dir / "log.txt" if plan.keep_log else None
+    metrics = housekeeping = None
     env = {**env, **plan.env}
     if env.get("RAY_TMPDIR"):
         Path(env["RAY_TMPDIR"]).mkdir(mode=0o700, exist_ok=True)
-    if plan.keep_log:
-        runs.write(plan.record_dir, record, secrets)
-        if not plan.resume_step:
-            (plan.record_dir / "log.txt").unlink(missing_ok=True)
+    if plan.keep_log and not plan.resume_step:
+        runs.keep_previous(plan.record_dir)
     if plan.checkpoints:
         plan.checkpoints.mkdir(exist_ok=True)
-        newest = checkpoints.newest_complete(plan.checkpoints, name)
-        for done in checkpoints.prepare_resume(plan.checkpoints, name, newest, plan.steps_per_epoch):
+        newest = checkpoints.newest_complete(plan.checkpoints, plan.saved)
+        for done in checkpoints.prepare_resume(plan.checkpoints, name, plan.saved, newest, plan.steps_per_epoch):
             say(done)
         metrics = Metrics(plan.record_dir / "metrics.jsonl", plan.resume_step)
-
-    def prune() -> None:
-        for path in checkpoints.prune(plan.checkpoints, name, plan.keep) if plan.checkpoints else ():
-            say(f"removed the old checkpoint {path.name} (KEEP={plan.keep})")
-
+        housekeeping = checkpoints.Housekeeping(plan.checkpoints, plan.saved, plan.keep)
+        housekeeping.start()
+    if plan.keep_log:
+        runs.write(plan.record_dir, record, secrets)
+    start = log.stat().st_size if log and log.is_file() else 0
+    status = 128
     try:
-        status = launch.run(plan.command, env, plan.record_dir / "log.txt" if plan.keep_log else None, metrics,
-                            secrets, prune)
+        status = launch.run(plan.command, env, log, metrics, secrets)
     finally:
         if metrics:
             metrics.close()
+            housekeeping.close(hurry=status >= 128)
         if env.get("RAY_TMPDIR"):
             shutil.rmtree(env["RAY_TMPDIR"], ignore_errors=True)
     if plan.keep_log or (status == 0 and plan.record_dir.is_dir()):
-        newest = checkpoints.newest_complete(plan.checkpoints, name) if plan.checkpoints else None
-        runs.write(plan.record_dir, runs.end(record, status, newest.step if newest else 0), secrets)
+        newest = checkpoints.newest_complete(plan.checkpoints, plan.saved) if plan.checkpoints else None
+        runs.end(record, status, newest.step if newest else 0)
+        Tolerance("writing run.json")(lambda: runs.write(plan.record_dir, record, secrets))
     if status:
+        why = launch.reason(log, start) if log and status < 128 else None
+        if why:
+            say(why)
         say(f"{name} {'was ended by a signal' if status > 128 else 'failed'} (exit status {status})"
             + ("; the same command continues it" if status > 128 and plan.checkpoints else "")
-            + (f"; the log is {plan.record_dir / 'log.txt'}" if plan.keep_log else ""))
+            + (f"; the log is {log}" if log else ""))
     return status
 
 

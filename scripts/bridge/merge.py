@@ -41,9 +41,8 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
             raise UsageError("STAGE=ckpt goes with CKPT=, the folder of the checkpoint.")
         checkpoint = checkpoint_of(settings, stage)
         notes = [f"warning: {newer.path.name} is newer but incomplete ({newer.faults[0]})" for newer in
-                 checkpoints.list_checkpoints(checkpoint.path.parent, stage)
-                 if newer.step > checkpoint.step and settings.step is None]
-        shards = checkpoint.path / checkpoints.parts(stage)[0]
+                 list_mergeable(settings, stage) if newer.step > checkpoint.step and settings.step is None]
+        shards = checkpoint.path / next(iter(checkpoints.mergeable(stage)))
     output = settings.merged_dir(stage)
     return Plan(
         command=[sys.executable, "-u", "-m", "bridge.merge", str(shards), str(output)],
@@ -54,18 +53,20 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
     )
 
 
+def list_mergeable(settings: Settings, stage: str) -> list[checkpoints.Checkpoint]:
+    """The checkpoints of this run, judged by what merging needs of them."""
+    return checkpoints.list_checkpoints(settings.stage_dir(stage) / "checkpoints", checkpoints.mergeable(stage), loader=False)
+
+
 def newest_stage(settings: Settings) -> str:
-    """The last stage of the chain that has a complete checkpoint; sft if none has."""
-    for stage in ("ppo", "sft"):
-        if checkpoints.newest_complete(settings.stage_dir(stage) / "checkpoints", stage):
-            return stage
-    return "sft"
+    """The last stage of the chain that has a checkpoint with whole weights; sft if none has."""
+    return next((stage for stage in ("ppo", "sft") if any(found.complete for found in list_mergeable(settings, stage))), "sft")
 
 
 def checkpoint_of(settings: Settings, stage: str) -> checkpoints.Checkpoint:
-    """The checkpoint of STEP=, or the newest complete one."""
+    """The checkpoint of STEP=, or the newest one with whole weights."""
     folder = settings.stage_dir(stage) / "checkpoints"
-    found = checkpoints.list_checkpoints(folder, stage)
+    found = list_mergeable(settings, stage)
     if not found:
         raise UsageError(f"no checkpoints in {folder}. Run `make {stage}` first (RUN={settings.run}).")
     steps = ", ".join(f"{checkpoint.step}{'' if checkpoint.complete else ' (incomplete)'}" for checkpoint in found)

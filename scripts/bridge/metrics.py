@@ -24,7 +24,7 @@ def parse(line: str) -> tuple[int, dict[str, float]] | None:
 
 
 class Metrics:
-    """metrics.jsonl: {"step": N, "time": T, key: value...}, one line a step, flushed as it comes.
+    """metrics.jsonl: {"step": N, "time": T, key: value...}, one line a step, written as it comes.
 
     T is when the step's first line was seen, in seconds since 1970: verl's SFT trainer says nothing of time.
     """
@@ -35,22 +35,35 @@ class Metrics:
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(temporary, path)
-        self.file = open(path, "r+")  # noqa: SIM115 - held as long as the run
-        self.file.seek(0, os.SEEK_END)
-        self.row: dict = {}
-        self.start = self.file.tell()
+        self.file = open(path, "r+b", buffering=0)  # noqa: SIM115 - held as long as the run
+        # The rows from `start` (bytes) on, which are written again with each new value: more than one only after an error.
+        self.rows: list[dict] = []
+        self.start = self.file.seek(0, os.SEEK_END)
 
     def add(self, step: int, values: dict[str, float]) -> None:
-        """Write the step's line; more values for the same step rewrite that line."""
-        if self.row.get("step") == step:
-            self.file.seek(self.start)
-            self.file.truncate()
-        else:
-            self.row = {"step": step, "time": round(time.time(), 3)}
-            self.start = self.file.tell()
-        self.row.update(values)
-        self.file.write(json.dumps(self.row) + "\n")
-        self.file.flush()
+        """Write the step's line; more values for the same step rewrite that line.
+
+        Raises:
+            OSError: it could not be written. The next call writes it too.
+        """
+        if not (self.rows and self.rows[-1]["step"] == step):
+            if self.written():
+                self.rows, self.start = [], self.file.seek(0, os.SEEK_END)
+            self.rows.append({"step": step, "time": round(time.time(), 3)})
+        self.rows[-1].update(values)
+        self.file.seek(self.start)
+        self.file.truncate()
+        text = self.text()
+        while text:
+            text = text[self.file.write(text):]
+
+    def text(self) -> bytes:
+        """The rows that are not final, as lines."""
+        return "".join(json.dumps(row) + "\n" for row in self.rows).encode()
+
+    def written(self) -> bool:
+        """Whether the file ends with all rows there are."""
+        return self.file.seek(0, os.SEEK_END) == self.start + len(self.text())
 
     def close(self) -> None:
         """Close the file."""

@@ -24,11 +24,7 @@ def environment(stage_dir: Path) -> dict[str, str]:
 
 def overrides(settings: Settings) -> list[str]:
     """What the settings mean in verl's words."""
-    keep = settings.keep or "null"
-    found = [f"trainer.max_actor_ckpt_to_keep={keep}", f"trainer.max_critic_ckpt_to_keep={keep}"]
-    if settings.tp:
-        found.append(f"actor_rollout_ref.rollout.tensor_model_parallel_size={settings.tp}")
-    return found
+    return [f"actor_rollout_ref.rollout.tensor_model_parallel_size={settings.tp}"] if settings.tp else []
 
 
 def command(ranks: int, module: list[str], arguments: list[str]) -> list[str]:

@@ -11,30 +11,31 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from bridge import hardware, manifest
+import yaml
+
+from bridge import checkpoints, hardware, manifest
 from bridge.compose import flatten
 from bridge.errors import UsageError, say
 from bridge.settings import CONFIGS, ROOT, SECRETS
 from bridge.stages import Plan
 
-# Keys that may differ when a run is continued: where from, what it is called, and what depends on the machine (all of
-# configs/memory/) or on housekeeping.
-MAY_DIFFER = ("trainer.project_name", "trainer.experiment_name", "trainer.logger",
-              "trainer.resume_mode", "trainer.resume_from_path", "ray_init.num_cpus", "trainer.max_ckpt_to_keep",
-              "trainer.max_actor_ckpt_to_keep", "trainer.max_critic_ckpt_to_keep",
-              "bridge.packed_tokens_per_gpu", "model.enable_gradient_checkpointing",
-              *(f"{part}.{key}" for part, keys in (
-                  ("actor_rollout_ref.actor", ("ppo_max_token_len_per_gpu", "fsdp_config.param_offload",
-                                               "fsdp_config.optimizer_offload")),
-                  ("actor_rollout_ref.ref", ("log_prob_max_token_len_per_gpu",)),
-                  ("actor_rollout_ref.rollout", ("log_prob_max_token_len_per_gpu", "gpu_memory_utilization")),
-                  ("actor_rollout_ref.model", ("enable_gradient_checkpointing",)),
-                  ("critic", ("ppo_max_token_len_per_gpu", "forward_max_token_len_per_gpu",
-                              "model.enable_gradient_checkpointing", "model.fsdp_config.param_offload",
-                              "model.fsdp_config.optimizer_offload"))) for key in keys))
+# Keys that may differ when a run is continued: where from, what it is called, and housekeeping. With them what depends on
+# the machine: all that configs/memory/ sets.
+MAY_DIFFER = ("trainer.project_name", "trainer.experiment_name", "trainer.logger", "trainer.resume_mode",
+              "trainer.resume_from_path", "ray_init.num_cpus", "trainer.max_ckpt_to_keep", "trainer.max_actor_ckpt_to_keep",
+              "trainer.max_critic_ckpt_to_keep",
+              *(key for parts in checkpoints.LOAD_CONTENTS.values() for key in parts.values()))
+
+
+@cache
+def of_the_machine() -> frozenset[str]:
+    """Last words of the keys that a preset of configs/memory/ sets: verl takes some of them over elsewhere."""
+    return frozenset(key.rpartition(".")[2] for file in CONFIGS.glob("memory/*/*.yaml")
+                     for key in flatten(yaml.safe_load(file.read_text())))
 
 
 def read(folder: Path) -> dict[str, Any] | None:
@@ -117,6 +118,13 @@ def machine(env: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
+def keep_previous(folder: Path) -> None:
+    """At a fresh start: what an earlier try left in the log and the metrics stays, as previous-log.txt and so on."""
+    for name in ("log.txt", "metrics.jsonl"):
+        if (folder / name).is_file():
+            os.replace(folder / name, folder / f"previous-{name}")
+
+
 def begin(plan: Plan, env: Mapping[str, str]) -> dict[str, Any]:
     """The record at the start of a run. Attempts before a resume stay in it; a fresh start forgets them."""
     before = read(plan.record_dir) if plan.resume_step else None
@@ -148,12 +156,27 @@ def difference(record: Mapping[str, Any], plan: Plan) -> list[str]:
     moved = json.dumps([record["config"], record["inputs"]]).replace(
         json.dumps(record["work_dir"])[1:-1], json.dumps(plan.env["WORK_DIR"])[1:-1])
     config, inputs = json.loads(moved)
+    # What an older version did not record is not compared.
+    now = {name: value for name, value in plan.inputs.items() if name in inputs}
     lines = []
-    for old, new in ((config, plan.config), (inputs, plan.inputs)):
+    for old, new in ((config, plan.config), (inputs, now)):
         old, new = flatten(old), flatten(new)
         lines += [f"{key}: {old.get(key)} -> {new.get(key)}" for key in sorted(old.keys() | new.keys())
-                  if key not in MAY_DIFFER and old.get(key) != new.get(key)]
+                  if key not in MAY_DIFFER and key.rpartition(".")[2] not in of_the_machine() and old.get(key) != new.get(key)]
     return lines
+
+
+def saved_checkpoints(stage_dir: Path, stage: str) -> list[checkpoints.Checkpoint]:
+    """What a run has saved, oldest first, each judged by what its configuration saves; none without a record."""
+    record = read(stage_dir)
+    if record is None:
+        return []
+    return checkpoints.list_checkpoints(stage_dir / "checkpoints", checkpoints.contents(stage, record["config"]))
+
+
+def newest_checkpoint(stage_dir: Path, stage: str) -> checkpoints.Checkpoint | None:
+    """The newest complete one of a run."""
+    return next((found for found in reversed(saved_checkpoints(stage_dir, stage)) if found.complete), None)
 
 
 @contextmanager

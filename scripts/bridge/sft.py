@@ -21,7 +21,7 @@ def environment(stage_dir: Path) -> dict[str, str]:
 
 def overrides(settings: Settings) -> list[str]:
     """What the settings mean in verl's words."""
-    return [f"trainer.max_ckpt_to_keep={settings.keep or 'null'}"]
+    return []
 
 
 def command(ranks: int, module: list[str], arguments: list[str]) -> list[str]:

@@ -23,6 +23,7 @@ class Plan:
         resume_step: step of the checkpoint that is continued from; 0 for a fresh start.
         finished: why there is nothing left to do; None if there is.
         checkpoints: folder that verl saves into; None for stages without.
+        saved: what a checkpoint there holds, as in checkpoints.contents.
         keep: how many complete checkpoints stay; None keeps all.
         steps_per_epoch: optimizer steps (SFT) or rollout batches (PPO) in one pass over the data.
     """
@@ -37,6 +38,7 @@ class Plan:
     resume_step: int = 0
     finished: str | None = None
     checkpoints: Path | None = None
+    saved: Mapping[str, tuple[str, ...]] | None = None
     keep: int | None = None
     steps_per_epoch: int = 0
 

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow.parquet
 
 from bridge import checkpoints, hardware, model, runs
-from bridge.compose import compose, compose_checked
+from bridge.compose import compose, compose_checked, flatten
 from bridge.errors import UsageError
 from bridge.settings import CONFIGS, Settings, is_local
 from bridge.stages import Plan
@@ -87,6 +87,7 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
         problems += error.problems
         config, overrides = compose(stage, own, own_env), []
     problems += trainer.setting_problems(config, overrides)
+    problems += checkpoints.content_problems(stage, config)
     notes += trainer.setting_notes(config, overrides)
     rows = data_problems(config, trainer.columns(config), problems)
     if model_dir != settings.model_dir:
@@ -118,12 +119,11 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
     made = Plan(
         command=[], env=own_env, record_dir=stage_dir, keep_log=True, notes=notes, config=config,
         inputs={"data": {key: [runs.sha256(file) for file in data_files(config, key)] for key in DATA_KEYS},
-                "model": model_fingerprint(model_dir)},
-        checkpoints=stage_dir / "checkpoints", keep=settings.keep,
+                "model": model_fingerprint(model_dir), "code": code_fingerprint(config)},
+        checkpoints=stage_dir / "checkpoints", saved=checkpoints.contents(stage, config), keep=settings.keep,
         # The last, smaller batch of an epoch is dropped.
         steps_per_epoch=rows[0] // config["data"]["train_batch_size"])
-    newest = checkpoints.newest_complete(made.checkpoints, stage)
-    finished = check_continuation(stage, settings, made, newest)
+    newest, finished = check_continuation(stage, settings, made, overrides)
     if finished:
         return Plan(**{**vars(made), "notes": [], "finished": finished})
     check_disk(stage, settings, made, model.parameter_count(model_dir), notes)
@@ -131,6 +131,8 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
     resume = (["trainer.resume_mode=disable"] if newest is None else
               ["trainer.resume_mode=resume_path", f"trainer.resume_from_path={quote(str(newest.path))}"])
     if newest:
+        notes += [f"{checkpoint.path.name} is incomplete ({checkpoint.faults[0]}): it will be set aside"
+                  for checkpoint in checkpoints.newer_incomplete(made.checkpoints, made.saved, newest.step)]
         notes.append(f"continuing from {newest.path} (step {newest.step})")
     if stage == "ppo":
         resume.append(f"ray_init.num_cpus={max(hardware.cpu_count(), gpus + 2)}")
@@ -275,27 +277,39 @@ def model_fingerprint(folder: Path) -> dict[str, Any]:
             "weights": {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))}}
 
 
-def check_continuation(stage: str, settings: Settings, planned: Plan, newest: checkpoints.Checkpoint | None) -> str | None:
-    """Compare with what the run folder holds. Returns why nothing is left to do, None if something is.
+def code_fingerprint(config: Mapping[str, Any]) -> dict[str, str]:
+    """Hash of each file of the user's own code that a configuration names (a reward, a data set), by the key that names it."""
+    return {key: runs.sha256(Path(value)) for key, value in flatten(config).items()
+            if str(value).endswith(".py") and Path(value).is_file()}
+
+
+def check_continuation(stage: str, settings: Settings, planned: Plan,
+                       overrides: Sequence[str]) -> tuple[checkpoints.Checkpoint | None, str | None]:
+    """Compare with what the run folder holds. Reads only.
+
+    Returns:
+        the checkpoint to continue from (None: a fresh start), and why nothing is left to do (None if something is).
 
     Raises:
-        UsageError: the folder holds another configuration's run.
+        UsageError: the folder holds another configuration's run, or checkpoints of which none can be continued from.
     """
-    record = runs.read(planned.record_dir)
+    record, folder = runs.read(planned.record_dir), planned.checkpoints
+    found = checkpoints.list_checkpoints(folder, planned.saved)
+    newest = next((checkpoint for checkpoint in reversed(found) if checkpoint.complete), None)
     if record is None:
-        if newest:
-            raise UsageError(f"{planned.checkpoints} holds checkpoints but no run.json beside it says what they were made "
+        if found:
+            raise UsageError(f"{folder} holds checkpoints but no run.json beside it says what they were made "
                              "with. Give this run another name (RUN=NAME), or move them away.")
-        return None
+        return None, None
     trainer = planned.config["trainer"]
     total = trainer["total_training_steps"] or planned.steps_per_epoch * trainer["total_epochs"]
     reached = newest.step if newest else 0
     # A run that was ended between its last save and its end is finished too: verl would train and save one step more.
     # One whose last checkpoint was damaged or removed since is not.
     done = reached >= total or (record["status"] == "finished" and reached >= record["last_step"])
-    if newest is None and not done:
+    if not found and not done:
         # Nothing to continue: a run that failed before its first checkpoint may be started with other settings.
-        return None
+        return None, None
     lines = runs.difference(record, planned)
     if lines:
         shown = lines[:12] + ([f"... and {len(lines) - 12} more"] if len(lines) > 12 else [])
@@ -305,8 +319,17 @@ def check_continuation(stage: str, settings: Settings, planned: Plan, newest: ch
             + "\n  ".join(shown))
     if done:
         where = f"newest checkpoint: {newest.path}" if newest else "it was to save no checkpoint"
-        return f"{stage} of run {settings.run!r} is finished ({where}). Nothing to do; RUN=NAME starts another."
-    return None
+        return newest, f"{stage} of run {settings.run!r} is finished ({where}). Nothing to do; RUN=NAME starts another."
+    if newest is None:
+        raise UsageError(checkpoints.none_usable(
+            folder, [f"{checkpoint.path.name}: {'; '.join(checkpoint.faults[:3])}" for checkpoint in found]))
+    lost = checkpoints.not_continued(stage, planned.saved)
+    if lost and not any("load_contents" in text for text in overrides):
+        wanted = " ".join(f"{key}=[{','.join(planned.saved[part])}]" for part, key in checkpoints.LOAD_CONTENTS[stage].items()
+                          if part in planned.saved)
+        raise UsageError(f"{newest.path} does not hold all that continuing needs: verl would begin anew with {', '.join(lost)}, "
+                         f"without a word. Merge it as it is, start another run (RUN=NAME), or ask for just that: {wanted}")
+    return newest, None
 
 
 def check_disk(stage: str, settings: Settings, planned: Plan, parameters: int, notes: list[str]) -> None:
@@ -317,10 +340,10 @@ def check_disk(stage: str, settings: Settings, planned: Plan, parameters: int, n
     """
     if planned.config["trainer"]["save_freq"] <= 0 and stage == "ppo":
         return
-    one = checkpoints.expected_size(stage, parameters)
+    one = checkpoints.expected_size(planned.saved, parameters)
     # SFT without save_freq saves once, at the end. While one is written, the others are still there.
     most = 1 if planned.config["trainer"]["save_freq"] <= 0 else (settings.keep or 1) + 1
-    there = checkpoints.size(planned.checkpoints)
+    there = sum(checkpoints.size(path) for _, path in checkpoints.step_folders(planned.checkpoints))
     existing = next(folder for folder in (planned.record_dir, *planned.record_dir.parents) if folder.is_dir())
     needed, free = max(0, most * one - there), shutil.disk_usage(existing).free
     kept = "all (KEEP=all: more with every save)" if settings.keep is None else settings.keep

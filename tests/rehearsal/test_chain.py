@@ -73,8 +73,8 @@ def test_ppo_starts_from_the_merged_sft_model(rehearsal):
 
 def test_two_ranks_took_part(rehearsal):
     for stage in ("sft", "ppo"):
-        newest = checkpoints.newest_complete(rehearsal.stage(stage) / "checkpoints", stage)
-        shards = newest.path / checkpoints.parts(stage)[0] / "fsdp_config.json"
+        newest = runs.newest_checkpoint(rehearsal.stage(stage), stage)
+        shards = newest.path / next(iter(checkpoints.mergeable(stage))) / "fsdp_config.json"
         assert json.loads(shards.read_text())["world_size"] == 2
 
 
@@ -117,7 +117,7 @@ def test_the_merged_weights_are_those_of_the_checkpoint(rehearsal):
     import torch
     from safetensors.torch import load_file
 
-    shards = checkpoints.newest_complete(rehearsal.stage("sft") / "checkpoints", "sft").path
+    shards = runs.newest_checkpoint(rehearsal.stage("sft"), "sft").path
     ranks = [torch.load(shards / f"model_world_size_2_rank_{rank}.pt", weights_only=False) for rank in range(2)]
     merged = load_file(rehearsal.stage("sft") / "merged" / "model.safetensors")
     for name, tensor in merged.items():

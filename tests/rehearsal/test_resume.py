@@ -38,7 +38,7 @@ def interrupted(work_dir: Path, stage: str, step: int, *arguments: str, **settin
         deadline = time.monotonic() + 300
         while True:
             rows = metrics.read(folder / "metrics.jsonl")
-            saved = [checkpoint.step for checkpoint in checkpoints.list_checkpoints(folder / "checkpoints", stage)
+            saved = [checkpoint.step for checkpoint in runs.saved_checkpoints(folder, stage)
                      if checkpoint.complete]
             if step in saved and rows and rows[-1]["step"] >= step:
                 break
@@ -101,8 +101,8 @@ def test_an_interrupted_ppo_goes_on_without_repeating_or_skipping_a_step(work_di
     result = run(work_dir, "ppo", *arguments, RUN="ppo")
     assert result.returncode == 0, result.stderr[-3000:]
     assert [row["step"] for row in metrics.read(folder / "metrics.jsonl")] == [1, 2, 3]
-    # verl's own retention does not know the checkpoint of before the restart.
-    assert [checkpoint.step for checkpoint in checkpoints.list_checkpoints(folder / "checkpoints", "ppo")] == [2, 3]
+    # The oldest went when a third was whole.
+    assert [checkpoint.step for checkpoint in runs.saved_checkpoints(folder, "ppo")] == [2, 3]
     again = run(work_dir, "ppo", *arguments, RUN="ppo")
     assert "is finished" in again.stderr
 
@@ -112,6 +112,9 @@ def test_a_failing_trainers_exit_status_is_passed_on_and_recorded(work_dir):
     assert result.returncode == 1
     folder = work_dir / "runs" / "fails" / "sft"
     assert runs.read(folder)["status"] == "failed" and runs.read(folder)["attempts"][-1]["exit_status"] == 1
-    assert "is larger than self.max_length=8" in (folder / "log.txt").read_text()
+    # The cause and its place, above the log's path.
+    *_, why, where = result.stderr.splitlines()
+    assert "is larger than self.max_length=8 (sft_dataset.py, line " in why and "NotImplementedError" in why
+    assert where.endswith(f"the log is {folder / 'log.txt'}")
     # It saved nothing, so it may be started with other settings.
     assert run(work_dir, "sft", "--dry-run", RUN="fails").returncode == 0

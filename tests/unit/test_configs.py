@@ -73,13 +73,12 @@ TUTORIAL_MODULE = {"sft": "verl.trainer.fsdp_sft_trainer", "ppo": "bridge.local_
 # All that may differ: where things lie, what they are called, resuming, retention, and what depends on the machine.
 MAY_DIFFER = {
     "sft": {"data.train_files", "data.val_files", "model.partial_pretrain", "trainer.default_local_dir",
-            "trainer.experiment_name", "trainer.resume_mode", "trainer.max_ckpt_to_keep",
+            "trainer.experiment_name", "trainer.resume_mode",
             # Ours, and null here: the module that the door starts is compared below.
             "bridge.packed_tokens_per_gpu"},
     "ppo": {"data.train_files", "data.val_files", "actor_rollout_ref.model.path", "critic.model.path",
             "critic.model.tokenizer_path", "reward_model.model.input_tokenizer", "trainer.default_local_dir",
-            "trainer.experiment_name", "trainer.resume_mode", "trainer.max_actor_ckpt_to_keep",
-            "trainer.max_critic_ckpt_to_keep", "ray_init.num_cpus"},
+            "trainer.experiment_name", "trainer.resume_mode", "ray_init.num_cpus"},
 }
 VERL_NAME = {"sft": "sft_trainer", "ppo": "ppo_trainer"}
 NAMES = {"WORK_DIR": "/w", "BRIDGE_MODEL_DIR": "/m", "BRIDGE_STAGE_DIR": "/s", "BRIDGE_RUN_NAME": "r", "WANDB_PROJECT": "p"}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bridge import metrics
+from bridge import launch, metrics
 from door import SHELL
 
 # The door's part around the child; the child's program is the argument after the log's folder.
@@ -21,7 +21,7 @@ from bridge import launch
 from bridge.metrics import Metrics
 folder = Path(sys.argv[1])
 sys.exit(launch.run([sys.executable, "-u", "-c", sys.argv[2]], os.environ, folder / "log.txt",
-                    Metrics(folder / "metrics.jsonl", 0), ["s3cret"], lambda: (folder / "called").touch()))
+                    Metrics(folder / "metrics.jsonl", 0), ["s3cret"]))
 """
 
 
@@ -60,13 +60,12 @@ def test_output_is_shown_and_logged_and_metrics_are_kept(tmp_path):
     assert (tmp_path / "log.txt").read_text() == out
     [row] = metrics.read(tmp_path / "metrics.jsonl")
     assert row == {"step": 1, "time": row["time"], "loss": 2.5}
-    assert (tmp_path / "called").exists()
 
 
 @pytest.mark.parametrize(("program", "status"), [
     ("import time; print('enough', flush=True); time.sleep(300)", 0), ("raise SystemExit(3)", 3)])
 def test_a_child_is_ended_without_complaint_once_there_is_enough_but_its_own_failure_counts(tmp_path, program, status):
-    until = DOOR.replace(").touch()))", ").touch(), lambda: b'enough' in (folder / 'log.txt').read_bytes()))")
+    until = DOOR.replace('["s3cret"]))', """["s3cret"], lambda: b'enough' in (folder / 'log.txt').read_bytes()))""")
     assert until != DOOR
     door = subprocess.run([sys.executable, "-c", until, str(tmp_path), program], env=SHELL, capture_output=True, text=True,
                           check=False, timeout=60)
@@ -146,3 +145,28 @@ def test_a_child_that_ignores_the_signal_is_killed_by_the_second(tmp_path):
     door.terminate()
     door.communicate(timeout=30)
     assert door.returncode == 128 + signal.SIGTERM
+
+
+def test_a_log_on_a_full_disk_ends_no_training_and_is_said_once(tmp_path):
+    program = DOOR.replace('folder / "log.txt"', 'Path("/dev/full")')
+    assert program != DOOR
+    door = subprocess.run([sys.executable, "-c", program, str(tmp_path), "print('first'); print('step:1 - loss:2.5')"],
+                          env=SHELL, capture_output=True, text=True, check=False, timeout=60)
+    assert door.returncode == 0 and door.stdout == "first\nstep:1 - loss:2.5\n"
+    assert door.stderr.count("writing to log.txt failed: [Errno 28]") == 1
+    assert [row["step"] for row in metrics.read(tmp_path / "metrics.jsonl")] == [1]
+
+
+@pytest.mark.parametrize(("log", "why"), [
+    ("sft_fails.log", "NotImplementedError: sequence_length=88 is larger than self.max_length=8 (sft_dataset.py, line 165)"),
+    ("ppo_fails.log", "NotImplementedError: sequence_length=51 is larger than max_length=8 (torch_functional.py, line 377)"),
+])
+def test_the_reason_of_a_failure_is_the_cause_not_what_carries_it(log, why):
+    assert launch.reason(Path(__file__).parent / "captured" / log, 0) == why
+
+
+def test_the_reason_of_an_earlier_attempt_is_not_taken_and_none_is_made_up(tmp_path):
+    log = tmp_path / "log.txt"
+    log.write_text('Traceback\n  File "/x/a.py", line 3, in f\nValueError: old\nsecond attempt\nan Error: of no traceback\n')
+    assert launch.reason(log, 0) == "ValueError: old (a.py, line 3)"
+    assert launch.reason(log, log.read_text().index("second")) is None

@@ -1,5 +1,6 @@
 """metrics.jsonl out of what verl prints."""
 
+import errno
 import json
 import math
 import time
@@ -72,3 +73,34 @@ def test_a_fresh_run_starts_with_an_empty_file(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     metrics.Metrics(tmp_path / "metrics.jsonl", after_step=0).close()
     assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+class FullFor:
+    """A file whose disk is full for so many writes, after a part of the first."""
+
+    def __init__(self, file, writes: int):
+        self.file, self.writes = file, writes
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def write(self, data: bytes) -> int:
+        if not self.writes:
+            return self.file.write(data)
+        self.writes -= 1
+        self.file.write(data[:5])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_what_a_full_disk_did_not_take_is_written_with_the_next_line(tmp_path):
+    file = metrics.Metrics(tmp_path / "metrics.jsonl", 0)
+    file.add(1, {"loss": 3.0})
+    file.file = FullFor(file.file, 3)
+    for step, new in ((2, {"loss": 2.0}), (2, {"val": 1.5}), (3, {"loss": 1.0})):
+        with pytest.raises(OSError, match="No space"):
+            file.add(step, new)
+    file.add(4, {"loss": 0.5})
+    file.add(4, {"val": 0.6})
+    file.close()
+    assert values(tmp_path) == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0, "val": 1.5}, {"step": 3, "loss": 1.0},
+                                {"step": 4, "loss": 0.5, "val": 0.6}]
