@@ -16,8 +16,6 @@ oci: ## Build the same image for Podman and Docker
 	@scripts/host/build.sh oci
 pull: ## Fetch a prebuilt image by digest: IMAGE=oras://...@sha256:... or docker://...
 	@scripts/host/pull.sh
-compare: ## List what differs between two images: A=bridge.sif B=localhost/bridge:latest
-	@scripts/host/compare.py "$${A:-}" "$${B:-}"
 check: ## Test this environment: versions, GPUs, folders
 shell: ## Open a shell in the image
 
@@ -52,4 +50,4 @@ STAGES := check shell data model sft ppo merge eval upload rehearse bench accept
 $(STAGES):
 	@scripts/host/container.sh $@ $(ARGS)
 
-.PHONY: $(STAGES) image oci pull compare venv lock test lint help
+.PHONY: $(STAGES) image oci pull venv lock test lint help

@@ -29,8 +29,8 @@ def left_running(work_dir: Path) -> list[str]:
     return found
 
 
-def run_python(script: str) -> str:
+def run_python(script: str, folder: Path = ROOT) -> str:
     """The last line that a script prints in a process of its own: what it changes for good, it changes there."""
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=300)
+    result = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=False, timeout=300)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip().splitlines()[-1]

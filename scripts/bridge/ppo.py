@@ -60,7 +60,7 @@ def averages_groups(part: Mapping[str, Any]) -> bool:
 def groups_rows(config: Mapping[str, Any], part: Mapping[str, Any]) -> bool:
     """Whether the loss of this part is averaged over groups of so many rows though micro batches are counted in tokens."""
     libraries = config["actor_rollout_ref"]["model"]["external_lib"], config["critic"]["model"]["external_lib"]
-    return averages_groups(part) and any(name in ("bridge.speedups", "bridge.profiled") for name in libraries)
+    return averages_groups(part) and "bridge.speedups" in libraries
 
 
 def setting_notes(config: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:

@@ -16,27 +16,27 @@
 # PPO to compare with starts from an SFT with the tutorial's numbers and differs from the tutorial's PPO, so that there is
 # something to see in the minutes of a dozen steps: batches of 64 in mini batches of 16, actor's learning rate 1e-5, and half
 # a point for an answer that gives a number where it should. All else is the profiles', but for vLLM's cache
-# (bridge.shared_gpu), since several share a GPU: their curves count, not their speed.
+# (shared_gpu.py), since several share a GPU: their curves count, not their speed.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+cd "$(dirname "${BASH_SOURCE[0]}")"
 export MODEL=${MODEL:-smollm2} GPUS=1 PROFILE=${PROFILE:-tuned} SHARE_GPU=1
 logs=${WORK_DIR:?has to name a folder}/learning weights=$WORK_DIR/runs/prepared/sft/merged
 mkdir -p "$logs"
 
 stage() { # RUN STAGE ARGUMENTS...: one stage, its output in a log of its own
     local log=$logs/$1-$2${STAGE:+-$STAGE}.log
-    RUN=$1 scripts/host/container.sh "${@:2}" > "$log" 2>&1 || { echo "$1 $2: exit status $?, see $log" >&2; return 1; }
+    RUN=$1 ../../scripts/host/container.sh "${@:2}" > "$log" 2>&1 || { echo "$1 $2: exit status $?, see $log" >&2; return 1; }
 }
 
 # Others may use the GPU, too. What the profile changes in the trainer is named with the critic, which is built first.
 run_ppo() { # RUN PROFILE ARGUMENTS...
     local own=(memory/ppo=80gb critic.model.external_lib=bridge.speedups)
     [[ $2 != tutorial ]] || own=(critic.model.external_lib=null)
-    PROFILE=$2 stage "$1" ppo "${own[@]}" actor_rollout_ref.model.external_lib=bridge.shared_gpu "${@:3}"
+    PROFILE=$2 stage "$1" ppo "${own[@]}" actor_rollout_ref.model.external_lib=shared_gpu "${@:3}"
 }
 
 run_python() { # LOG ARGUMENTS...: a script from standard input, in the container
-    scripts/host/container.sh shell -c 'python - "$@"' - "${@:2}" > "$logs/$1.log" 2>&1 ||
+    ../../scripts/host/container.sh shell -c 'python - "$@"' - "${@:2}" > "$logs/$1.log" 2>&1 ||
         { echo "$1: exit status $?, see $logs/$1.log" >&2; return 1; }
 }
 

@@ -1,8 +1,10 @@
 """[image, GPU] What bounds a PPO step: seconds, kernels, allocations and garbage collection of each phase of a real run.
 
-    make ppo PROFILE=tuned ARGS='actor_rollout_ref.model.external_lib=bridge.profiled trainer.total_training_steps=3'
+    cd tests/gpu; ../../scripts/host/container.sh ppo actor_rollout_ref.model.external_lib=profiled \\
+        critic.model.external_lib=bridge.speedups trainer.total_training_steps=3
 
-verl loads this module in place of bridge.speedups, which it loads in turn. It writes profile/PHASE.txt in the stage's folder.
+Called in this folder, since Ray's workers find modules where the trainer was started. It writes profile/PHASE.txt in the
+stage's folder.
 Seconds are of the phase's second call; the kernels of its third, which the profiler slows down.
 """
 
@@ -16,8 +18,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-
-from bridge import speedups  # noqa: F401 (importing it applies it)
 
 TIMED, TRACED = 2, 3
 COUNTERS = ("num_device_alloc", "num_device_free", "num_alloc_retries")

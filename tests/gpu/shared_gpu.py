@@ -1,10 +1,12 @@
 """[image, GPU] Several small trainings on one GPU: vLLM's cache has a size of its own, and the GPU is not measured for it.
 
-    SHARE_GPU=1 bridge ppo actor_rollout_ref.model.external_lib=bridge.shared_gpu critic.model.external_lib=...
+    cd tests/gpu; SHARE_GPU=1 ../../scripts/host/container.sh ppo actor_rollout_ref.model.external_lib=shared_gpu \\
+        critic.model.external_lib=...
 
 vLLM finds the size by watching how much memory the whole GPU has free while it tries the model out. What others take meanwhile it
 counts as its own, and where they give some back it stops. verl loads this module before it opens vLLM; `critic`'s is what the
-profile has (bridge.speedups or null): it is loaded first, in the same process. On a machine without a GPU it changes nothing.
+profile has (bridge.speedups or null): it is loaded first, in the same process. Called in this folder, since Ray's workers
+find modules where the trainer was started. On a machine without a GPU it changes nothing.
 """
 
 import torch

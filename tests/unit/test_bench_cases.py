@@ -10,7 +10,7 @@ import pytest
 from bridge import bench, bench_report, metrics
 from bridge.errors import UsageError
 from bridge.hardware import Gpu
-from bridge.settings import CONFIGS, ROOT
+from bridge.settings import CONFIGS
 from door import bridge
 
 CAPTURED = Path(__file__).with_name("captured")
@@ -64,8 +64,6 @@ def test_the_cases_that_come_with_it_are_whole_and_each_tuned_one_is_compared_wi
             assert cases[case.against].profile == "tutorial"
             # The same work: what else it changes are levers.
             assert cases[case.against].overrides == [text for text in case.overrides if text.startswith("data.")]
-    # The documents' own file, which makes a large GPU a smaller one.
-    assert {case.against for case in bench.read_cases(ROOT / "docs" / "benchmarks" / "h200.yaml", "")} <= {None, *cases}
     assert [case.name for case in bench.read_cases(CONFIGS / "bench.yaml", "ppo-tuned, sft-tuned")] == ["ppo-tuned", "sft-tuned"]
 
 

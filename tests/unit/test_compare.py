@@ -1,4 +1,4 @@
-"""make compare: it finds what differs between two trees, and only that."""
+"""compare.py: it finds what differs between two trees, and only that."""
 
 import os
 import shutil

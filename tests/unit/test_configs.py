@@ -222,7 +222,7 @@ def test_rows_of_the_losss_groups_are_taken_with_a_word_of_what_they_are(stage, 
 
 def test_rows_mean_something_as_well_where_the_speedups_come_with_the_critic():
     own = ["profile/ppo=tuned", "memory/ppo=80gb"]
-    also = ["actor_rollout_ref.model.external_lib=bridge.shared_gpu", "critic.model.external_lib=bridge.speedups"]
+    also = ["actor_rollout_ref.model.external_lib=shared_gpu", "critic.model.external_lib=bridge.speedups"]
     override = "++critic.ppo_micro_batch_size_per_gpu=8"
     config = compose_checked("ppo", own, [override, *also], NAMES, OWNED)
     assert ppo.setting_problems(config, [override]) == [] and len(ppo.setting_notes(config, [override])) == 1

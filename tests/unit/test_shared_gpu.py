@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from door import run_python
+from door import ROOT, run_python
+
+HERE = ROOT / "tests" / "gpu"
 
 
 @pytest.mark.parametrize("module, method, answer", [
@@ -32,12 +34,12 @@ def stand_in(name, **methods):
     return sys.modules[name].Worker
 newer = stand_in("vllm.v1.worker.gpu_worker")
 older = stand_in("vllm.worker.worker", get_cache_block_size_bytes=lambda worker: 1 << 20)
-from bridge import shared_gpu
+import shared_gpu
 shared_gpu.apply()
 print(newer().determine_available_memory(), older().determine_num_available_blocks())
-""") == f"{6 << 30} ({6 << 10}, 0)"
+""", HERE) == f"{6 << 30} ({6 << 10}, 0)"
 
 
 def test_without_a_gpu_nothing_is_changed():
     assert run_python("import os\nos.environ['CUDA_VISIBLE_DEVICES'] = '-1'\n"
-                      "import sys, bridge.shared_gpu; print('vllm' in sys.modules)") == "False"
+                      "import sys, shared_gpu; print('vllm' in sys.modules)", HERE) == "False"

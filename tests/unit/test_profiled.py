@@ -1,9 +1,8 @@
-"""What bridge.profiled writes of a phase; verl's own phases, and the kernels of a GPU, need one."""
+"""What profiled.py writes of a phase; verl's own phases, and the kernels of a GPU, need one."""
 
+import profiled
 import pytest
 import torch
-
-from bridge import profiled
 
 
 class Phase:
