@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import socket
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ from typing import Any
 
 from bridge import hardware, manifest
 from bridge.compose import flatten
-from bridge.errors import UsageError, say
+from bridge.errors import UsageError, naming, read_json, say
 from bridge.settings import CONFIGS, ROOT, SECRETS
 from bridge.stages import Plan
 
@@ -37,18 +38,32 @@ MAY_DIFFER = ("trainer.project_name", "trainer.experiment_name", "trainer.logger
                               "model.fsdp_config.optimizer_offload"))) for key in keys))
 
 
+# What begin() writes into a record, and of which kind it is.
+RECORD = {"status": str, "last_step": int, "config": dict | None, "inputs": dict | None, "work_dir": str | None,
+          "attempts": list}
+
+
 def read(folder: Path) -> dict[str, Any] | None:
     """The run.json of a folder, None if there is none.
 
     Raises:
-        UsageError: it is not JSON.
+        UsageError: it is not a record of a run.
     """
     file = folder / "run.json"
     if not file.is_file():
         return None
     try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+        record = read_json(file)
+        if not isinstance(record, dict):
+            raise ValueError(f"a {type(record).__name__}, not an object")
+        wrong = [key for key, kind in RECORD.items() if not isinstance(record.get(key), kind)]
+        if not wrong and not (record["attempts"] and all(
+                isinstance(attempt, dict) and isinstance(attempt.get("command"), list) for attempt in record["attempts"])):
+            wrong = ["attempts"]
+        if wrong:
+            raise ValueError(f"it lacks, or has of another kind: {', '.join(wrong)}")
+        return record
+    except ValueError as error:
         raise UsageError(f"{file} is damaged ({error}), so it is not known what this run was. Move {folder} away, or give "
                          "this run another name (RUN=NAME).") from error
 
@@ -60,12 +75,23 @@ def write(folder: Path, record: Mapping[str, Any], secrets: list[str]) -> None:
 
 def write_json(file: Path, content: Any, secrets: list[str]) -> None:
     """Write a file whole or not at all, with any secret that slipped into a value masked."""
-    text = json.dumps(content, indent=1, ensure_ascii=False)
-    for secret in secrets:
-        text = text.replace(secret, "***")
+    content = masked(content, {re.escape(secret): "***" for secret in secrets})
     temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(text + "\n")
-    os.replace(temporary, file)
+    with naming(temporary):
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(temporary, file)
+
+
+def masked(value: Any, hidden: Mapping[str, str]) -> Any:
+    """The same with each hidden pattern replaced by its word, in every text that is a value; keys and structure stay."""
+    if isinstance(value, dict):
+        return {key: masked(part, hidden) for key, part in value.items()}
+    if isinstance(value, list):
+        return [masked(part, hidden) for part in value]
+    if isinstance(value, str):
+        for pattern, word in hidden.items():
+            value = re.sub(pattern, word, value)
+    return value
 
 
 def secret_values(env: Mapping[str, str]) -> list[str]:

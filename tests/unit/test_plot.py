@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from bridge import plot, runs
-from door import bridge
+from door import bridge, record
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -22,7 +22,7 @@ def work_dir(tmp_path: Path) -> Path:
         rows = [{"step": step, "critic/score/mean": 0.01 * step + 0.1 * place, "actor/entropy": 1 / step,
                  **({"val/acc": 0.5} if step in (20, 40) and name != "b1" else {})} for step in range(1, 41)]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        runs.write(folder, {"attempts": [{"command": ["python", f"profile/ppo={profile}", "trainer.x=1"]}]}, [])
+        runs.write(folder, record(attempts=[{"command": ["python", f"profile/ppo={profile}", "trainer.x=1"]}]), [])
     return tmp_path
 
 
