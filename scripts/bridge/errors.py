@@ -53,8 +53,8 @@ def exit_status(entry: Callable[[], int | None]) -> int:
     except OSError as error:
         if error.filename is None and error.errno not in CURES:
             raise
-        files = " -> ".join(f"{name}: " for name in (error.filename, error.filename2) if name is not None)
-        say(f"{files}{error.strerror}. {CURES.get(error.errno, 'See what is there, then run the same command again.')}")
+        files = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        say(f"{files}{': ' * bool(files)}{error.strerror}. {CURES.get(error.errno, 'See what is there, then run the same command again.')}")
         return 2
     except KeyboardInterrupt:
         say("ended by Ctrl-C")
