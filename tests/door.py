@@ -16,6 +16,12 @@ def bridge(*arguments: str, timeout: float = 600, **env: str) -> subprocess.Comp
                           check=False, timeout=timeout)
 
 
+def record(**changes) -> dict:
+    """A record of a run, as run.json holds it."""
+    return {"status": "finished", "last_step": 0, "config": None, "inputs": None, "work_dir": None,
+            "attempts": [{"command": ["python"]}], **changes}
+
+
 def left_running(work_dir: Path) -> list[str]:
     """Command lines of the processes that have this WORK_DIR in their environment."""
     found = []

@@ -172,7 +172,7 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
 
         def keep(results: list[dict[str, Any]]) -> None:
             # After each step: a job that runs out of time leaves what it found so far.
-            report = masked({**head, "steps": results}, hidden)
+            report = runs.masked({**head, "steps": results}, hidden)
             runs.write_json(folder / "accept.json", report, runs.secret_values(env))
             (folder / "accept.txt").write_text(text(report))
 
@@ -200,18 +200,6 @@ def about(settings: Settings, env: Mapping[str, str], gpus: list[hardware.Gpu]) 
         "made_up_data": "builtin" in data["attempts"][-1]["command"],
         "settings": {name: value for name, value in sorted(env.items()) if name.startswith(("NCCL_", "CUDA_VISIBLE"))},
     }
-
-
-def masked(value: Any, hidden: Mapping[str, str]) -> Any:
-    """The same with each hidden pattern replaced by its word, in all values."""
-    if isinstance(value, dict):
-        return {key: masked(part, hidden) for key, part in value.items()}
-    if isinstance(value, list):
-        return [masked(part, hidden) for part in value]
-    if isinstance(value, str):
-        for pattern, word in hidden.items():
-            value = re.sub(pattern, word, value)
-    return value
 
 
 def to_hide(settings: Settings, env: Mapping[str, str]) -> dict[str, str]:

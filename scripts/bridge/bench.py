@@ -85,6 +85,9 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
         bench = settings_module.read(bench_env)
         for stage, made in (("data", bench.data_dir), ("model", bench.model_dir)):
             wanted = not (made / "run.json").is_file() or (stage == "data" and env.get("DATA_SOURCE"))
+            if stage == "data" and wanted and made.is_dir():
+                # Of an earlier benchmark; the stage refuses to replace data of another source.
+                shutil.rmtree(made)
             if wanted and (status := trial.stage(stage, bench_env)):
                 return status
         return measure_all(cases, bench, bench_env, gpus[:count])

@@ -6,8 +6,10 @@ result can be checked before anything starts.
 
 import importlib.util
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bridge.errors import UsageError, nearest
 from bridge.settings import CONFIGS
+
+# Settings that are a number of things, of which there is at least one: what is checked here divides by them.
+COUNT = re.compile(r".*(_batch_size|_per_gpu|_parallel_size|_length|\.nnodes|\.n)")
 
 
 def verl_config_dir() -> Path:
@@ -41,16 +46,17 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def compose(name: str, overrides: list[str], env: Mapping[str, str]) -> dict[str, Any]:
+def compose(name: str, overrides: list[str], env: Mapping[str, str], folder: Path = CONFIGS) -> dict[str, Any]:
     """Compose configs/NAME.yaml over verl's tree, resolved.
 
     Args:
         name: "sft" or "ppo".
         overrides: in Hydra's grammar; the last one wins.
         env: what the interpolations need (WORK_DIR, BRIDGE_*).
+        folder: where NAME.yaml is.
     """
     tree = str(verl_config_dir()).replace("\\", "\\\\").replace('"', '\\"')
-    with environment(env), initialize_config_dir(str(CONFIGS), version_base=None):
+    with environment(env), initialize_config_dir(str(folder), version_base=None):
         config = hydra_compose(name, overrides=[f'hydra.searchpath=["file://{tree}"]', *overrides])
         return OmegaConf.to_container(config, resolve=True)
 
@@ -65,6 +71,42 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def leaf(config: Mapping[str, Any], key: str) -> Any:
+    """The value of "a.b.c", Ellipsis if there is none."""
+    for part in key.split("."):
+        if not isinstance(config, dict) or part not in config:
+            return ...
+        config = config[part]
+    return config
+
+
+@cache
+def verls_own(name: str) -> dict[str, Any]:
+    """The configuration of verl's own trainer, without a line of ours."""
+    return compose(f"{name}_trainer", [], {}, verl_config_dir())
+
+
+def value_problem(name: str, key: str, value: Any, default: Any) -> str | None:
+    """What is wrong with the value of a key which has this default; checks and trainers count on its being there and its kind."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and value == value
+    problem = None
+    if value is ...:
+        return f"{key} would be gone, and it is read"
+    if value is None:
+        # verl takes null where its own default is null.
+        problem = "cannot be null" if default is not None and leaf(verls_own(name), key) not in (None, ...) else None
+    elif isinstance(default, bool):
+        problem = None if isinstance(value, bool) else "is True or False"
+    elif isinstance(default, int) and default > 0 and COUNT.fullmatch(key):
+        problem = None if number and isinstance(value, int) and value > 0 else "is a number, and a whole one of at least 1"
+    elif isinstance(default, int | float):
+        problem = None if number else "is a number"
+    elif isinstance(default, str):
+        parts = value if isinstance(value, list) else [value]
+        problem = None if all(isinstance(part, str) for part in parts) else "is a text (a number needs quotes: \"'3'\")"
+    return problem and f"{key} {problem} (its default is {default})"
+
+
 def compose_checked(name: str, own: list[str], user: list[str], env: Mapping[str, str],
                     owned: Mapping[str, str]) -> dict[str, Any]:
     """Compose with the door's own overrides and then the user's, after checking the user's.
@@ -76,12 +118,12 @@ def compose_checked(name: str, own: list[str], user: list[str], env: Mapping[str
 
     Raises:
         UsageError: every override that does not parse, whose key does not exist (with the nearest that does), that the
-            door owns, or that puts text where a number or a truth value stands.
+            door owns, or that takes away a key, a number or a truth value which is read.
     """
     base = flatten(compose(name, own, env))
     nodes = {key.rsplit(".", i)[0] for key in base for i in range(key.count(".") + 1)}
     groups = {"profile/" + name, "memory/" + name}
-    problems, numbers = [], []
+    problems, keys = [], {}
     parser = OverridesParser.create()
     for text in user:
         if text.startswith("-"):
@@ -96,26 +138,27 @@ def compose_checked(name: str, own: list[str], user: list[str], env: Mapping[str
         key = override.key_or_group
         if key in owned:
             problems.append(f"{key} is set by the bridge. Use {owned[key]} instead of {text!r}.")
-        elif key.split(".")[0] == "hydra" or key in groups or override.type == OverrideType.ADD:
+        elif key.split(".")[0] == "hydra" or key in groups:
             continue
-        elif key not in nodes and override.type != OverrideType.FORCE_ADD:
+        elif key not in nodes and override.type not in (OverrideType.ADD, OverrideType.FORCE_ADD):
             problems.append(f"{key!r} is not a setting of verl's {name} trainer.{nearest(key, nodes)} "
                             f"(A new key is written +{text}.)")
-        elif isinstance(base.get(key), bool | int | float):
-            numbers.append((key, text))
+        else:
+            keys[key] = text
     if problems:
         raise UsageError(*problems)
     try:
         config = compose(name, own + user, env)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise UsageError(f"the overrides {' '.join(user)} do not compose: {error}") from error
-    flat = flatten(config)
-    for key, text in numbers:
-        wanted = bool if isinstance(base[key], bool) else (int, float)
-        if flat[key] is not None and (not isinstance(flat[key], wanted) or isinstance(flat[key], bool) != isinstance(
-                base[key], bool)):
-            kind = "True or False" if wanted is bool else "a number"
-            problems.append(f"{text!r}: {key} is {kind} (its default is {base[key]}).")
+    for changed, text in keys.items():
+        for key in (key for key in base if key == changed or key.startswith(f"{changed}.")):
+            if key in owned and leaf(config, key) != base[key]:
+                problems.append(f"{key} is set by the bridge. Use {owned[key]} instead of {text!r}.")
+            elif problem := value_problem(name, key, leaf(config, key), base[key]):
+                problems.append(f"{text!r}: {problem}.")
+                # What holds for one key of a section mostly holds for all.
+                break
     if problems:
         raise UsageError(*problems)
     return config

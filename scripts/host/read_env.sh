@@ -48,14 +48,18 @@ read_settings() { # [PATTERN]: of .env, only names that match it
         problems+=("$file (ENV_FILE, else .env) is not a file that can be read.")
     fi
     [[ -f $file && -r $file ]] || file=/dev/null
+    # Bash drops NUL bytes in silence; where there is one, a read up to it succeeds.
+    ! IFS= read -r -d '' line < "$file" || { line=${line//[^$'\n']/} &&
+        problems+=("$file line $((${#line} + 1)) holds a NUL byte. Save the file as UTF-8 text."); }
     while IFS= read -r line || [[ -n $line ]]; do
         number=$((number + 1)) where="$file line $number"
-        # A byte order mark, and the other half of Windows' line ends.
+        # A byte order mark, and the other half of Windows' line ends. With a control character, a comment is no comment.
         [[ $number != 1 ]] || line=${line#$'\xef\xbb\xbf'}
         line=${line%$'\r'}
+        [[ ${line//$'\t'/} != *[[:cntrl:]]* ]] || line='?'
         [[ ! $line =~ ^[[:space:]]*(#|$) ]] || continue
         if [[ ! $line =~ ^[[:space:]]*(export[[:space:]]+)?([A-Za-z_][A-Za-z0-9_]*)=(.*)$ ]]; then
-            problems+=("$where is not NAME=value (no space before the =).")
+            problems+=("$where is not NAME=value (no space before the =, no control character; Unix line ends).")
             continue
         fi
         name=${BASH_REMATCH[2]} value=${BASH_REMATCH[3]}
@@ -79,13 +83,15 @@ read_settings() { # [PATTERN]: of .env, only names that match it
         else
             [[ -z $quote ]] || value=${value:1:${#value}-2}
             # shellcheck disable=SC2088 # the tilde as written in the file
-            [[ $value != "~" && $value != "~/"* ]] || value=$HOME${value#\~}
+            [[ $value != "~" && $value != "~/"* ]] || value=${HOME:-~}${value#\~}
             [[ ${found[$name]-$value} == "$value" ]] ||
                 problems+=("$where gives $name another value than a line before. Keep one.")
             found[$name]=$value
         fi
     done < "$file"
     [[ ${#problems[@]} == 0 ]] || fail "${problems[@]}"
+    [[ -z ${found[HF_TOKEN]:-}${found[WANDB_API_KEY]:-} || $((0$(stat -Lc %a -- "$file") & 044)) == 0 ]] ||
+        echo "bridge: warning: $file holds a token and others can read it. Keep it to yourself: chmod 600 $file" >&2
     # Before bash 4.4 an empty array counts as unset.
     [[ ${#found[@]} != 0 ]] || return 0
     for name in "${!found[@]}"; do

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bridge import accept, settings
+from bridge import accept, runs, settings
 from door import bridge
 
 
@@ -65,7 +65,7 @@ def test_the_report_names_neither_host_nor_person_nor_place_nor_secret(tmp_path)
     hidden = accept.to_hide(settings.read(env), env)
     value = {"log": [f"{tmp_path}/x on {socket.gethostname()}", "/scratch/alice/env",
                      "malice of alice at 10.1.22.3:80, 127.0.0.1", {"a": "hf_secret"}], "number": 3}
-    shown = accept.masked(value, hidden)
+    shown = runs.masked(value, hidden)
     assert shown == {"log": ["WORK_DIR/x on HOST", "/scratch/USER/env", "malice of USER at ADDRESS:80, 127.0.0.1", {"a": "***"}],
                      "number": 3}
 

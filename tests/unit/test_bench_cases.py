@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from bridge import bench, bench_report, metrics
+from bridge import bench, bench_report, data, metrics, runs, settings
 from bridge.errors import UsageError
 from bridge.hardware import Gpu
 from bridge.settings import CONFIGS
-from door import bridge
+from door import bridge, record
 
 CAPTURED = Path(__file__).with_name("captured")
 PPO = {"data": {"train_batch_size": 8, "max_prompt_length": 384, "max_response_length": 48},
@@ -160,3 +160,29 @@ def test_results_of_another_machine_or_commit_are_put_aside_and_not_mixed(tmp_pa
     assert bench.earlier(file, head)["sft"] == {"tuned": {"status": "measured"}}
     assert bench.earlier(file, {**head, "git_commit": "b"})["sft"] == {}
     assert not file.exists() and json.loads((tmp_path / "bench.old.json").read_text())["git_commit"] == "a"
+
+
+def test_another_data_source_replaces_the_benchmarks_own_data(tmp_path, monkeypatch):
+    made = []
+
+    def stage(name: str, env: dict[str, str]) -> int:
+        # As the door does it: first what the stage refuses.
+        wanted = settings.read(env)
+        assert data.plan(wanted, env).command if name == "data" else True
+        made.append((name, wanted.data_source))
+        command = ["python", "-m", "bridge.data", wanted.data_source] if name == "data" else ["python"]
+        folder = wanted.data_dir if name == "data" else wanted.model_dir
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "train.parquet").write_text("")
+        runs.write(folder, record(attempts=[{"command": [*command, "--output"]}]), [])
+        return 0
+
+    monkeypatch.setattr(bench.trial, "stage", stage)
+    monkeypatch.setattr(bench, "measure_all", lambda *_: 0)
+    monkeypatch.setattr(bench.hardware, "visible_gpus", lambda _: [Gpu("0", "NVIDIA H200", 1, 0)])
+    env = {"WORK_DIR": str(tmp_path), "MODEL": "tiny"}
+    for source in ("builtin", "hub", None):
+        given = {**env, "DATA_SOURCE": source} if source else env
+        assert bench.run(settings.read(given), given, []) == 0
+    # Without the setting, what is there is taken.
+    assert made == [("data", "builtin"), ("model", "builtin"), ("data", "hub")]

@@ -293,10 +293,40 @@ def test_every_configuration_says_what_it_is_and_every_key_why(file):
     ("profile/ppo=tiny", "PROFILE="),
     ("--gpus", "is no option of a stage"),
     ("no equals", "is not of the form key=value"),
+    ("", "is not of the form key=value"),
+    ("data.train_batch_size=0", "data.train_batch_size is a number, and a whole one of at least 1"),
+    ("data.train_batch_size=-8", "of at least 1"),
+    ("data.train_batch_size=1.5", "a whole one"),
+    ("data.train_batch_size=null", "data.train_batch_size cannot be null"),
+    ("++data.train_batch_size=null", "data.train_batch_size cannot be null"),
+    ("actor_rollout_ref.rollout.n=0", "actor_rollout_ref.rollout.n is a number"),
+    ("trainer.nnodes=null", "trainer.nnodes cannot be null"),
+    ("actor_rollout_ref.actor.optim.lr=nan", "actor_rollout_ref.actor.optim.lr is a number"),
+    ("actor_rollout_ref.actor.optim={lr: null}", "actor_rollout_ref.actor.optim.lr cannot be null"),
+    ("~actor_rollout_ref.actor.optim.lr", "actor_rollout_ref.actor.optim.lr would be gone"),
+    ("~critic.optim", "critic.optim.* would be gone"),
+    ("critic.optim=null", "critic.optim.* would be gone"),
+    ("critic.optim=3", "critic.optim.* would be gone"),
+    ("data=null", "do not compose"),
+    ("trainer={n_gpus_per_node: 3}", "trainer.n_gpus_per_node is set by the bridge. Use GPUS="),
+    ("data.train_files=null", "data.train_files cannot be null"),
+    ("data.train_files=3", "data.train_files is a text"),
+    ("data.train_files=[a,3]", "data.train_files is a text"),
+    ("data.train_files={a: b}", "data.train_files is a text"),
 ])
 def test_a_wrong_override_is_refused_with_the_cure(override, message):
-    with pytest.raises(UsageError, match="(?s)" + message.replace("?", "[?]")):
+    with pytest.raises(UsageError, match="(?s)" + message.replace("?", "[?]").replace("+", "[+]")):
         compose_checked("ppo", [], [override], NAMES, OWNED)
+
+
+@pytest.mark.parametrize("override", [
+    # verl's own default is null.
+    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=null", "data.val_batch_size=null", "trainer.total_training_steps=5",
+    "trainer.save_freq=-1", "trainer.critic_warmup=0", "actor_rollout_ref.rollout.top_k=-1", "actor_rollout_ref.actor.grad_clip=1",
+    "actor_rollout_ref.actor.optim={lr: 1e-5}", "+actor_rollout_ref.model.override_config.x=1", "trainer.logger=console",
+    "data.train_batch_size=${data.max_prompt_length}", "trainer.project_name='2024'"])
+def test_an_unusual_override_that_verl_takes_passes(override):
+    compose_checked("ppo", [], [override], NAMES, OWNED)
 
 
 def test_all_wrong_overrides_are_named_at_once():

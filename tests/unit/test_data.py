@@ -10,9 +10,10 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 
-from bridge import data, settings
+from bridge import data, runs, settings
 from bridge.errors import UsageError, exit_status
 from bridge.problems import TEMPLATES, problems
+from door import record
 
 GSM8K_DIR = Path(os.environ.get("GSM8K_DIR") or settings.ROOT.parent / "shared" / "data" / "gsm8k")
 GOOD = {"question": "Two and 1,000?", "answer": "2+1000=<<2+1000=1002>>1002\n#### 1,002"}
@@ -484,6 +485,35 @@ def test_plan_runs_this_module_with_the_checked_source(source, tmp_path, monkeyp
     assert not (tmp_path / "work").exists()
     for name in ("hub", "builtin"):
         assert data.plan(settings.read({**env, "DATA_SOURCE": name}), env).command[3] == name
+
+
+def test_data_of_another_source_are_not_replaced(source, tmp_path):
+    def planned(wanted: object):
+        return data.plan(settings.read({"WORK_DIR": str(tmp_path / "w"), "DATA_SOURCE": str(wanted)}), {})
+
+    (tmp_path / "w").mkdir()
+    folder = planned("builtin").record_dir
+    data.write(problems(train_rows=2, test_rows=2), folder)
+    # Put there by hand, or left by a `make data` that was killed before its record.
+    with pytest.raises(UsageError, match="that `make data` did not make"):
+        planned("builtin")
+    runs.write(folder, record(attempts=[{"command": planned_command(source)}]), [])
+    for wanted in ("builtin", "hub", tmp_path):
+        (tmp_path / "train.jsonl").write_bytes(line())
+        (tmp_path / "test.jsonl").write_bytes(line())
+        with pytest.raises(UsageError) as caught:
+            planned(wanted)
+        for said in (f"{folder} holds data made with DATA_SOURCE={source}", f"DATA_SOURCE={wanted} would replace", "make model"):
+            assert said in str(caught.value)
+    assert planned(source).command == [sys.executable, *planned_command(source)[1:-1], str(folder)]
+    for file in folder.glob("*.parquet"):
+        file.unlink()
+    assert planned("builtin").command
+
+
+def planned_command(source: object) -> list[str]:
+    """What the record of data made from this source has as its command."""
+    return ["python", "-m", "bridge.data", str(source), "--output", "/somewhere"]
 
 
 def test_plan_refuses_an_unknown_source(tmp_path):

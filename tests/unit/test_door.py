@@ -1,7 +1,9 @@
 """The door from outside: what a person types, what is said, that nothing is written when it is wrong."""
 
+import errno
 import json
 import os
+import pwd
 import re
 import shlex
 import subprocess
@@ -13,8 +15,9 @@ import pyarrow.parquet
 import pytest
 
 from bridge import main, runs, settings, train
+from bridge.errors import UsageError, exit_status
 from bridge.stages import STAGES, TOOLS
-from door import ROOT, SHELL, bridge
+from door import ROOT, SHELL, bridge, record
 
 
 def tree(folder: Path) -> set[str]:
@@ -194,6 +197,14 @@ def test_a_work_folder_that_is_a_file_is_refused(tmp_path):
     assert "is a file" in refused({"WORK_DIR": str(tmp_path / "file")}, "data")
 
 
+def test_a_work_folder_that_is_a_dangling_link_is_refused(tmp_path):
+    for target in (tmp_path / "gone", tmp_path / "link"):
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to(target)
+        [problem] = main.work_dir_problems(tmp_path / "link")
+        assert f"is a symbolic link to {target}, which is not there" in problem
+
+
 @pytest.mark.parametrize(("options", "message"), [("ro,size=200m", "cannot be written to"), ("size=1m", "is full")])
 def test_a_read_only_or_full_work_folder_is_refused(tmp_path, options, message):
     if os.getuid() != 0:
@@ -317,6 +328,82 @@ def test_a_damaged_record_is_named_without_a_traceback(env):
     assert "run.json is damaged" in refused(env, "sft")
 
 
+@pytest.mark.parametrize("content", [
+    b"{}", b"[]", b"null", b"\xff\xfe\x00", b'"text"', b"[" * 100_000, b'{"attempts": []}',
+    json.dumps(record(attempts=[])).encode(), json.dumps(record(attempts=[{}])).encode(),
+    json.dumps(record(attempts=[["a"]])).encode(), json.dumps(record(config=[1])).encode(),
+    json.dumps(record(last_step="3")).encode()])
+def test_what_is_no_record_is_named_as_such(tmp_path, content):
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(UsageError, match="run.json is damaged"):
+        runs.read(tmp_path)
+
+
+def test_a_whole_record_is_read(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps(record(config={"a": "ü"})))
+    assert runs.read(tmp_path) == record(config={"a": "ü"})
+
+
+# ---- what the file system refuses
+
+
+def test_what_the_file_system_refuses_is_one_line_with_the_file_and_a_cure(tmp_path, capsys):
+    def entry(number: int, *files: str) -> None:
+        raise OSError(number, os.strerror(number), *files)
+
+    for number, cure in ((errno.ENOSPC, "Make room"), (errno.EACCES, "permission"), (errno.EIO, "administrator"),
+                         (errno.ESTALE, "administrator"), (errno.ENOTDIR, "See what is there")):
+        assert exit_status(lambda number=number: entry(number, "/x/run.json")) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and f"/x/run.json: {os.strerror(number)}. " in said and cure in said
+    assert exit_status(lambda: os.replace(tmp_path / "a", tmp_path / "b")) == 2
+    assert f"{tmp_path}/a -> {tmp_path}/b: No such file" in capsys.readouterr().err
+
+
+def test_a_mistake_of_the_program_keeps_its_traceback():
+    for error in (KeyError("x"), OSError("no number and no file"), ConnectionResetError(errno.ECONNRESET, "by peer")):
+        def entry(error=error) -> None:
+            raise error
+        with pytest.raises(type(error)):
+            exit_status(entry)
+
+
+def test_a_disk_that_is_full_at_a_write_is_named(tmp_path, monkeypatch):
+    def full(*_arguments, **_more) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="run.json") as caught:
+        runs.write(tmp_path, record(), [])
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_ctrl_c_ends_without_a_traceback(capsys):
+    def entry() -> None:
+        raise KeyboardInterrupt
+
+    assert exit_status(entry) == 130 and "Ctrl-C" in capsys.readouterr().err
+
+
+def test_a_user_without_a_home_gets_one_below_the_work_folder(env, monkeypatch, capsys):
+    def nobody(_uid: int) -> None:
+        raise KeyError("getpwuid(): uid not found")
+
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    for name, value in {**env, "NETRC": ""}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("HOME", "USER"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(sys, "argv", ["bridge", "sft", "--dry-run"])
+    assert main.main() == 0, capsys.readouterr().err
+    assert os.environ["HOME"] == f"{env['WORK_DIR']}/cache/home" and os.environ["USER"] == str(os.getuid())
+    monkeypatch.delenv("HOME")
+    monkeypatch.setenv("WORK_DIR", "~/work")
+    assert main.main() == 2
+    assert "WORK_DIR='~/work': it is not known here which folder ~ is" in capsys.readouterr().err
+
+
 def test_mistakes_of_every_kind_are_named_at_once(env):
     said = refused({**env, "MODEL": "/no/model", "GPUS": "3", "PROFILE": "tutorial", "CUDA_VISIBLE_DEVICES": "-1"}, "sft",
                    "trainer.totl_epochs=1")
@@ -357,7 +444,17 @@ def test_two_runs_in_one_folder_at_once_are_refused(env):
 
 def test_the_record_masks_a_secret_that_slipped_into_a_value(tmp_path):
     runs.write(tmp_path, {"config": {"x": "abc-s3cret"}}, ["s3cret"])
-    assert runs.read(tmp_path) == {"config": {"x": "abc-***"}}
+    assert json.loads((tmp_path / "run.json").read_text()) == {"config": {"x": "abc-***"}}
+
+
+def test_masking_leaves_keys_numbers_and_structure_as_they_are(tmp_path):
+    kept = {"trainer.test_freq": 10, "status": "x", "list": [1, None, True, {"test": 0.5}], "ü": "say \"hello\""}
+    # What JSON itself consists of, too: a digit, a quote, a bracket.
+    for secret in ("test", "0", '"', "{", "\\"):
+        runs.write_json(tmp_path / "x.json", {**kept, "text": f"a{secret}b"}, [secret])
+        read = json.loads((tmp_path / "x.json").read_text())
+        assert read.pop("text") == "a***b" and read.pop("ü").replace("***", '"') == kept["ü"]
+        assert read == {key: value for key, value in kept.items() if key != "ü"}
 
 
 def test_the_record_says_what_was_run_with_what(env):

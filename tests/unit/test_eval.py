@@ -13,7 +13,7 @@ from bridge import eval as evaluation
 from bridge import hardware, runs
 from bridge import settings as settings_module
 from bridge.errors import UsageError
-from door import bridge
+from door import bridge, record
 
 LIMITS = {"max_prompt_length": 384, "max_response_length": 12, "truncation": "error"}
 
@@ -219,8 +219,7 @@ def merged(env: dict[str, str], stage: str, made_from: str = "/somewhere/global_
     shutil.copytree(Path(env["WORK_DIR"]) / "models" / "tiny", folder / "merged")
     (folder / "merge").mkdir()
     command = ["python", "-m", "bridge.merge", made_from, str(folder / "merged")]
-    record = {"status": "finished", "attempts": [{"command": command}]}
-    runs.write(folder / "merge", record, [])
+    runs.write(folder / "merge", record(attempts=[{"command": command}]), [])
     return folder / "merged"
 
 
@@ -241,7 +240,7 @@ def test_the_lengths_are_those_of_the_profile_or_of_the_ppo_run_that_is_there(en
     folder = Path(env["WORK_DIR"]) / "runs" / "default" / "ppo"
     folder.mkdir(parents=True)
     config = {**evaluation.ppo_data_config(settings_module.read(env)), "max_response_length": 99}
-    runs.write(folder, {"config": {"data": config}}, [])
+    runs.write(folder, record(config={"data": config}), [])
     assert "--max-response-length=99" in planned(env, PROFILE="tutorial").command
 
 
@@ -277,7 +276,7 @@ def test_a_merged_checkpoint_is_evaluated_only_if_it_is_the_one_named(env, monke
 
 @pytest.mark.parametrize("stage", ["merge", "upload"])
 def test_the_base_model_is_only_for_eval(env, stage):
-    result = bridge(stage, **{**env, "STAGE": "base", "HF_REPO": "a/b", "HF_TOKEN": "hf_x"})
+    result = bridge(stage, **{**env, "STAGE": "base", "HF_REPO": "a/b", "HF_TOKEN": "hf_xxxxx"})
     assert result.returncode == 2 and "only eval takes it" in result.stderr
 
 

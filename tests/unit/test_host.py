@@ -6,6 +6,7 @@ arguments and its environment.
 
 import json
 import os
+import pwd
 import re
 import shutil
 import subprocess
@@ -41,7 +42,7 @@ class Host:
             made.mkdir()
         # What the scripts call, and no engine of this machine.
         for tool in ("bash", "sed", "env", "realpath", "id", "git", "mkdir", "dirname", "head", "make", "awk", "sha256sum",
-                     "cat", "sh"):
+                     "cat", "sh", "stat", "rmdir"):
             (self.bin / tool).symlink_to(shutil.which(tool))
         self.record = folder / "record.json"
         self.image = folder / "bridge.sif"
@@ -165,6 +166,11 @@ def test_a_leading_tilde_is_the_home_folder(host, line):
     ("WANDB_PROJECT_NAME=x", "WANDB_PROJECT?"),
     ("WANDB_RUN_NAME=x", "RUN?"),
     ("RUN=a\nRUN=b", "another value"),
+    ("RUN=a\rGPUS=8\r", "control character"),
+    ("# a comment\rRUN=a", "control character"),
+    ("RUN=a\x1b[0m", "control character"),
+    ("RUN=a\0b", "NUL byte"),
+    ("RUN=a\n\0", "NUL byte"),
 ])
 def test_env_file_mistakes_are_refused_with_their_line(host, line, word):
     said = host.refusal("# first line\n" + line)
@@ -181,6 +187,23 @@ def test_no_value_of_an_env_file_is_printed(host):
     said = host.refusal("HF_TOKEN=$hf_Abc123\nWANDB_API_KEY='hf_Abc123\nhf_Abc123\nHF_TOKEN hf_Abc123\n")
     assert "hf_Abc123" not in said
     assert "hf_Abc123" not in host.refusal("HF_TOKEN=one_hf_Abc123\nHF_TOKEN=two_hf_Abc123")
+
+
+@pytest.mark.parametrize(("mode", "name", "warned"), [
+    (0o600, "HF_TOKEN", False), (0o400, "HF_TOKEN", False), (0o644, "HF_TOKEN", True), (0o640, "WANDB_API_KEY", True),
+    (0o604, "HF_TOKEN", True), (0o644, "RUN", False), (0o644, "#HF_TOKEN", False)])
+def test_a_token_that_others_can_read_is_warned_of_without_being_shown(host, mode, name, warned):
+    host.env_file.write_text(f"{name}=hf_Abc123\n")
+    host.env_file.chmod(mode)
+    result = host.run("bash", "-euo", "pipefail", "-c", READ)
+    assert result.returncode == 0
+    assert (f"others can read it. Keep it to yourself: chmod 600 {host.env_file}" in result.stderr) == warned
+    assert "hf_Abc123" not in result.stderr
+
+
+def test_an_empty_token_is_no_secret(host):
+    host.env_file.write_text("HF_TOKEN=\n")
+    assert host.run("bash", "-euo", "pipefail", "-c", READ).stderr == ""
 
 
 def test_a_hash_inside_a_value_is_kept_and_said(host):
@@ -303,11 +326,12 @@ def test_work_dir_is_work_below_where_the_user_stands_unless_given(host):
 
 def test_relative_paths_are_meant_from_where_the_user_stands(host):
     host.engine("apptainer")
-    for name in ("model", "gsm8k", "step"):
+    for name in ("model", "gsm8k", "step", "certificates"):
         (host.cwd / name).mkdir()
-    host.container("check", MODEL="./model", DATA_SOURCE="gsm8k", CKPT="../here/step", WORK_DIR="w")
+    host.container("check", MODEL="./model", DATA_SOURCE="gsm8k", CKPT="../here/step", WORK_DIR="w",
+                   REQUESTS_CA_BUNDLE="certificates")
     env, mounts = host.seen()["env"], host.mounts()
-    for name, path in (("MODEL", "model"), ("DATA_SOURCE", "gsm8k"), ("CKPT", "step")):
+    for name, path in (("MODEL", "model"), ("DATA_SOURCE", "gsm8k"), ("CKPT", "step"), ("REQUESTS_CA_BUNDLE", "certificates")):
         assert env[f"APPTAINERENV_{name}"] == f"{host.cwd}/{path}"
         assert mounts[f"{host.cwd}/{path}"] == f"{host.cwd}/{path},ro"
     assert env["APPTAINERENV_WORK_DIR"] == f"{host.cwd}/w"
@@ -359,6 +383,34 @@ def test_a_work_dir_whose_parent_is_missing_is_refused_and_nothing_written(host,
     assert result.returncode == 2
     assert "WORK_DIR" in result.stderr and f"{host.home}/missing" in result.stderr
     assert list(host.home.iterdir()) == []
+
+
+@pytest.mark.parametrize("engine", ["apptainer", "none"])
+def test_a_work_dir_that_is_a_dangling_link_is_refused(host, engine):
+    host.engine("apptainer")
+    (host.home / "link").symlink_to(host.home / "gone")
+    result = host.container("data", ENGINE=engine, WORK_DIR=f"{host.home}/link")
+    assert result.returncode == 2 and "symbolic link to what is not there" in result.stderr
+    assert not host.record.exists() and not (host.home / "gone").exists()
+
+
+@pytest.mark.parametrize("engine", ["apptainer", "singularity", "podman", "docker"])
+def test_a_refused_command_leaves_no_work_dir_behind_and_one_with_something_in_it_stays(host, engine):
+    work = host.home / "two words"
+    for script, status, left in ((f'{shutil.which("sleep")} 0.3; test -d "$WORK_DIR" && exit 2', 2, False), (': > "$WORK_DIR/x"; exit 2', 2, True),
+                                 (f'{shutil.which("rm")} "$WORK_DIR/x"', 0, True)):
+        # The third finds the folder there, empty or not: it is not ours to remove.
+        fake = '#!/bin/sh\n[ "$1 $2" != "image inspect" ] || exit 0\nWORK_DIR=${APPTAINERENV_WORK_DIR:-${SINGULARITYENV_WORK_DIR:-$WORK_DIR}}\n'
+        (host.bin / engine).write_text(fake + script + "\n")
+        (host.bin / engine).chmod(0o755)
+        result = host.container("data", ENGINE=engine, WORK_DIR=str(work))
+        assert (result.returncode, work.exists()) == (status, left), result.stderr
+
+
+def test_without_home_the_systems_word_for_it_counts(host):
+    host.env_file.write_text("WORK_DIR=~/no-such-folder/x\n")
+    result = host.run("env", "-u", "HOME", CONTAINER, "data", ENGINE="none")
+    assert result.returncode == 2 and f"WORK_DIR={Path(pwd.getpwuid(os.getuid()).pw_dir)}/no-such-folder/x" in result.stderr
 
 
 def test_a_work_dir_that_is_a_file_is_refused(host):

@@ -2,6 +2,9 @@
 
 import datetime
 import json
+import struct
+import subprocess
+import sys
 
 import pyarrow
 import pyarrow.parquet
@@ -38,6 +41,12 @@ def run_model(hub, folder, name=LLAMA, token="hf_alice", **env):
     assert token is None or token not in output
     assert result.returncode == 0 or "Traceback" not in output, output
     return result
+
+
+def with_header(header) -> bytes:
+    """A file of safetensors of two bytes, whatever its header says."""
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(2)
 
 
 def objects_fetched(hub):
@@ -116,6 +125,45 @@ def test_interrupted_download_is_continued(hub, folder):
     assert not any("config.json" in path for _, path in hub.requests)
     assert all((folder / name).read_bytes() == NEEDED[name] for name in NEEDED if name.endswith("safetensors"))
     assert not partial.exists()
+
+
+def test_two_at_once_do_not_get_into_each_others_way(hub, folder):
+    partial = folder.with_name(f".{folder.name}.partial")
+    write_files(partial, {"half": b"of the first one's download"})
+    holder = subprocess.Popen([sys.executable, "-c", "import sys; from pathlib import Path; from bridge import runs\n"
+                               "with runs.locked(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()", str(partial)],
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        result = run_model(hub, folder)
+        assert result.returncode == 2 and f"another run works in {partial} (process {holder.pid}" in result.stderr
+        assert "Wait for it: this command then finds the model there." in result.stderr
+        assert (partial / "half").read_bytes() and not folder.exists() and objects_fetched(hub) == []
+    finally:
+        holder.communicate()
+    assert run_model(hub, folder).returncode == 0
+    assert {file.name for file in folder.iterdir()} == {*NEEDED, model.SOURCE_FILE}
+
+
+def test_what_another_process_has_made_meanwhile_is_taken(tmp_path, monkeypatch):
+    folder = tmp_path / "models" / "Llama-3.2-1B-Instruct"
+
+    def asked(name: str) -> None:
+        write_files(folder, {**model_files(), model.SOURCE_FILE: json.dumps({"source": name}).encode()})
+
+    monkeypatch.setattr(model, "ask_hub", asked)
+    assert "is there and whole" in model.make(LLAMA, folder, tmp_path)
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_record_of_the_source_that_was_cut_off_starts_the_download_afresh(hub, folder):
+    partial = folder.with_name(f".{folder.name}.partial")
+    write_files(partial, {model.SOURCE_FILE: b"", "old": b"x"})
+    assert run_model(hub, folder).returncode == 0
+    assert {file.name for file in folder.iterdir()} == {*NEEDED, model.SOURCE_FILE}
+    (folder / model.SOURCE_FILE).write_text("[1]")
+    result = run_model(hub, folder)
+    assert result.returncode == 2 and "`make model` did not make it" in result.stderr
 
 
 def test_interrupted_download_of_an_older_version_is_started_afresh(hub, folder):
@@ -241,6 +289,22 @@ def test_missing_local_folder_is_named(tmp_path):
     ("config.json", b"{", "not JSON"),
     ("config.json", b"{}", "without model_type"),
     ("model_world_size_2_rank_0.pt", b"", "make merge"),
+    ("config.json", b"\xff\xfe", "not JSON"),
+    ("config.json", b"[" * 100_000, "not JSON"),
+    ("tokenizer.json", b'{"model": {"vocab"', "a damaged tokenizer.json"),
+    ("tokenizer.json", b"\xff\xfe\x00", "a damaged tokenizer.json"),
+    ("tokenizer.json", b"[]", "a damaged tokenizer.json"),
+    ("tokenizer_config.json", b'{"chat_template": "\xff"}', "a damaged tokenizer_config.json"),
+    ("chat_template.jinja", b"\xff\xfe", "a damaged chat_template.jinja"),
+    ("model.safetensors.index.json", b'{"weight_map": {"a": 5}}', "what is no file's name"),
+    ("model.safetensors.index.json", b'{"weight_map": {"a": "../b"}}', "what is no file's name"),
+    ("model.safetensors.index.json", b"\xff", "an index of weights that cannot be read"),
+    ("model-00002-of-00002.safetensors", b"", "damaged model-00002"),
+    ("model-00002-of-00002.safetensors", with_header({"a": {"dtype": "BF16", "shape": [1]}}), "damaged model-00002"),
+    ("model-00002-of-00002.safetensors", with_header({"a": {"dtype": "BF16", "shape": "x", "data_offsets": [0, 2]}}), "damaged"),
+    ("model-00002-of-00002.safetensors", with_header({"a": {"dtype": "BF16", "shape": [9], "data_offsets": [0, 2]}}), "damaged"),
+    ("model-00002-of-00002.safetensors", with_header({"a": 3}), "damaged model-00002"),
+    ("model-00002-of-00002.safetensors", with_header([]), "damaged model-00002"),
 ])
 def test_damaged_files_are_recognised(tmp_path, name, data, said):
     folder = write_files(tmp_path / "mine", {**model_files(), name: data})
@@ -255,6 +319,8 @@ def test_parameters_are_counted_once_where_embeddings_are_tied(tmp_path):
     untied = write_files(tmp_path / "untied", {**files, "config.json": b'{"model_type": "llama"}'})
     assert model.parameter_count(untied) == 2 * 8 * 4 + 4 * 4
     assert (model.attention_heads(folder), model.attention_heads(untied)) == (4, None)
+    odd = write_files(tmp_path / "odd", {**files, "config.json": b'{"model_type": "x", "num_attention_heads": "8"}'})
+    assert model.attention_heads(odd) is None
 
 
 # ---- what the door asks before the start
@@ -272,6 +338,8 @@ def test_plan_of_a_hub_model(tmp_path):
     ("random:Llama3.2-1B", {}, "no such shape. There are: .* Did you mean llama-3.2-1b"),
     ("random", {}, "Did you mean random:"),
     ("tiny", {}, "Run `make data` first"),
+    ("me/-x", {}, "MODEL='me/-x' is no name on the hub"),
+    ("me/x/y", {}, "OWNER/NAME"),
     (LLAMA, {"HF_HUB_OFFLINE": "1"}, "login node"),
 ])
 def test_plan_refuses_what_cannot_work(tmp_path, name, env, said):

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from bridge import plot, runs
-from door import bridge
+from door import bridge, record
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -22,7 +22,7 @@ def work_dir(tmp_path: Path) -> Path:
         rows = [{"step": step, "critic/score/mean": 0.01 * step + 0.1 * place, "actor/entropy": 1 / step,
                  **({"val/acc": 0.5} if step in (20, 40) and name != "b1" else {})} for step in range(1, 41)]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        runs.write(folder, {"attempts": [{"command": ["python", f"profile/ppo={profile}", "trainer.x=1"]}]}, [])
+        runs.write(folder, record(attempts=[{"command": ["python", f"profile/ppo={profile}", "trainer.x=1"]}]), [])
     return tmp_path
 
 
@@ -81,9 +81,9 @@ def test_a_run_without_a_metric_is_named(work_dir):
 
 def test_everything_wrong_is_named_at_once(work_dir):
     again = str(work_dir / "runs" / "a1")
-    result = bridge("plot", "a1", again, "c1", "--keys=critic/scor/mean", "--output=x.doc", "--mean=0", WORK_DIR=str(work_dir))
+    result = bridge("plot", "a1", again, "c1", "--keys=critic/scor/mean", "--output=/no/such/x.doc", "--mean=0", WORK_DIR=str(work_dir))
     assert result.returncode == 2 and "Traceback" not in result.stderr
     for said in ("two runs are called a1 (tutorial)", "run 'c1' has no metrics", "Did you mean critic/score/mean?",
-                 ".svg or .png", "--mean=0"):
+                 ".svg or .png", "there is no folder /no/such", "--mean=0"):
         assert said in result.stderr
     assert "has no curves" in bridge("plot", STAGE="base", WORK_DIR=str(work_dir)).stderr
