@@ -6,6 +6,7 @@ import resource
 import shlex
 import shutil
 import sys
+import tempfile
 from collections.abc import Mapping
 from contextlib import nullcontext
 from importlib import import_module
@@ -115,8 +116,8 @@ def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
     record = runs.begin(plan, env)
     metrics = None
     env = {**env, **plan.env}
-    if env.get("RAY_TMPDIR"):
-        Path(env["RAY_TMPDIR"]).mkdir(mode=0o700, exist_ok=True)
+    if "RAY_TMPDIR" in plan.env:
+        env["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-", dir=plan.env["RAY_TMPDIR"])
     if plan.keep_log:
         runs.write(plan.record_dir, record, secrets)
         if not plan.resume_step:
@@ -138,7 +139,7 @@ def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
     finally:
         if metrics:
             metrics.close()
-        if env.get("RAY_TMPDIR"):
+        if "RAY_TMPDIR" in plan.env:
             shutil.rmtree(env["RAY_TMPDIR"], ignore_errors=True)
     if plan.keep_log or (status == 0 and plan.record_dir.is_dir()):
         newest = checkpoints.newest_complete(plan.checkpoints, name) if plan.checkpoints else None
@@ -195,6 +196,8 @@ def clean_environment(settings: Settings, env: Mapping[str, str]) -> dict[str, s
     compiled = cache / "compiled" / hashlib.sha256((settings_module.ROOT / "requirements.lock").read_bytes()).hexdigest()[:12]
     cleaned.update(
         PYTHONNOUSERSITE="1",
+        # As the driver counts GPUs, and so the door. CUDA's own order is by speed, another one where cards are mixed.
+        CUDA_DEVICE_ORDER=cleaned.get("CUDA_DEVICE_ORDER") or "PCI_BUS_ID",
         # The login of `huggingface-cli login` stays where it is.
         HF_TOKEN_PATH=cleaned.get("HF_TOKEN_PATH") or str(hf_home / "token"),
         HF_HOME=str(cache / "huggingface"),

@@ -39,7 +39,7 @@ def test_fewer_cores_than_the_gpus_processes_keep_busy_are_a_problem(cores, gpus
 
 
 class FakeNvml:
-    """Not the driver: GPU 0 is whole, GPU 1 divided into two parts of four, GPU 2 divided with no part made. Handles are UUIDs."""
+    """Not the driver: GPU 0 is whole, GPU 1 divided into two parts of four, GPU 2 with no part made. Handles are UUIDs."""
 
     whole, parts = ["GPU-00", "GPU-11", "GPU-22"], {"GPU-11": ["MIG-aa", "MIG-bb", None, None], "GPU-22": [None] * 4}
     NVML_DEVICE_MIG_ENABLE = 1
