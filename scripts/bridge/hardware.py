@@ -19,9 +19,9 @@ class Gpu:
 
 
 def visible_gpus(env: Mapping[str, str]) -> list[Gpu]:
-    """GPUs that CUDA would see, in its order: those of the driver that CUDA_VISIBLE_DEVICES names.
+    """GPUs that CUDA would see, in the order of the PCI bus: those of the driver that CUDA_VISIBLE_DEVICES names.
 
-    Like CUDA, reads the list up to its first name that is no GPU.
+    Like CUDA, reads the list up to its first name that is no GPU, and takes the first part of a GPU that is divided (MIG).
     """
     try:
         pynvml.nvmlInit()
@@ -32,12 +32,33 @@ def visible_gpus(env: Mapping[str, str]) -> list[Gpu]:
         handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
         found = {}
         for index, handle in enumerate(handles):
-            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-            name, uuid = pynvml.nvmlDeviceGetName(handle), pynvml.nvmlDeviceGetUUID(handle)
-            found[uuid] = found[str(index)] = (name, memory.total, memory.used)
+            parts = mig_devices(handle)
+            for device in [handle] if parts is None else parts:
+                memory = pynvml.nvmlDeviceGetMemoryInfo(device)
+                seen = (pynvml.nvmlDeviceGetName(device), memory.total, memory.used)
+                found[pynvml.nvmlDeviceGetUUID(device)] = seen
+                for name in (str(index), pynvml.nvmlDeviceGetUUID(handle)):
+                    found.setdefault(name, seen)
         return select_gpus(found, len(handles), env.get("CUDA_VISIBLE_DEVICES"))
     finally:
         pynvml.nvmlShutdown()
+
+
+def mig_devices(handle) -> list | None:
+    """NVML's handles of the parts of a GPU that is divided (MIG); None for one that is whole."""
+    try:
+        if pynvml.nvmlDeviceGetMigMode(handle)[0] != pynvml.NVML_DEVICE_MIG_ENABLE:
+            return None
+    except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_FunctionNotFound):
+        return None
+    parts = []
+    for index in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
+        try:
+            parts.append(pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, index))
+        except pynvml.NVMLError_NotFound:
+            # Fewer parts than there could be.
+            continue
+    return parts
 
 
 def select_gpus(found: Mapping[str, tuple[str, int, int]], count: int, visible: str | None) -> list[Gpu]:
@@ -45,11 +66,16 @@ def select_gpus(found: Mapping[str, tuple[str, int, int]], count: int, visible: 
     names = [str(i) for i in range(count)] if visible is None else [name.strip() for name in visible.split(",")]
     gpus = []
     for name in names:
-        match = [key for key in found if key == name or (name.startswith("GPU-") and key.startswith(name))]
-        if not match:
+        match = [key for key in found if key == name or (name.startswith(("GPU-", "MIG-")) and key.startswith(name))]
+        if not match and visible is not None:
             break
+        if not match:
+            # Divided, and no part made.
+            continue
         gpus.append(Gpu(name, *found[match[0]]))
-    return gpus
+    # A process sees one part of one GPU, and then no other GPU beside it. NVML names it "NVIDIA H100 MIG 3g.40gb".
+    parts = [gpu for gpu in gpus if " MIG " in gpu.name]
+    return parts[:1] or gpus
 
 
 def driver_version() -> str | None:
@@ -73,3 +99,13 @@ def cpu_count(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
         if quota != "max":
             cores = min(cores, max(1, int(quota) // int(period)))
     return cores
+
+
+def core_problem(cores: int, gpus: int) -> str | None:
+    """Why so few CPU cores slow a training on so many GPUs down; None if there are enough."""
+    wanted = gpus + 2
+    if cores >= wanted:
+        return None
+    return (f"{cores} CPU {'core' if cores == 1 else 'cores'} for {gpus} {'GPU' if gpus == 1 else 'GPUs'}: each GPU's process "
+            f"keeps one busy, so the GPUs will wait. Use at least {wanted}; on Slurm --cpus-per-task, which `srun` inside a job "
+            f"takes from SRUN_CPUS_PER_TASK={wanted} only.")

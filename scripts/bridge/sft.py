@@ -2,18 +2,16 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from bridge.settings import Settings
-
 
 def module(config: Mapping[str, Any]) -> str:
     """Which trainer to run: verl's own, or the packed one where a budget of tokens is set."""
     return "verl.trainer.fsdp_sft_trainer" if config["bridge"]["packed_tokens_per_gpu"] is None else "bridge.packed_sft"
 
 
-def environment(stage_dir: Path) -> dict[str, str]:
+def environment(_env: Mapping[str, str]) -> dict[str, str]:
     """Variables of the trainer's own."""
     # Otherwise torchrun sets it itself, with a warning.
     return {"OMP_NUM_THREADS": "1"}
@@ -26,16 +24,18 @@ def overrides(settings: Settings) -> list[str]:
 
 def command(ranks: int, module: list[str], arguments: list[str]) -> list[str]:
     """torchrun with one process a GPU (or CPU rank)."""
-    return [sys.executable, "-u", "-m", "torch.distributed.run", "--standalone", "--nnodes=1",
+    # torchrun would tell the ranks the node's name, which need not resolve.
+    return [sys.executable, "-u", "-m", "torch.distributed.run", "--standalone", "--local_addr=127.0.0.1", "--nnodes=1",
             f"--nproc_per_node={ranks}", "-m", *module, *arguments]
 
 
 def setting_problems(config: Mapping[str, Any], _overrides: Sequence[str] = ()) -> list[str]:
-    """Settings that do not go with packing."""
+    """Frequencies that verl divides by, and settings that do not go with packing."""
     budget, longest = config["bridge"]["packed_tokens_per_gpu"], config["data"]["max_length"]
+    problems = [f"trainer.{key}={value}: verl divides by it. Use a number of steps, or -1 (only at the end)."
+                for key in ("save_freq", "test_freq") if not (value := config["trainer"][key])]
     if budget is None:
-        return []
-    problems = []
+        return problems
     if type(budget) is not int:
         problems.append(f"bridge.packed_tokens_per_gpu={budget} is no number of tokens. Use e.g. {16 * longest}, or null for "
                         "verl's own trainer, which pads.")

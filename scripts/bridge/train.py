@@ -1,7 +1,9 @@
 """Plan the two stages that verl trains, sft and ppo: what they share."""
 
+import functools
 import os
 import shutil
+import threading
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -40,6 +42,8 @@ BY_ROWS = ("tutorial", *ON_CPU)
 USUAL_MEMORY = 80
 
 DATA_KEYS = ("train_files", "val_files")
+# WANDB_MODE with which nothing is sent.
+NOT_SENT = ("offline", "disabled", "dryrun")
 
 
 def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list[str], dry_run: bool) -> Plan:
@@ -54,19 +58,19 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
     gpus, on_cpu = choose_hardware(settings, env, notes, problems, dry_run)
     stage_dir = settings.stage_dir(stage)
     model_dir = settings.merged_dir("sft") if stage == "ppo" and settings.init == "sft" else settings.model_dir
+    from_sft = model_dir != settings.model_dir
     if stage == "ppo":
         notes.append(f"INIT={settings.init}: actor and critic start from {model_dir}")
     own_env = {
         "WORK_DIR": str(settings.work_dir),
         "BRIDGE_MODEL_DIR": str(model_dir),
         "BRIDGE_STAGE_DIR": str(stage_dir),
-        "BRIDGE_RUN_NAME": f"{model_dir.name if settings.init == 'base' or stage == 'sft' else 'sft'}"
-                           f"_{stage}_{settings.run}",
+        "BRIDGE_RUN_NAME": f"{settings.run}_{stage}{'_from_sft' if from_sft else ''}",
         "WANDB_PROJECT": settings.wandb_project,
         "WANDB_DIR": str(stage_dir),
         # Everything was fetched before: a compute node without internet must not wait for the hub.
         "HF_HUB_OFFLINE": "1",
-        **trainer.environment(stage_dir),
+        **trainer.environment(env),
     }
     if not (env.get("WANDB_API_KEY") or has_wandb_login(env)) and env.get("WANDB_MODE") is None:
         own_env["WANDB_MODE"] = "offline"
@@ -86,25 +90,32 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
         # The rest is checked without them, so that all mistakes are named at once.
         problems += error.problems
         config, overrides = compose(stage, own, own_env), []
-    problems += trainer.setting_problems(config, overrides)
+    problems += whole_run_problems(config) + trainer.setting_problems(config, overrides)
     problems += checkpoints.content_problems(stage, config)
     notes += trainer.setting_notes(config, overrides)
     rows = data_problems(config, trainer.columns(config), problems)
-    if model_dir != settings.model_dir:
+    name_problem = None if from_sft else model.name_problem(settings.model)
+    if from_sft:
         cure = ("INIT=sft starts from the merged result of the sft stage: run `make sft` and `make merge STAGE=sft` first, "
                 "or use INIT=base.")
     elif is_local(settings.model):
         cure = "MODEL= has to name a folder with a whole Hugging Face model."
     else:
         cure = f"Run `make model` first (MODEL={settings.model})."
-    model_problems = model.check_model_folder(model_dir, cure)
+    model_problems = [name_problem] if name_problem else model.check_model_folder(model_dir, cure)
+    if not (model_problems or from_sft or is_local(settings.model)) and (
+            another := model.source_problem(settings.model, model_dir)):
+        model_problems = [another]
     problems += model_problems
     heads = None if model_problems else model.attention_heads(model_dir)
     visible = hardware.visible_gpus(env)
+    if stage == "ppo":
+        problems += trainer.folder_problems(own_env["RAY_TMPDIR"])
+    if stage == "ppo" and not model_problems:
+        problems += trainer.position_problems(config, model.longest_sequence(model_dir))
     if stage == "ppo" and visible and not model_problems:
         problems += trainer.memory_problems(config, model.parameter_count(model_dir), min(gpu.memory for gpu in visible))
-    world = gpus * config["trainer"]["nnodes"]
-    faults = trainer.divisibility(config, world, heads)
+    faults = trainer.divisibility(config, gpus, heads)
     if faults:
         possible = [n for n in range(1, 65) if not trainer.divisibility(config, n, heads)]
         problems += [f"GPUS={gpus}: {fault}." for fault in faults]
@@ -112,7 +123,7 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
                         "No number of GPUs goes with these settings: change TP=, or the batch sizes.")
     if rows:
         notes += data_notes(settings)
-        problems += trainer.row_problems(config, world, *rows)
+        problems += trainer.row_problems(config, gpus, *rows) or step_problems(config, rows[0])
     if problems:
         raise UsageError(*problems)
 
@@ -134,14 +145,18 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
         notes += [f"{checkpoint.path.name} is incomplete ({checkpoint.faults[0]}): it will be set aside"
                   for checkpoint in checkpoints.newer_incomplete(made.checkpoints, made.saved, newest.step)]
         notes.append(f"continuing from {newest.path} (step {newest.step})")
+    choose_wandb(config, env, own_env, notes, dry_run)
     if stage == "ppo":
-        resume.append(f"ray_init.num_cpus={max(hardware.cpu_count(), gpus + 2)}")
+        resume.append(f"ray_init.num_cpus={trainer.cpus(config, gpus, hardware.cpu_count())}")
         if on_cpu:
             own_env["BRIDGE_CPU_RANKS"] = str(gpus)
     if not on_cpu:
         limit_gpus(gpus, env, own_env, notes)
+        if visible and (few := hardware.core_problem(hardware.cpu_count(), gpus)):
+            notes.append(f"warning: {few}")
     device = "ranks on CPU" if on_cpu else "GPUs"
-    notes.insert(0, f"{stage}: {gpus} {device}, profile {settings.profile}, run {settings.run}, model {model_dir.name}")
+    notes.insert(0, f"{stage}: {gpus} {device}, profile {settings.profile}, run {settings.run}, "
+                    f"{'the SFT model of this run' if from_sft else f'model {model_dir.name}'}")
     arguments = ["--config-dir", str(CONFIGS), "--config-name", stage, *own, *resume, *overrides]
     command = trainer.command(gpus, [*(["bridge.on_cpu"] if on_cpu else []), trainer.module(config)], arguments)
     return Plan(**{**vars(made), "command": command, "resume_step": resume_step})
@@ -223,8 +238,73 @@ def interface_problems(env: Mapping[str, str], folder: Path = Path("/sys/class/n
 def has_wandb_login(env: Mapping[str, str]) -> bool:
     """Whether `wandb login` was done before: it leaves its key in the netrc file."""
     file = Path(env.get("NETRC") or Path.home() / ".netrc")
-    host = (env.get("WANDB_BASE_URL") or "https://api.wandb.ai").split("//")[-1].split("/")[0]
-    return file.is_file() and host in file.read_text()
+    return file.is_file() and wandb_server(env).split("//")[-1].split("/")[0] in file.read_text()
+
+
+def wandb_server(env: Mapping[str, str]) -> str:
+    """Address of the server that W&B sends to."""
+    return env.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+
+
+def choose_wandb(config: Mapping[str, Any], env: Mapping[str, str], own_env: dict[str, str], notes: list[str],
+                 dry_run: bool) -> None:
+    """Let W&B be offline where its server does not answer: it would try for 90 s, and then end one rank of all."""
+    if "WANDB_MODE" in own_env or env.get("WANDB_MODE") in NOT_SENT or "wandb" not in config["trainer"]["logger"]:
+        return
+    server = wandb_server(env)
+    if dry_run:
+        notes.append(f"W&B: {server} is asked at the start; if it does not answer, this run is offline")
+    elif reason := silence(server):
+        own_env["WANDB_MODE"] = "offline"
+        notes.append(f"W&B: {server} does not answer ({reason}), so this run is offline: metrics stay in {own_env['WANDB_DIR']}. "
+                     "Send them later, from where it answers: `wandb sync wandb/offline-run-*` in that folder (in `make shell`)")
+
+
+@functools.cache
+def silence(url: str, seconds: float = 5) -> str | None:
+    """Why no HTTP answer, of any kind, came within so many seconds; None if one came. Asked once a process."""
+    import requests
+
+    # Of the error its kind only: its text may hold a proxy's password.
+    said: list[str | None] = [f"nothing within {seconds:g} s"]
+
+    def ask() -> None:
+        try:
+            requests.get(url, timeout=seconds, stream=True, allow_redirects=False).close()
+            said[0] = None
+        except requests.RequestException as error:
+            said[0] = type(error).__name__
+
+    # A name server that is not reached has time limits of its own, longer ones.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return said[0]
+
+
+def whole_run_problems(config: Mapping[str, Any]) -> list[str]:
+    """What verl would take, and then train or save something else."""
+    problems = [f"{key}={rank}: only whole models are trained here. verl's merger drops LoRA's adapters, so that the merged "
+                f"model would be the untouched base, and vLLM's multi-step engine does not take them. Use {key}=0."
+                for key, rank in flatten(config).items() if key.endswith("model.lora_rank") and (rank or 0) > 0]
+    if config["trainer"]["nnodes"] != 1:
+        problems.append(f"trainer.nnodes={config['trainer']['nnodes']}: one node is trained on, whatever this says. Use "
+                        "trainer.nnodes=1; GPUS= says how many GPUs of it.")
+    steps = config["trainer"]["total_training_steps"]
+    if steps is not None and not (type(steps) is int and steps >= 1):
+        problems.append(f"trainer.total_training_steps={steps}: this has to be a whole number of at least 1 (or null: whole "
+                        "epochs).")
+    return problems
+
+
+def step_problems(config: Mapping[str, Any], rows: int) -> list[str]:
+    """More steps than the epochs have: verl would end with them, and without the last step's checkpoint."""
+    asked, epochs = config["trainer"]["total_training_steps"], config["trainer"]["total_epochs"]
+    in_one = rows // config["data"]["train_batch_size"]
+    if type(asked) is not int or asked <= in_one * epochs:
+        return []
+    return [f"trainer.total_training_steps={asked} is more than the {in_one * epochs} steps of trainer.total_epochs={epochs}: "
+            f"verl would end there without the last checkpoint. Use trainer.total_epochs={-(-asked // in_one)}, or fewer steps."]
 
 
 def data_files(config: Mapping[str, Any], key: str) -> list[Path]:
@@ -310,7 +390,7 @@ def check_continuation(stage: str, settings: Settings, planned: Plan,
     if not found and not done:
         # Nothing to continue: a run that failed before its first checkpoint may be started with other settings.
         return None, None
-    lines = runs.difference(record, planned)
+    lines = [with_setting(line) for line in runs.difference(record, planned)]
     if lines:
         shown = lines[:12] + ([f"... and {len(lines) - 12} more"] if len(lines) > 12 else [])
         raise UsageError(
@@ -330,6 +410,12 @@ def check_continuation(stage: str, settings: Settings, planned: Plan,
         raise UsageError(f"{newest.path} does not hold all that continuing needs: verl would begin anew with {', '.join(lost)}, "
                          f"without a word. Merge it as it is, start another run (RUN=NAME), or ask for just that: {wanted}")
     return newest, None
+
+
+def with_setting(line: str) -> str:
+    """A line of runs.difference with the setting that its key follows from."""
+    setting = OWNED.get(line.partition(":")[0])
+    return f"{line} ({setting})" if setting else line
 
 
 def check_disk(stage: str, settings: Settings, planned: Plan, parameters: int, notes: list[str]) -> None:

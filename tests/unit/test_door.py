@@ -252,6 +252,11 @@ def test_what_was_compiled_for_other_packages_is_not_taken(monkeypatch, tmp_path
     assert not set(found[0]) & set(found[1])
 
 
+@pytest.mark.parametrize(("given", "order"), [({}, "PCI_BUS_ID"), ({"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}, "FASTEST_FIRST")])
+def test_cuda_counts_gpus_as_the_door_does_unless_told_otherwise(given, order):
+    assert main.clean_environment(settings.read({"WORK_DIR": "/w"}), given)["CUDA_DEVICE_ORDER"] == order
+
+
 def test_a_network_card_that_is_not_there_is_refused_with_those_that_are(env):
     # The tutorial's own value: one site's card.
     assert "there are" in refused({**env, "NCCL_SOCKET_IFNAME": "enp25s0np0"}, "sft")

@@ -1,5 +1,8 @@
 """Which GPUs and cores a run gets. The GPUs are made up: what the driver would say is handed in."""
 
+from types import SimpleNamespace
+
+import pynvml
 import pytest
 
 from bridge import hardware, settings, train
@@ -27,6 +30,66 @@ def test_the_cgroups_share_of_cores_counts(tmp_path, quota, cores):
     (tmp_path / "cpu.max").write_text(quota)
     unlimited = hardware.cpu_count(tmp_path / "none")
     assert hardware.cpu_count(tmp_path) == (unlimited if cores is None else min(cores, unlimited))
+
+
+@pytest.mark.parametrize(("cores", "gpus", "enough"), [(1, 8, False), (9, 8, False), (10, 8, True), (2, 1, False), (3, 1, True)])
+def test_fewer_cores_than_the_gpus_processes_keep_busy_are_a_problem(cores, gpus, enough):
+    said = hardware.core_problem(cores, gpus)
+    assert said is None if enough else f"SRUN_CPUS_PER_TASK={gpus + 2}" in said
+
+
+class FakeNvml:
+    """Not the driver: GPU 0 is whole, GPU 1 divided into two parts of four, GPU 2 with no part made. Handles are UUIDs."""
+
+    whole, parts = ["GPU-00", "GPU-11", "GPU-22"], {"GPU-11": ["MIG-aa", "MIG-bb", None, None], "GPU-22": [None] * 4}
+    NVML_DEVICE_MIG_ENABLE = 1
+    NVMLError = pynvml.NVMLError
+    NVMLError_NotSupported = pynvml.NVMLError_NotSupported
+    NVMLError_FunctionNotFound = pynvml.NVMLError_FunctionNotFound
+    NVMLError_NotFound = pynvml.NVMLError_NotFound
+
+    def nvmlInit(self): ...
+
+    def nvmlShutdown(self): ...
+
+    def nvmlDeviceGetCount(self):
+        return len(self.whole)
+
+    def nvmlDeviceGetHandleByIndex(self, index):
+        return self.whole[index]
+
+    def nvmlDeviceGetUUID(self, handle):
+        return handle
+
+    def nvmlDeviceGetName(self, handle):
+        return "NVIDIA H100 MIG 3g.40gb" if handle.startswith("MIG") else "NVIDIA H100"
+
+    def nvmlDeviceGetMemoryInfo(self, handle):
+        return SimpleNamespace(total=40 if handle.startswith("MIG") else 80, used=0)
+
+    def nvmlDeviceGetMigMode(self, handle):
+        if handle == "GPU-00":
+            raise pynvml.NVMLError_NotSupported
+        return [1, 1]
+
+    def nvmlDeviceGetMaxMigDeviceCount(self, handle):
+        return 4
+
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, handle, index):
+        if self.parts[handle][index] is None:
+            raise pynvml.NVMLError_NotFound
+        return self.parts[handle][index]
+
+
+@pytest.mark.parametrize(("visible", "seen"), [
+    ("MIG-bb", [("MIG-bb", 40)]), ("0", [("0", 80)]), ("1", [("1", 40)]), ("GPU-11", [("GPU-11", 40)]), ("2", []),
+    # CUDA shows a process one part, and beside it no whole GPU.
+    ("MIG-bb,MIG-aa", [("MIG-bb", 40)]), (None, [("1", 40)]), ("MIG-cc", []),
+])
+def test_the_parts_of_a_divided_gpu_are_found_as_cuda_finds_them(monkeypatch, visible, seen):
+    monkeypatch.setattr(hardware, "pynvml", FakeNvml())
+    found = hardware.visible_gpus({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
+    assert [(gpu.device, gpu.memory) for gpu in found] == seen
 
 
 def choose(monkeypatch, gpus: list[Gpu], **env: str) -> tuple[int | None, list[str]]:
