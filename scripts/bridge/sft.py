@@ -26,8 +26,8 @@ def overrides(settings: Settings) -> list[str]:
 
 def command(ranks: int, module: list[str], arguments: list[str]) -> list[str]:
     """torchrun with one process a GPU (or CPU rank)."""
-    return [sys.executable, "-u", "-m", "torch.distributed.run", "--standalone", "--nnodes=1",
-            f"--nproc_per_node={ranks}", "-m", *module, *arguments]
+    return [sys.executable, "-u", "-m", "bridge.loopback", "torch.distributed.run", "--standalone", "--nnodes=1",
+            "--local_addr=127.0.0.1", f"--nproc_per_node={ranks}", "-m", *module, *arguments]
 
 
 def setting_problems(config: Mapping[str, Any], _overrides: Sequence[str] = ()) -> list[str]:

@@ -215,7 +215,7 @@ def interface_problems(env: Mapping[str, str], folder: Path = Path("/sys/class/n
             card == name or (not exact and card.startswith(name)) for card in cards for name in names):
         return []
     return [f"NCCL_SOCKET_IFNAME={wanted}: no such network card here; there are {', '.join(cards)}. Name one of them, or leave "
-            "it out (NCCL then chooses)."]
+            "it out (then it is lo, which is as fast within a node)."]
 
 
 def has_wandb_login(env: Mapping[str, str]) -> bool:

@@ -69,7 +69,7 @@ TUTORIAL = {
         trainer.total_epochs=15""",
 }
 # PPO's Ray is kept to the node; the trainer is verl's.
-TUTORIAL_MODULE = {"sft": "verl.trainer.fsdp_sft_trainer", "ppo": "bridge.local_ray verl.trainer.main_ppo"}
+TUTORIAL_MODULE = {"sft": "verl.trainer.fsdp_sft_trainer", "ppo": "bridge.loopback verl.trainer.main_ppo"}
 # All that may differ: where things lie, what they are called, resuming, retention, and what depends on the machine.
 MAY_DIFFER = {
     "sft": {"data.train_files", "data.val_files", "model.partial_pretrain", "trainer.default_local_dir",
