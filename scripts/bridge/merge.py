@@ -104,12 +104,11 @@ def base_of(shards: Path) -> Path | None:
     record = runs.read(run)
     if not record or not record.get("config"):
         return None
-    # WORK_DIR/runs/RUN/STAGE, also where WORK_DIR was moved; or the run alone was moved.
-    found = []
-    for config in (runs.moved(record, run.parent.parent.parent)[0], record["config"]):
-        settings = flatten(config)
-        found.append(Path(settings.get("model.partial_pretrain") or settings["actor_rollout_ref.model.path"]))
-    return next((folder for folder in found if folder.is_dir()), found[0])
+    # The run is WORK_DIR/runs/RUN/STAGE, also where WORK_DIR was moved; or the run alone was.
+    configs = [flatten(config) for config in (runs.moved(record, run.parent.parent.parent)[0], record["config"])]
+    names = [config.get("model.partial_pretrain") or config.get("actor_rollout_ref.model.path") for config in configs]
+    found = [Path(name) for name in names if name]
+    return next((folder for folder in found if folder.is_dir()), found[0] if found else None)
 
 
 def main() -> None:
