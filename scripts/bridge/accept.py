@@ -77,8 +77,8 @@ class Acceptance:
 
     def all_reduce(self, log: Path) -> list[dict[str, float]] | str:
         """Bandwidth between the ranks, a row for each size; one rank has none."""
-        self.command(launch.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                 f"--nproc_per_node={self.settings.gpus}", "-m", "bridge.allreduce"],
+        self.command(launch.run([sys.executable, "-m", "bridge.loopback", "torch.distributed.run", "--standalone",
+                                 "--local_addr=127.0.0.1", f"--nproc_per_node={self.settings.gpus}", "-m", "bridge.allreduce"],
                                 {**self.env, "OMP_NUM_THREADS": "1"}, log, None, runs.secret_values(self.env)))
         if self.settings.gpus == 1:
             return "ran; with one rank nothing is sent, so there is no bandwidth"

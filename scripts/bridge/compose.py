@@ -25,7 +25,7 @@ from bridge.errors import UsageError, nearest
 from bridge.settings import CONFIGS
 
 # Settings that are a number of things, of which there is at least one: what is checked here divides by them.
-COUNT = re.compile(r".*(_batch_size|_per_gpu|_parallel_size|_length|\.nnodes|\.n|\.total_epochs)")
+COUNT = re.compile(r".*(_batch_size|_per_gpu|_parallel_size|_length|\.nnodes|\.n|\.total_epochs|\.total_training_steps)")
 
 
 def verl_config_dir() -> Path:
@@ -97,7 +97,7 @@ def value_problem(name: str, key: str, value: Any, default: Any) -> str | None:
         problem = "cannot be null" if default is not None and leaf(verls_own(name), key) not in (None, ...) else None
     elif isinstance(default, bool):
         problem = None if isinstance(value, bool) else "is True or False"
-    elif isinstance(default, int) and default > 0 and COUNT.fullmatch(key):
+    elif (default is None or isinstance(default, int) and default > 0) and COUNT.fullmatch(key):
         problem = None if number and isinstance(value, int) and value > 0 else "has to be a whole number of at least 1"
     elif isinstance(default, int | float):
         problem = None if number else "is a number"

@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
-from bridge import compose, hardware, merge, model, ppo, runs, train
+from bridge import compose, hardware, loopback, merge, model, ppo, runs, train
 from bridge.errors import UsageError, exit_status, say
 from bridge.settings import Settings
 from bridge.stages import Plan
@@ -147,6 +147,7 @@ def answers_of_vllm(folder: Path, prompts: list[list[int]], max_tokens: int) -> 
     """See generate_with_vllm."""
     from vllm import LLM, SamplingParams
 
+    loopback.close()
     # Eager: compiling for each model would take longer than these few hundred steps.
     llm = LLM(model=str(folder), dtype="bfloat16", max_model_len=max(map(len, prompts)) + max_tokens, enforce_eager=True,
               gpu_memory_utilization=GPU_MEMORY, max_num_seqs=SEQUENCES, seed=0)

@@ -1,8 +1,9 @@
 """The merge stage: the shards of a checkpoint become one Hugging Face model, which is then tried out.
 
-    python -m bridge.merge CHECKPOINT_FOLDER OUTPUT_FOLDER
+    python -m bridge.merge [--base=MODEL_FOLDER] CHECKPOINT_FOLDER OUTPUT_FOLDER
 
-verl's own merger joins the shards (verl.model_merger); what it leaves undone is done and verified here.
+verl's own merger joins the shards (verl.model_merger); what it leaves undone is done and verified here. A training that changed
+no weight is not merged: what verl's merger makes of LoRA's shards is the base model.
 """
 
 import argparse
@@ -13,7 +14,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from bridge import checkpoints
+from bridge import checkpoints, runs
+from bridge.compose import flatten
 from bridge.errors import UsageError, exit_status, say
 from bridge.settings import Settings
 from bridge.stages import Plan
@@ -43,9 +45,11 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
         notes = [f"warning: {newer.path.name} is newer but incomplete ({newer.faults[0]})" for newer in
                  list_mergeable(settings, stage) if newer.step > checkpoint.step and settings.step is None]
         shards = checkpoint.path / next(iter(checkpoints.mergeable(stage)))
-    output = settings.merged_dir(stage)
+    output, base = settings.merged_dir(stage), base_of(shards)
+    if base is None:
+        notes.append("warning: no run.json says which model this training started from, so the two are not compared")
     return Plan(
-        command=[sys.executable, "-u", "-m", "bridge.merge", str(shards), str(output)],
+        command=[sys.executable, "-u", "-m", "bridge.merge", *([f"--base={base}"] if base else []), str(shards), str(output)],
         env={"WORK_DIR": str(settings.work_dir), "HF_HUB_OFFLINE": "1"},
         record_dir=settings.stage_dir(stage) / "merge",
         keep_log=True,
@@ -95,29 +99,138 @@ def shards_of(folder: Path) -> Path:
     return shards
 
 
+def base_of(shards: Path) -> Path | None:
+    """The folder of the model that a training started from, as the run.json beside its checkpoints says; None if none does."""
+    run = (shards.parent if shards.name == "actor" else shards).parent.parent
+    record = runs.read(run)
+    if not record or not record.get("config"):
+        return None
+    # The run is WORK_DIR/runs/RUN/STAGE, also where WORK_DIR was moved; or the run alone was.
+    configs = [flatten(config) for config in (runs.moved(record, run.parent.parent.parent)[0], record["config"])]
+    names = [config.get("model.partial_pretrain") or config.get("actor_rollout_ref.model.path") for config in configs]
+    found = [Path(name) for name in names if name]
+    return next((folder for folder in found if folder.is_dir()), found[0] if found else None)
+
+
 def main() -> None:
-    """Merge, complete, verify; the output folder appears whole or not at all."""
+    """Merge, complete, verify; the output folder appears whole or not at all, and one that was there stays until then."""
+    from safetensors import SafetensorError
+
     parser = argparse.ArgumentParser(description="Merge the shards of a verl checkpoint and verify the result.")
+    parser.add_argument("--base", type=Path, help="the model that the training started from")
     parser.add_argument("shards", type=Path)
     parser.add_argument("output", type=Path)
     arguments = parser.parse_args()
-    temporary = arguments.output.with_name(arguments.output.name + ".tmp")
+    shards, output = arguments.shards, arguments.output
+    temporary, older = (output.with_name(output.name + ending) for ending in (".tmp", ".old"))
+    if older.is_dir() and not output.exists():
+        # An earlier merge was killed between the two renames of replace_folder.
+        os.rename(older, output)
     shutil.rmtree(temporary, ignore_errors=True)
+    refuse_damaged(shards)
+    if arguments.base:
+        refuse_untouched(shards, arguments.base)
+    check_room(shards, output.parent)
     raw = temporary / "raw"
     try:
-        subprocess.run([sys.executable, "-u", "-m", "verl.model_merger", "merge", "--backend", "fsdp",
-                        "--local_dir", str(arguments.shards), "--target_dir", str(raw)], check=True)
+        joined = subprocess.run([sys.executable, "-u", "-m", "verl.model_merger", "merge", "--backend", "fsdp",
+                                 "--local_dir", str(shards), "--target_dir", str(raw)], check=False)
+        if joined.returncode:
+            raise UsageError(f"verl's merger failed (exit status {joined.returncode}); the reason is above. "
+                             f"{room_in(output.parent)}")
         complete_and_verify(raw, temporary)
         shutil.rmtree(raw)
-        replace_folder(temporary, arguments.output)
+        replace_folder(temporary, output)
+    except (OSError, SafetensorError) as error:
+        # safetensors keeps the words of the system's error only.
+        if "No space left" in str(error) or "quota exceeded" in str(error):
+            raise UsageError(f"the disk is full: {error}. {room_in(output.parent)}") from error
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    size = checkpoints.size(arguments.output)
-    print(f"merged: {arguments.output} ({size / 1e6:.1f} MB)")
+    print(f"merged: {output} ({checkpoints.size(output) / 1e6:.1f} MB)")
+
+
+def refuse_damaged(shards: Path) -> None:
+    """Read the shards whole and compare them with what was saved: torch.load takes a flipped bit without a word.
+
+    Raises:
+        UsageError: they are not what was saved.
+    """
+    path, below = (shards.parent, "actor/model_") if shards.name == "actor" else (shards, "model_")
+    faults = checkpoints.damage(path, below)
+    if faults:
+        raise UsageError(f"{path} is damaged: {'; '.join(faults)}. Merge another step (STEP=), or move this folder away and "
+                         "continue the run, so that it is saved again. A model that was merged before is still there.")
+
+
+def room_in(folder: Path) -> str:
+    """What is free, and that nothing was lost."""
+    return f"{shutil.disk_usage(folder).free / 1e9:.3g} GB are free in {folder}. A model that was merged before is still there."
+
+
+def check_room(shards: Path, folder: Path) -> None:
+    """Compare the disk that a merge needs with what is free: the model twice in bf16, as much as its shards in fp32.
+
+    Raises:
+        UsageError: too little is free.
+    """
+    needed = sum(file.stat().st_size for file in shards.glob("model_world_size_*.pt"))
+    if needed > shutil.disk_usage(folder).free:
+        raise UsageError(f"too little disk: the merge needs {needed / 1e9:.3g} GB. {room_in(folder)}")
+
+
+def refuse_untouched(shards: Path, base: Path) -> None:
+    """Compare a checkpoint's model with the one that its training started from, if that can be done; say so if not.
+
+    Raises:
+        UsageError: they are the same.
+    """
+    same = equal_to_base(shards, base)
+    if same is None:
+        say(f"warning: {base}, which this training started from, is gone or holds no safetensors with these names: whether the "
+            "training changed anything was not compared")
+    elif same:
+        raise UsageError(f"every weight in {shards} equals that of {base}: this training changed nothing, so there is nothing to "
+                         "merge (the adapters of LoRA are not merged; or no step had a learning rate above 0). "
+                         "A model that was merged before is still there.")
+
+
+def equal_to_base(shards: Path, base: Path) -> bool | None:
+    """Whether every weight of the base model is the same in the shards; None if the base is gone or no name is in both.
+
+    In the precision of the shards: in the merged bf16 a learning rate of 1e-6 changes too little to be seen. Ends with the first
+    weight that differs, mostly the first of all.
+    """
+    import torch
+    from safetensors import safe_open
+    from torch.distributed.tensor import DTensor
+
+    def whole(parts: list) -> torch.Tensor:
+        # As verl's merger joins them; further ranks of a mesh of two dimensions (ddp, fsdp) hold copies.
+        if not isinstance(parts[0], DTensor):
+            return torch.cat(parts)
+        mesh, placement = parts[0].device_mesh, parts[0].placements[-1]
+        local = [part.to_local() for part in parts[:mesh.shape[-1]]]
+        return torch.cat(local, placement.dim) if placement.is_shard() else local[0]
+
+    world_size = len(list(shards.glob("model_world_size_*.pt")))
+    ranks = [torch.load(shards / f"model_world_size_{world_size}_rank_{rank}.pt", map_location="cpu", mmap=True,
+                        weights_only=False) for rank in range(world_size)]
+    # LoRA wraps the modules that it adapts.
+    names = {name.replace("base_model.model.", "").replace(".base_layer.", "."): name for name in ranks[0]}
+    compared = False
+    for file in sorted(base.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            for name in names.keys() & set(weights.keys()):
+                compared = True
+                if not torch.equal(whole([rank[names[name]] for rank in ranks]).float(), weights.get_tensor(name).float()):
+                    return False
+    return True if compared else None
 
 
 def replace_folder(new: Path, target: Path) -> None:
-    """Put a folder in another's place."""
+    """Put a folder in another's place. Killed between the two renames, it leaves both, and main puts the old one back."""
     old = target.with_name(target.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():

@@ -10,6 +10,8 @@ import os
 import runpy
 import sys
 
+from bridge import loopback
+
 
 class _Event:
     """CPU work is done when its call returns: an event has nothing to wait for."""
@@ -139,6 +141,7 @@ def setup() -> None:
     use_sdpa()
     bound_sdpa()
     use_float32()
+    loopback.close()
 
 
 def tell_ray(ranks: int) -> None:

@@ -51,7 +51,7 @@ def overrides(settings: Settings) -> list[str]:
 
 def command(ranks: int, module: list[str], arguments: list[str]) -> list[str]:
     """One process; Ray starts the workers."""
-    return [sys.executable, "-u", "-m", "bridge.local_ray", *module, *arguments]
+    return [sys.executable, "-u", "-m", "bridge.loopback", *module, *arguments]
 
 
 def setting_problems(config: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:

@@ -174,14 +174,19 @@ def end(record: dict[str, Any], status: int, last_step: int) -> dict[str, Any]:
     return record
 
 
+def moved(record: Mapping[str, Any], work_dir: Path | str) -> tuple[dict, dict]:
+    """The configuration and the inputs of a record as they read now that its WORK_DIR lies there."""
+    config, inputs = json.loads(json.dumps([record["config"], record["inputs"]]).replace(
+        json.dumps(record["work_dir"])[1:-1], json.dumps(str(work_dir))[1:-1]))
+    return config, inputs
+
+
 def difference(record: Mapping[str, Any], plan: Plan) -> list[str]:
     """What differs between a recorded run and the one planned, as "key: recorded -> planned" lines.
 
     A WORK_DIR that was moved is no difference.
     """
-    moved = json.dumps([record["config"], record["inputs"]]).replace(
-        json.dumps(record["work_dir"])[1:-1], json.dumps(plan.env["WORK_DIR"])[1:-1])
-    config, inputs = json.loads(moved)
+    config, inputs = moved(record, plan.env["WORK_DIR"])
     # What an older version did not record is not compared.
     now = {name: value for name, value in plan.inputs.items() if name in inputs}
     lines = []

@@ -6,6 +6,7 @@ from typing import Any
 
 from bridge.settings import Settings
 
+
 def module(config: Mapping[str, Any]) -> str:
     """Which trainer to run: verl's own, or the packed one where a budget of tokens is set."""
     return "verl.trainer.fsdp_sft_trainer" if config["bridge"]["packed_tokens_per_gpu"] is None else "bridge.packed_sft"
@@ -25,8 +26,8 @@ def overrides(settings: Settings) -> list[str]:
 def command(ranks: int, module: list[str], arguments: list[str]) -> list[str]:
     """torchrun with one process a GPU (or CPU rank)."""
     # torchrun would tell the ranks the node's name, which need not resolve.
-    return [sys.executable, "-u", "-m", "torch.distributed.run", "--standalone", "--local_addr=127.0.0.1", "--nnodes=1",
-            f"--nproc_per_node={ranks}", "-m", *module, *arguments]
+    return [sys.executable, "-u", "-m", "bridge.loopback", "torch.distributed.run", "--standalone", "--nnodes=1",
+            "--local_addr=127.0.0.1", f"--nproc_per_node={ranks}", "-m", *module, *arguments]
 
 
 def setting_problems(config: Mapping[str, Any], _overrides: Sequence[str] = ()) -> list[str]:

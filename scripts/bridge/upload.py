@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from bridge import runs
 from bridge.errors import UsageError, exit_status, say
 from bridge.model import LOGIN_CURE, check_model_folder, is_model_file, is_offline
 from bridge.settings import Settings
@@ -28,7 +29,8 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
     """
     notes, stage = [], settings.stage
     if stage is None:
-        stage = "ppo" if settings.merged_dir("ppo").exists() else "sft"
+        # Also where a merge of it was refused or killed: then it is what has to be mended, and no reason to publish another.
+        stage = "ppo" if settings.merged_dir("ppo").exists() or runs.read(settings.stage_dir("ppo") / "merge") else "sft"
         notes.append(f"STAGE is not given: uploading the {stage} model")
     folder = settings.merged_dir(stage)
     if stage == "base":
@@ -56,8 +58,12 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
 
 
 def folder_problems(folder: Path, stage: str) -> list[str]:
-    """Why a folder cannot be uploaded: missing, not merged, not whole."""
+    """Why a folder cannot be uploaded: missing, not merged, not whole, or left by a merge before the newest."""
     problems = check_model_folder(folder, f"Make it with `make merge STAGE={stage}`.")
+    record = runs.read(folder.parent / "merge")
+    if record and record["status"] != "finished":
+        problems.append(f"the newest merge of {stage} did not end well (it is recorded as {record['status']!r}), so {folder} is "
+                        f"not what it was to be. Run `make merge STAGE={stage}` again (STEP= takes another step).")
     if not problems and not list(folder.glob("*.safetensors")):
         problems = [f"{folder} has no safetensors. Make them with `make merge STAGE={stage}`."]
     return problems

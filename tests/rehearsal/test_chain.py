@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bridge import checkpoints, metrics, runs
+from bridge import checkpoints, merge, metrics, runs
 from bridge.rehearse import REPOSITORY, STEPS, TOKEN
 from door import SHELL, bridge, left_running
 
@@ -181,6 +181,26 @@ def test_no_secret_is_in_any_file_or_in_the_output(rehearsal):
 
 def test_no_process_is_left(rehearsal):
     assert rehearsal.left_running == []
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_the_trainers_shards_are_compared_with_the_model_that_they_started_from(rehearsal, stage, tmp_path):
+    import torch
+    from safetensors.torch import load_file
+
+    shards = checkpoints.newest_complete(rehearsal.stage(stage) / "checkpoints", stage).path / checkpoints.parts(stage)[0]
+    base = merge.base_of(shards)
+    assert base == (rehearsal.folder / "models" / "tiny" if stage == "sft" else rehearsal.stage("sft") / "merged")
+    assert merge.equal_to_base(shards, base) is False
+    # As a training that changes nothing would have left them.
+    weights = load_file(base / "model.safetensors")
+    for rank in range(2):
+        name = f"model_world_size_2_rank_{rank}.pt"
+        tensors = torch.load(shards / name, weights_only=False)
+        for key in tensors.keys() & weights.keys():
+            tensors[key].to_local().copy_(weights[key].chunk(2)[rank])
+        torch.save(tensors, tmp_path / name)
+    assert merge.equal_to_base(tmp_path, base) is True
 
 
 # Last, because it replaces what the others look at.

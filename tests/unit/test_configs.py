@@ -69,7 +69,7 @@ TUTORIAL = {
         trainer.total_epochs=15""",
 }
 # PPO's Ray is kept to the node; the trainer is verl's.
-TUTORIAL_MODULE = {"sft": "verl.trainer.fsdp_sft_trainer", "ppo": "bridge.local_ray verl.trainer.main_ppo"}
+TUTORIAL_MODULE = {"sft": "verl.trainer.fsdp_sft_trainer", "ppo": "bridge.loopback verl.trainer.main_ppo"}
 # All that may differ: where things lie, what they are called, resuming, retention, and what depends on the machine.
 MAY_DIFFER = {
     "sft": {"data.train_files", "data.val_files", "model.partial_pretrain", "trainer.default_local_dir",
@@ -321,8 +321,9 @@ def test_a_wrong_override_is_refused_with_the_cure(override, message):
 
 @pytest.mark.parametrize("override", [
     # verl's own default is null.
-    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=null", "data.val_batch_size=null", "trainer.total_training_steps=5",
-    "trainer.save_freq=-1", "trainer.critic_warmup=0", "actor_rollout_ref.rollout.top_k=-1", "actor_rollout_ref.actor.grad_clip=1",
+    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=null", "data.val_batch_size=null",
+    "trainer.total_training_steps=5", "trainer.save_freq=-1", "trainer.critic_warmup=0",
+    "actor_rollout_ref.rollout.top_k=-1", "actor_rollout_ref.actor.grad_clip=1",
     "actor_rollout_ref.actor.optim={lr: 1e-5}", "+actor_rollout_ref.model.override_config.x=1", "trainer.logger=console",
     "data.train_batch_size=${data.max_prompt_length}", "trainer.project_name='2024'"])
 def test_an_unusual_override_that_verl_takes_passes(override):
