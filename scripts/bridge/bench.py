@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import threading
 import time
 from collections.abc import Mapping
@@ -79,10 +78,12 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
                          f"profiles {' and '.join(ON_CPU)} run, from a file of your own.")
     count = settings.gpus or len(gpus) or 2
     settings = settings_module.read({**env, "MODEL": env.get("MODEL") or DEFAULT_MODEL})
-    with trial.own_folder(settings, "bench", empty=False) as folder:
-        bench_env = trial.environment(env, folder, MODEL=settings.model, GPUS=str(count))
+    bench_env = trial.environment(env, settings.work_dir / "bench", MODEL=settings.model, GPUS=str(count))
+    bench = settings_module.read(bench_env)
+    there = any((found.model_dir / "run.json").is_file() for found in (bench, settings))
+    trial.check(bench, env, [path for case in cases for path in leftovers(case, bench)], new_model=not there)
+    with trial.own_folder(settings, "bench") as folder:
         trial.borrow(settings, folder, data=not env.get("DATA_SOURCE"))
-        bench = settings_module.read(bench_env)
         for stage, made in (("data", bench.data_dir), ("model", bench.model_dir)):
             wanted = not (made / "run.json").is_file() or (stage == "data" and env.get("DATA_SOURCE"))
             if wanted and (status := trial.stage(stage, bench_env)):
@@ -141,22 +142,24 @@ def read_cases(file: Path, wanted: str) -> list[Case]:
 
 def override_problems(case: Case) -> list[str]:
     """What the door would refuse of a case's overrides: told before the first case has taken its minutes."""
-    names = {"WORK_DIR": "", "BRIDGE_MODEL_DIR": "", "BRIDGE_STAGE_DIR": "", "BRIDGE_RUN_NAME": "", "WANDB_PROJECT": ""}
     try:
-        compose_checked(case.stage, [f"profile/{case.stage}={case.profile}"], [*ALWAYS, *case.overrides], names, OWNED)
+        compose_checked(case.stage, [f"profile/{case.stage}={case.profile}"], [*ALWAYS, *case.overrides], trial.NAMES, OWNED)
     except UsageError as error:
         return [f"case {case.name}: {problem}" for problem in error.problems]
     return []
+
+
+def leftovers(case: Case, settings: Settings) -> list[Path]:
+    """What is removed before a case is measured."""
+    return [settings.work_dir / "runs" / case.name, *([settings.work_dir / "cache"] if case.caches == "empty" else [])]
 
 
 def measure(case: Case, settings: Settings, env: Mapping[str, str], gpus: list[hardware.Gpu]) -> dict[str, Any]:
     """Run one case and read its figures; one that does not make its steps is "failed", with the end of its output."""
     folder = settings.work_dir
     stage_dir, log = folder / "runs" / case.name / case.stage, folder / f"{case.name}.log"
-    shutil.rmtree(folder / "runs" / case.name, ignore_errors=True)
+    trial.remove(leftovers(case, settings))
     log.unlink(missing_ok=True)
-    if case.caches == "empty":
-        shutil.rmtree(folder / "cache", ignore_errors=True)
     case_env = {**env, "RUN": case.name, "PROFILE": case.profile}
     started, result = time.time(), {"profile": case.profile, "overrides": case.overrides, "against": case.against,
                                     "caches": case.caches, "steps": case.steps, "started": runs.now()}

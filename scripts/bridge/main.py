@@ -145,7 +145,7 @@ def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
         runs.write(plan.record_dir, runs.end(record, status, newest.step if newest else 0), secrets)
     if status:
         say(f"{name} {'was ended by a signal' if status > 128 else 'failed'} (exit status {status})"
-            + ("; the same command continues it" if status > 128 and plan.checkpoints else "")
+            + ("; the same command continues it" if status > 128 and plan.checkpoints and not env.get("BRIDGE_TRIAL") else "")
             + (f"; the log is {plan.record_dir / 'log.txt'}" if plan.keep_log else ""))
     return status
 

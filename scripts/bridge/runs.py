@@ -157,7 +157,7 @@ def difference(record: Mapping[str, Any], plan: Plan) -> list[str]:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, cure: str = "Wait for it, or give this one a name of its own: RUN=NAME.") -> Iterator[None]:
     """Hold the folder's lock; it goes with the process, however that ends.
 
     Raises:
@@ -170,7 +170,7 @@ def locked(folder: Path) -> Iterator[None]:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             file.seek(0)
             raise UsageError(f"another run works in {folder} ({file.read().strip() or 'unknown process'}). "
-                             "Wait for it, or give this one a name of its own: RUN=NAME.") from None
+                             + cure) from None
         if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
             raise
         # Some parallel file systems are mounted without locks.
