@@ -176,7 +176,7 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
 
         def keep(results: list[dict[str, Any]]) -> None:
             # After each step: a job that runs out of time leaves what it found so far.
-            report = masked({**head, "steps": results}, hidden)
+            report = masked({**head, "nccl": loaded_nccl(folder / "check.log"), "steps": results}, hidden)
             runs.write_json(folder / "accept.json", report, runs.secret_values(env))
             (folder / "accept.txt").write_text(text(report))
 
@@ -202,8 +202,16 @@ def about(settings: Settings, env: Mapping[str, str], gpus: list[hardware.Gpu]) 
         "image": machine["image"] and Path(machine["image"]).name, "git_commit": machine["git_commit"],
         "lock_sha256": machine["lock_sha256"], "model": settings.model_dir.name, "profile": settings.profile,
         "made_up_data": "builtin" in data["attempts"][-1]["command"],
-        "settings": {name: value for name, value in sorted(env.items()) if name.startswith(("NCCL_", "CUDA_VISIBLE"))},
+        # NCCL_VERSION only names what a base image once held: NCCL does not read it.
+        "settings": {name: value for name, value in sorted(env.items())
+                     if name.startswith(("NCCL_", "CUDA_VISIBLE")) and name != "NCCL_VERSION"},
     }
+
+
+def loaded_nccl(log: Path) -> str | None:
+    """The version of the NCCL that torch loads, from the output of bridge check; None if it does not say."""
+    found = re.search(r"^\S+ +nccl of torch +([\d.]+)", log.read_text(errors="replace") if log.is_file() else "", re.MULTILINE)
+    return found and found[1]
 
 
 def masked(value: Any, hidden: Mapping[str, str]) -> Any:
