@@ -66,7 +66,8 @@ def run_chain(chain: Settings, chain_env: Mapping[str, str]) -> int:
             say(f"--- {name}")
             started = time.monotonic()
             # Only the upload goes to the stand-in: a MODEL of the real hub may be rehearsed where there is a GPU.
-            step_env = {**chain_env, **extra, **(hub.env(TOKEN) if stage == "upload" else {})}
+            # It is on this machine, so a node that is told to stay offline reaches it.
+            step_env = {**chain_env, **extra, **({**hub.env(TOKEN), "HF_HUB_OFFLINE": "0"} if stage == "upload" else {})}
             status = trial.stage(stage, step_env)
             if status:
                 say(f"the rehearsal stopped at {name}; the next one begins anew")

@@ -196,3 +196,12 @@ def test_an_interrupted_rehearsal_promises_nothing_and_its_stages_neither(starte
     said = capsys.readouterr().err
     assert "the rehearsal stopped at data" in said and "begins anew" in said
     assert seen["BRIDGE_TRIAL"]
+
+
+def test_a_machine_that_is_told_to_stay_offline_still_rehearses_the_upload_to_the_stand_in(started, monkeypatch, tmp_path):
+    seen = {}
+    monkeypatch.setattr(trial, "stage", lambda name, env: seen.update({name: env}) or 0)
+    monkeypatch.setattr(rehearse, "outcome", lambda *_arguments: "well")
+    assert start("rehearse", tmp_path, HF_HUB_OFFLINE="1") == 0
+    assert seen["model"]["HF_HUB_OFFLINE"] == "1" and seen["upload"]["HF_HUB_OFFLINE"] == "0"
+    assert seen["upload"]["HF_ENDPOINT"].startswith("http://127.0.0.1:")
