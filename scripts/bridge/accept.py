@@ -2,9 +2,10 @@
 
 The environment's self-test, the bandwidth between the GPUs, four steps of SFT and of PPO that are stopped after the second,
 continued and merged, and PPO once more with vLLM spread over the GPUs. MODEL, if not given, is the tutorial's where WORK_DIR has
-it, else a random one; the data are those of WORK_DIR, else made-up problems. Works in WORK_DIR/accept, which it empties first,
-and leaves a page (accept.txt) and the same as accept.json there, to be sent: names of host and user, addresses and secrets are
-masked. What fails is recorded, and the rest goes on.
+it, else a random one; the data are those of WORK_DIR, else made-up problems. PROFILE=tiny tries the test itself without a GPU.
+Works in WORK_DIR/accept, where it first removes what an earlier one made, and leaves a page (accept.txt) and the same as
+accept.json there, to be sent: names of host and user, addresses and secrets are masked. What fails is recorded, and the rest
+goes on.
 """
 
 import json
@@ -154,17 +155,20 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
     if arguments:
         raise UsageError(f"accept takes no arguments; got {' '.join(arguments)}. GPUS=, MODEL= and PROFILE= apply.")
     gpus = hardware.visible_gpus(env)
+    if not gpus and settings.profile != "tiny":
+        raise UsageError("no GPU visible, and accept is a test of GPUs. With Apptainer pass --nv; on Slurm ask for "
+                         "--gpus-per-node; PROFILE=tiny tries the test itself, on the CPU.")
     count = settings.gpus or len(gpus) or 2
-    if gpus and count > len(gpus):
-        raise UsageError(f"GPUS={count}, but {len(gpus)} visible. Use GPUS={len(gpus)} or less.")
-    with trial.own_folder(settings, "accept", empty=True) as folder:
-        fetched = gpus and (settings.model_dir / "run.json").is_file()
-        name = settings.model if env.get("MODEL") or fetched else "random:llama-3.2-1b" if gpus else "tiny"
-        settings = settings_module.read({**env, "MODEL": name})
+    fetched = gpus and (settings.model_dir / "run.json").is_file()
+    name = settings.model if env.get("MODEL") or fetched else "random:llama-3.2-1b" if gpus else "tiny"
+    settings = settings_module.read({**env, "MODEL": name})
+    own_env = trial.environment(env, settings.work_dir / "accept", MODEL=name, GPUS=str(count), DATA_SOURCE="builtin")
+    own = settings_module.read(own_env)
+    made = trial.made(own, *own.work_dir.glob("runs/tp[0-9]*"))
+    trial.check(own, env, made, new_model=not (settings.model_dir / "run.json").is_file(), trained=("sft", "ppo"))
+    with trial.own_folder(settings, "accept") as folder:
+        trial.remove(made)
         trial.borrow(settings, folder, data=bool(gpus))
-        own_env = trial.environment(env, folder, MODEL=name, PROFILE=settings.profile if gpus else "tiny", GPUS=str(count),
-                                    DATA_SOURCE="builtin")
-        own = settings_module.read(own_env)
         for stage, made in (("data", own.data_dir), ("model", own.model_dir)):
             if not (made / "run.json").is_file() and (status := trial.stage(stage, own_env)):
                 return status
@@ -172,7 +176,7 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
 
         def keep(results: list[dict[str, Any]]) -> None:
             # After each step: a job that runs out of time leaves what it found so far.
-            report = runs.masked({**head, "steps": results}, hidden)
+            report = runs.masked({**head, "nccl": loaded_nccl(folder / "check.log"), "steps": results}, hidden)
             runs.write_json(folder / "accept.json", report, runs.secret_values(env))
             (folder / "accept.txt").write_text(text(report))
 
@@ -198,8 +202,16 @@ def about(settings: Settings, env: Mapping[str, str], gpus: list[hardware.Gpu]) 
         "image": machine["image"] and Path(machine["image"]).name, "git_commit": machine["git_commit"],
         "lock_sha256": machine["lock_sha256"], "model": settings.model_dir.name, "profile": settings.profile,
         "made_up_data": "builtin" in data["attempts"][-1]["command"],
-        "settings": {name: value for name, value in sorted(env.items()) if name.startswith(("NCCL_", "CUDA_VISIBLE"))},
+        # NCCL_VERSION only names what a base image once held: NCCL does not read it.
+        "settings": {name: value for name, value in sorted(env.items())
+                     if name.startswith(("NCCL_", "CUDA_VISIBLE")) and name != "NCCL_VERSION"},
     }
+
+
+def loaded_nccl(log: Path) -> str | None:
+    """The version of the NCCL that torch loads, from the output of bridge check; None if it does not say."""
+    found = re.search(r"^\S+ +nccl of torch +([\d.]+)", log.read_text(errors="replace") if log.is_file() else "", re.MULTILINE)
+    return found and found[1]
 
 
 def to_hide(settings: Settings, env: Mapping[str, str]) -> dict[str, str]:

@@ -9,12 +9,12 @@ import json
 import os
 import platform
 import re
-import shutil
 import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import count
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -27,7 +27,7 @@ from bridge import bench_report, hardware, metrics, model, runs, trial
 from bridge import settings as settings_module
 from bridge.compose import compose_checked
 from bridge.errors import UsageError, nearest, say
-from bridge.settings import CONFIGS, Settings
+from bridge.settings import CONFIGS, NAME, Settings
 from bridge.stages import STAGES
 from bridge.train import ON_CPU, OWNED
 
@@ -77,20 +77,22 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
     if not gpus and any(case.profile not in ON_CPU for case in cases):
         raise UsageError("no GPU visible. With Apptainer pass --nv; on Slurm ask for --gpus-per-node; on CPU only cases with the "
                          f"profiles {' and '.join(ON_CPU)} run, from a file of your own.")
-    count = settings.gpus or len(gpus) or 2
+    ranks = settings.gpus or len(gpus) or 2
     settings = settings_module.read({**env, "MODEL": env.get("MODEL") or DEFAULT_MODEL})
-    with trial.own_folder(settings, "bench", empty=False) as folder:
-        bench_env = trial.environment(env, folder, MODEL=settings.model, GPUS=str(count))
+    bench_env = trial.environment(env, settings.work_dir / "bench", MODEL=settings.model, GPUS=str(ranks))
+    bench = settings_module.read(bench_env)
+    there = any((found.model_dir / "run.json").is_file() for found in (bench, settings))
+    trial.check(bench, env, [path for case in cases for path in leftovers(case, bench)], new_model=not there)
+    with trial.own_folder(settings, "bench") as folder:
         trial.borrow(settings, folder, data=not env.get("DATA_SOURCE"))
-        bench = settings_module.read(bench_env)
         for stage, made in (("data", bench.data_dir), ("model", bench.model_dir)):
             wanted = not (made / "run.json").is_file() or (stage == "data" and env.get("DATA_SOURCE"))
             if stage == "data" and wanted and made.is_dir():
                 # Of an earlier benchmark; the stage refuses to replace data of another source.
-                shutil.rmtree(made)
+                trial.remove([made])
             if wanted and (status := trial.stage(stage, bench_env)):
                 return status
-        return measure_all(cases, bench, bench_env, gpus[:count])
+        return measure_all(cases, bench, bench_env, gpus[:ranks])
 
 
 def measure_all(cases: list[Case], settings: Settings, env: Mapping[str, str], gpus: list[hardware.Gpu]) -> int:
@@ -99,11 +101,12 @@ def measure_all(cases: list[Case], settings: Settings, env: Mapping[str, str], g
     for case in cases:
         say(f"--- {case.name}")
         found = measure(case, settings, env, gpus)
+        if trial.interrupted(found.get("exit_status", 0)):
+            say(f"ended at {case.name}: what was measured of it before, and of the others, stays in bench.json")
+            return found["exit_status"]
         results[case.stage][case.name.partition("-")[2]] = found
         results["ratios"] = ratios(results)
         runs.write_json(settings.work_dir / "bench.json", results, runs.secret_values(env))
-        if trial.interrupted(found.get("exit_status", 0)):
-            return found["exit_status"]
     report(settings.work_dir / "bench.json")
     return 1 if any(results[case.stage][case.name.partition("-")[2]]["status"] == "failed" for case in cases) else 0
 
@@ -116,17 +119,25 @@ def read_cases(file: Path, wanted: str) -> list[Case]:
     """
     if not file.is_file():
         raise UsageError(f"{file}: no such file of cases.")
-    content = yaml.safe_load(file.read_text())
+    explained = "Its keys are explained in configs/bench.yaml."
+    try:
+        content = yaml.safe_load(file.read_text())
+        rows, steps = [dict(row, name=str(row.get("name"))) for row in content["cases"]], dict(content["steps"])
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        seen = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise UsageError(f"{file} is no file of cases ({seen}). {explained}") from error
     cases, problems = {}, []
-    for row in content["cases"]:
+    for row in rows:
         try:
-            case = Case(**{"steps": content["steps"].get(row.get("name", "").split("-")[0]), **row})
+            case = Case(**{"steps": steps.get(row["name"].split("-")[0]), **row})
         except TypeError as error:
-            problems.append(f"{file.name}, case {row.get('name')}: {error}. Its keys are explained in configs/bench.yaml.")
+            problems.append(f"{file.name}, case {row['name']}: {error}. {explained}")
             continue
         cases[case.name] = case
-        if not (case.stage in STAGES and STAGES[case.stage].trains and "-" in case.name):
-            problems.append(f"{file.name}, case {case.name}: a name is sft-LABEL or ppo-LABEL.")
+        # The name becomes a folder, which is removed before the case is measured.
+        label = case.name[len(case.stage) + 1:]
+        if not (case.stage in STAGES and STAGES[case.stage].trains and label and NAME.fullmatch(case.name)):
+            problems.append(f"{file.name}, case {case.name}: a name is sft-LABEL or ppo-LABEL (letters, digits, '.', '_', '-').")
         elif not (CONFIGS / "profile" / case.stage / f"{case.profile}.yaml").is_file():
             problems.append(f"{file.name}, case {case.name}: no profile {case.profile!r} for {case.stage}.")
         elif case.caches not in ("empty", "kept") or not isinstance(case.steps, int) or case.steps < 2:
@@ -144,22 +155,24 @@ def read_cases(file: Path, wanted: str) -> list[Case]:
 
 def override_problems(case: Case) -> list[str]:
     """What the door would refuse of a case's overrides: told before the first case has taken its minutes."""
-    names = {"WORK_DIR": "", "BRIDGE_MODEL_DIR": "", "BRIDGE_STAGE_DIR": "", "BRIDGE_RUN_NAME": "", "WANDB_PROJECT": ""}
     try:
-        compose_checked(case.stage, [f"profile/{case.stage}={case.profile}"], [*ALWAYS, *case.overrides], names, OWNED)
+        compose_checked(case.stage, [f"profile/{case.stage}={case.profile}"], [*ALWAYS, *case.overrides], trial.NAMES, OWNED)
     except UsageError as error:
         return [f"case {case.name}: {problem}" for problem in error.problems]
     return []
+
+
+def leftovers(case: Case, settings: Settings) -> list[Path]:
+    """What is removed before a case is measured."""
+    return [settings.work_dir / "runs" / case.name, *([settings.work_dir / "cache"] if case.caches == "empty" else [])]
 
 
 def measure(case: Case, settings: Settings, env: Mapping[str, str], gpus: list[hardware.Gpu]) -> dict[str, Any]:
     """Run one case and read its figures; one that does not make its steps is "failed", with the end of its output."""
     folder = settings.work_dir
     stage_dir, log = folder / "runs" / case.name / case.stage, folder / f"{case.name}.log"
-    shutil.rmtree(folder / "runs" / case.name, ignore_errors=True)
+    trial.remove(leftovers(case, settings))
     log.unlink(missing_ok=True)
-    if case.caches == "empty":
-        shutil.rmtree(folder / "cache", ignore_errors=True)
     case_env = {**env, "RUN": case.name, "PROFILE": case.profile}
     started, result = time.time(), {"profile": case.profile, "overrides": case.overrides, "against": case.against,
                                     "caches": case.caches, "steps": case.steps, "started": runs.now()}
@@ -275,11 +288,13 @@ def earlier(file: Path, head: dict[str, Any]) -> dict[str, Any]:
     Those of another are kept beside it.
     """
     if file.is_file():
-        before = json.loads(file.read_text())
+        before = load(file)
         if {key: before.get(key) for key in head} == head:
             return before
-        os.replace(file, file.with_suffix(".old.json"))
-        say(f"{file} is of another machine, commit, model or data: moved to {file.stem}.old.json")
+        aside = next(path for number in count(1) if not (
+            path := file.with_suffix(f".old{number if number > 1 else ''}.json")).exists())
+        os.replace(file, aside)
+        say(f"{file} is of another machine, commit, model or data: moved to {aside.name}")
     return {**head, "sft": {}, "ppo": {}, "ratios": {}}
 
 
@@ -290,11 +305,26 @@ def ratios(results: Mapping[str, Any]) -> dict[str, float]:
     return {name: round(rates[name] / rates[found[name]["against"]], 2) for name in rates if found[name]["against"] in rates}
 
 
+def load(file: Path) -> dict[str, Any]:
+    """The content of a bench.json.
+
+    Raises:
+        UsageError: it is none.
+    """
+    try:
+        results = json.loads(file.read_text())
+    except ValueError as error:
+        raise UsageError(f"{file} is no benchmark's result ({error}). Move it away.") from error
+    if not isinstance(results, dict) or not results.keys() >= {"sft", "ppo", "ratios"}:
+        raise UsageError(f"{file} is no benchmark's result (it lacks sft, ppo or ratios). Move it away.")
+    return results
+
+
 def report(file: Path) -> int:
     """Print the table of a bench.json, and write it and the chart beside the file."""
     if not file.is_file():
         raise UsageError(f"{file}: no such file. `make bench` writes WORK_DIR/bench/bench.json.")
-    results = json.loads(file.read_text())
+    results = load(file)
     text = bench_report.markdown(results)
     file.with_suffix(".md").write_text(text)
     file.with_suffix(".svg").write_text(bench_report.chart(results))

@@ -14,6 +14,7 @@ import socket
 import sys
 import sysconfig
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -50,13 +51,15 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
     # vLLM logs to stdout, where the report goes.
     os.environ["VLLM_CONFIGURE_LOGGING"] = "0"
     results = [result for check in CHECKS for result in check(settings, env)]
-    failed = [result for result in results if result.status == "FAIL"]
+    count = Counter(result.status for result in results)
+    ok, warnings, failed = count["ok"], count["warn"], count["FAIL"]
     if "--json" in arguments:
-        print(json.dumps({"passed": not failed, "results": [asdict(result) for result in results]}, indent=1))
+        print(json.dumps({"passed": not failed, "ok": ok, "warnings": warnings, "failed": failed,
+                          "results": [asdict(result) for result in results]}, indent=1))
     else:
         for result in results:
             print(f"{result.status:<5} {result.check:<22} {result.seen}")
-        print(f"{len(results) - len(failed)} passed, {len(failed)} failed")
+        print(f"{ok} ok, {warnings} {'warning' if warnings == 1 else 'warnings'}, {failed} failed")
     return 1 if failed else 0
 
 
@@ -189,6 +192,10 @@ def infiniband(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
 
 def caches(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
     """Whether every cache that the door sets, and the folder for temporary files, can be written to."""
+    if work_dir_problems(settings.work_dir):
+        # Looking makes the folders: a mistyped WORK_DIR would be there, and right, the next time.
+        yield Result("caches", "FAIL", "not looked at, since WORK_DIR is wrong")
+        return
     folders = {value for value in env.values() if value.startswith(str(settings.work_dir / "cache"))}
     problems = []
     for folder in sorted({*folders, tempfile.gettempdir()}):
@@ -205,7 +212,9 @@ def machine(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
     gpus = hardware.visible_gpus(env)
     yield Result("GPUs visible", "ok" if gpus else "warn", ", ".join(
         f"{gpu.name} ({gpu.memory / 2**30:.0f} GiB)" for gpu in gpus) or "none: only the rehearsal runs here")
-    yield Result("CPU cores", "ok", str(hardware.cpu_count()))
+    cores = hardware.cpu_count()
+    few = hardware.core_problem(cores, settings.gpus or len(gpus)) if gpus else None
+    yield Result("CPU cores", "warn" if few else "ok", few or str(cores))
     shared = shutil.disk_usage("/dev/shm").total
     yield Result("/dev/shm", "ok" if shared >= LEAST_SHM else "warn", f"{shared / 2**30:.1f} GiB")
     try:

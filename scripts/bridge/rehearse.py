@@ -1,12 +1,12 @@
 """bridge rehearse: the whole chain, small, with verl's real trainers, on this machine (CPU or one GPU).
 
-Works in WORK_DIR/rehearsal, which it empties first. Uploads to a stand-in for the hub on this machine, never to the real one.
+Works in WORK_DIR/rehearsal, where it first removes what an earlier one made. Uploads to a stand-in for the hub on this machine,
+never to the real one.
 """
 
 import json
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
 import pyarrow.parquet
 
@@ -40,32 +40,37 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
         raise UsageError(f"rehearse takes no arguments; got {' '.join(arguments)}. "
                          "MODEL=, DATA_SOURCE= and GPUS= apply.")
     gpus = hardware.visible_gpus(env)
+    ranks = settings.gpus or (1 if gpus else 2)
+    name = env.get("MODEL") or "tiny"
+    chain_env = trial.environment(
+        env, settings.work_dir / "rehearsal", MODEL=name, DATA_SOURCE=env.get("DATA_SOURCE") or "builtin",
+        PROFILE="tiny" if name == "tiny" else "rehearsal", GPUS=str(ranks), HF_REPO=REPOSITORY)
+    # A relative folder is meant from where the person stands, which stays the same here.
+    chain = settings_module.read(chain_env)
+    made = trial.made(chain, chain.work_dir / "hub")
+    trial.check(chain, env, made, new_model=True, trained=("sft", "ppo"))
     if env.get("MODEL") and not gpus and settings.model not in ("tiny", "smollm2") and not is_local(settings.model):
         # Exported for the real run, most likely.
         raise UsageError(f"MODEL={settings.model} is too large to rehearse without a GPU. Use `make rehearse MODEL=tiny "
                          "DATA_SOURCE=builtin`, MODEL=smollm2 or a folder with a small model.")
-    with trial.own_folder(settings, "rehearsal", empty=True) as folder:
-        return run_chain(settings, env, folder, settings.gpus or (1 if gpus else 2))
+    with trial.own_folder(settings, "rehearsal"):
+        trial.remove(made)
+        return run_chain(chain, chain_env)
 
 
-def run_chain(settings: Settings, env: Mapping[str, str], folder: Path, ranks: int) -> int:
-    """Run the stages in this folder, with so many ranks, and print the table."""
+def run_chain(chain: Settings, chain_env: Mapping[str, str]) -> int:
+    """Run the stages and print the table."""
     rows = []
-    with StandInHub(folder / "hub", tokens={TOKEN: ACCOUNT}) as hub:
-        name = env.get("MODEL") or "tiny"
-        chain_env = trial.environment(
-            env, folder, MODEL=name, DATA_SOURCE=env.get("DATA_SOURCE") or "builtin",
-            PROFILE="tiny" if name == "tiny" else "rehearsal", GPUS=str(ranks), HF_REPO=REPOSITORY)
-        # A relative folder is meant from where the person stands, which stays the same here.
-        chain = settings_module.read(chain_env)
+    with StandInHub(chain.work_dir / "hub", tokens={TOKEN: ACCOUNT}) as hub:
         for name, stage, extra in STEPS:
             say(f"--- {name}")
             started = time.monotonic()
             # Only the upload goes to the stand-in: a MODEL of the real hub may be rehearsed where there is a GPU.
-            step_env = {**chain_env, **extra, **(hub.env(TOKEN) if stage == "upload" else {})}
+            # It is on this machine, so a node that is told to stay offline reaches it.
+            step_env = {**chain_env, **extra, **({**hub.env(TOKEN), "HF_HUB_OFFLINE": "0"} if stage == "upload" else {})}
             status = trial.stage(stage, step_env)
             if status:
-                say(f"the rehearsal stopped at {name}")
+                say(f"the rehearsal stopped at {name}; the next one begins anew")
                 return status
             rows.append((name, time.monotonic() - started, outcome(name, chain, hub)))
     print(trial.table(rows))

@@ -17,7 +17,7 @@ SECRET = "hf_the_users_own_token_must_not_appear"
 def accepted(tmp_path_factory) -> dict:
     """What the acceptance test left behind."""
     folder = tmp_path_factory.mktemp("accept")
-    result = bridge("accept", WORK_DIR=str(folder), GPUS="2", HF_TOKEN=SECRET, timeout=1500)
+    result = bridge("accept", WORK_DIR=str(folder), PROFILE="tiny", GPUS="2", HF_TOKEN=SECRET, timeout=1500)
     report = json.loads((folder / "accept/accept.json").read_text())
     return {"folder": folder, "result": result, "report": report, "steps": {row["step"]: row for row in report["steps"]}}
 

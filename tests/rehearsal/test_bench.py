@@ -5,7 +5,7 @@ from datetime import datetime
 
 import pytest
 
-from bridge import metrics
+from bridge import metrics, trial
 from door import bridge, left_running
 
 # The fixture runs minutes, and longer on a busy machine.
@@ -26,7 +26,8 @@ def measured(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("bench")
     (folder / "cases.yaml").write_text(CASES)
     (folder / "bench/cache").mkdir(parents=True)
-    (folder / "bench/cache/stale").touch()
+    for file in ("cache/stale", trial.MARK):
+        (folder / "bench" / file).touch()
     result = bridge("bench", str(folder / "cases.yaml"), WORK_DIR=str(folder), MODEL="tiny", DATA_SOURCE="builtin", GPUS="2",
                     timeout=1500)
     return {"folder": folder / "bench", "result": result,

@@ -1,11 +1,13 @@
 """The acceptance test's own parts; the whole of it runs in tests/rehearsal."""
 
+import json
 import socket
 from pathlib import Path
 
 import pytest
 
 from bridge import accept, runs, settings
+from bridge.errors import UsageError
 from door import bridge
 
 
@@ -89,6 +91,46 @@ def test_the_page_shows_every_step_the_bandwidths_and_why_something_failed():
         assert line in page.splitlines()
 
 
-def test_more_gpus_than_there_are_or_an_argument_is_refused(tmp_path):
+def test_an_argument_is_refused(tmp_path):
     result = bridge("accept", "trainer.total_epochs=1", WORK_DIR=str(tmp_path))
     assert result.returncode == 2 and "accept takes no arguments" in result.stderr
+
+
+@pytest.mark.parametrize("env", [{}, {"GPUS": "8"}, {"GPUS": "2", "PROFILE": "rehearsal"}])
+def test_without_a_gpu_nothing_is_accepted_but_the_test_itself_as_the_tiny_profile(monkeypatch, tmp_path, env):
+    started = []
+    monkeypatch.setattr(accept.hardware, "visible_gpus", lambda env: [])
+    monkeypatch.setattr(accept.trial, "stage", lambda name, *_arguments, **_named: started.append(name) or 7)
+    env = {"WORK_DIR": str(tmp_path / "work"), **env}
+    with pytest.raises(UsageError) as error:
+        accept.run(settings.read(env), env, [])
+    assert "no GPU visible" in str(error.value) and "PROFILE=tiny" in str(error.value)
+    assert not (tmp_path / "work").exists() and not started
+    env.update(PROFILE="tiny", GPUS="2")
+    assert accept.run(settings.read(env), env, []) == 7 and started == ["data"]
+
+
+def test_the_page_shows_the_nccl_that_is_loaded_and_not_a_variable_of_that_name(monkeypatch, tmp_path):
+    check_log = ("ok    cuda of torch          12.4\nok    nccl of torch          2.22.3 (/env/libnccl.so.2)\n"
+                 "ok    nccl of vllm           2.1 (libnccl.so.2)\n")
+
+    def stage(name, env, *arguments, log=None, **_named) -> int:
+        folder = Path(env["WORK_DIR"])
+        if name in ("data", "model"):
+            record = {"attempts": [{"command": ["builtin"]}]}
+            made = settings.read(env).data_dir if name == "data" else settings.read(env).model_dir
+            made.mkdir(parents=True)
+            (made / "run.json").write_text(json.dumps(record))
+            (made / "config.json").write_text("{}")
+            return 0
+        (log or folder / "log").write_text(check_log if name == "check" else "")
+        return 0
+
+    monkeypatch.setattr(accept.hardware, "visible_gpus", lambda env: [])
+    monkeypatch.setattr(accept.trial, "stage", stage)
+    monkeypatch.setattr(accept.launch, "run", lambda *_arguments: 1)
+    env = {"WORK_DIR": str(tmp_path), "PROFILE": "tiny", "NCCL_VERSION": "2.99.9-1", "NCCL_DEBUG": "WARN"}
+    accept.run(settings.read(env), env, [])
+    page, report = (tmp_path / "accept/accept.txt").read_text(), json.loads((tmp_path / "accept/accept.json").read_text())
+    assert report["nccl"] == "2.22.3" and report["settings"] == {"NCCL_DEBUG": "WARN"}
+    assert "2.99.9" not in page and any(line.split() == ["nccl", "2.22.3"] for line in page.splitlines())

@@ -87,6 +87,47 @@ cases:
     assert len(error.value.problems) == 7
 
 
+@pytest.mark.parametrize("name", ["sft-x/../../../precious", "ppo-a b", "sft-"])
+def test_a_case_whose_name_is_no_folder_of_its_own_is_refused(tmp_path, name):
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"steps: {{sft: 2, ppo: 2}}\ncases:\n  - {{name: '{name}', profile: tiny}}\n")
+    with pytest.raises(UsageError) as error:
+        bench.read_cases(file, "")
+    assert "a name is sft-LABEL or ppo-LABEL" in str(error.value)
+
+
+@pytest.mark.parametrize("text", [
+    "", "cases: 3", "steps: {sft: 4}", "cases: [sft-a]\nsteps: {sft: 4}", "cases: [{profile: x}", "\0",
+    "steps: {sft: 4}\ncases: [{profile: tiny}]", "steps: 4\ncases: [{name: sft-a, profile: tiny}]"])
+def test_a_file_that_holds_no_cases_is_refused_and_named(tmp_path, text):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError) as error:
+        bench.read_cases(file, "")
+    assert "mine.yaml" in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", "[]", '{"sft": {}}'])
+def test_a_file_that_is_no_benchmarks_result_is_refused_and_stays_as_it_is(tmp_path, text):
+    file = tmp_path / "bench.json"
+    file.write_text(text)
+    for read in (lambda: bench.report(file), lambda: bench.earlier(file, {"gpu": None})):
+        with pytest.raises(UsageError) as error:
+            read()
+        assert str(file) in str(error.value)
+    assert file.read_text() == text and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_case_that_a_person_ends_does_not_take_the_place_of_what_was_measured(monkeypatch, tmp_path):
+    env = {"WORK_DIR": str(tmp_path), "GPUS": "2"}
+    before = {"gpu": None, **{part: results()[part] for part in ("machine", "model", "sft", "ppo", "ratios")}}
+    monkeypatch.setattr(bench, "header", lambda *_arguments: {part: before[part] for part in ("gpu", "machine", "model")})
+    monkeypatch.setattr(bench, "measure", lambda *_arguments: {"status": "failed", "exit_status": 130})
+    (tmp_path / "bench.json").write_text(json.dumps(before))
+    assert bench.measure_all([bench.Case("sft-tuned", "tuned", 2)], settings.read(env), env, []) == 130
+    assert json.loads((tmp_path / "bench.json").read_text()) == before
+
+
 def test_without_a_gpu_the_real_cases_are_refused_before_anything_is_made(tmp_path):
     result = bridge("bench", WORK_DIR=str(tmp_path / "work"))
     assert result.returncode == 2 and "no GPU visible" in result.stderr
@@ -160,6 +201,11 @@ def test_results_of_another_machine_or_commit_are_put_aside_and_not_mixed(tmp_pa
     assert bench.earlier(file, head)["sft"] == {"tuned": {"status": "measured"}}
     assert bench.earlier(file, {**head, "git_commit": "b"})["sft"] == {}
     assert not file.exists() and json.loads((tmp_path / "bench.old.json").read_text())["git_commit"] == "a"
+    # What was put aside before stays too.
+    file.write_text(json.dumps({**fresh, "git_commit": "b"}))
+    bench.earlier(file, {**head, "git_commit": "c"})
+    assert json.loads((tmp_path / "bench.old.json").read_text())["git_commit"] == "a"
+    assert json.loads((tmp_path / "bench.old2.json").read_text())["git_commit"] == "b"
 
 
 def test_another_data_source_replaces_the_benchmarks_own_data(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Parts of bridge check that must be able to fail. That the whole passes is in tests/rehearsal and tests/image."""
 
 import dataclasses
+import json
 import os
 import types
 
@@ -37,6 +38,35 @@ def test_an_image_with_another_lock_than_it_was_built_from_fails(some_settings, 
     assert statuses(check.image(some_settings, {}))["image"] == ("ok", "recipe abc, 1 Debian packages")
     in_an_image["requirements_lock_sha256"] = "0" * 64
     assert statuses(check.image(some_settings, {}))["image"][0] == "FAIL"
+
+
+@pytest.mark.parametrize("failed", [0, 1])
+def test_what_is_a_warning_is_counted_as_one_and_not_as_passed(monkeypatch, capsys, some_settings, failed):
+    found = [check.Result("a", "ok", "1"), check.Result("b", "ok", "2"), check.Result("c", "warn", "3"),
+             *[check.Result("d", "FAIL", "4")] * failed]
+    monkeypatch.setattr(check, "CHECKS", [lambda settings, env: iter(found)])
+    monkeypatch.setattr(check.os, "environ", dict(os.environ))
+    assert check.run(some_settings, {}, []) == failed
+    assert capsys.readouterr().out.splitlines()[-1] == f"2 ok, 1 warning, {failed} failed"
+    assert check.run(some_settings, {}, ["--json"]) == failed
+    report = json.loads(capsys.readouterr().out)
+    assert (report["passed"], report["ok"], report["warnings"], report["failed"]) == (not failed, 2, 1, failed)
+
+
+@pytest.mark.parametrize(("cores", "gpus", "status"), [(1, 8, "warn"), (16, 8, "ok"), (1, 0, "ok")])
+def test_too_few_cores_for_the_gpus_are_a_warning_that_says_why(monkeypatch, some_settings, cores, gpus, status):
+    monkeypatch.setattr(hardware, "visible_gpus", lambda env: [hardware.Gpu(str(n), "a GPU", 1, 0) for n in range(gpus)])
+    monkeypatch.setattr(hardware, "cpu_count", lambda: cores)
+    found, seen = statuses(check.machine(some_settings, {}))["CPU cores"]
+    assert found == status and (seen == hardware.core_problem(cores, gpus) if status == "warn" else seen == str(cores))
+
+
+def test_a_work_dir_that_is_wrong_is_not_made_by_looking_at_its_caches(tmp_path):
+    mistyped = settings.read({"WORK_DIR": str(tmp_path / "typo" / "work")})
+    assert statuses(check.machine(mistyped, {}))["WORK_DIR"][0] == "FAIL"
+    env = {"HF_HOME": str(mistyped.work_dir / "cache" / "huggingface")}
+    assert statuses(check.caches(mistyped, env))["caches"] == ("FAIL", "not looked at, since WORK_DIR is wrong")
+    assert not (tmp_path / "typo").exists()
 
 
 def test_a_cache_that_cannot_be_written_to_is_named(some_settings, tmp_path):

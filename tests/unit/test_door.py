@@ -17,7 +17,7 @@ import pytest
 from bridge import main, runs, settings, train
 from bridge.errors import UsageError, exit_status
 from bridge.stages import STAGES, TOOLS
-from door import ROOT, SHELL, bridge, record
+from door import ROOT, SHELL, bridge, record, run_python
 
 
 def tree(folder: Path) -> set[str]:
@@ -469,3 +469,20 @@ def test_the_record_says_what_was_run_with_what(env):
     assert attempt["command"][0] == sys.executable
     assert {"host", "python", "gpus", "driver", "git_commit", "configs_sha256", "started", "from_step"} <= attempt.keys()
     assert record["config"]["trainer"]["n_gpus_per_node"] == 2
+
+
+@pytest.mark.parametrize("trial", [False, True])
+def test_only_a_run_that_is_not_a_trial_says_that_the_same_command_continues_it(tmp_path, trial):
+    # In a process of its own: the door takes all that is left running as its own.
+    said = run_python(f"""
+import contextlib, io
+from pathlib import Path
+from bridge import main
+from bridge.stages import Plan
+folder = Path({str(tmp_path)!r})
+plan = Plan(["sh", "-c", "kill -TERM $$"], {{}}, folder, True, checkpoints=folder / "checkpoints")
+with contextlib.redirect_stderr(io.StringIO()) as said:
+    status = main.run_plan("sft", plan, {{"PATH": "/bin:/usr/bin", **({{"BRIDGE_TRIAL": "1"}} if {trial} else {{}})}})
+print(status, said.getvalue().replace(chr(10), " "))""")
+    assert said.startswith("143 ") and "sft was ended by a signal" in said
+    assert ("the same command continues it" in said) is not trial
