@@ -54,7 +54,8 @@ def exit_status(entry: Callable[[], int | None]) -> int:
         if error.filename is None and error.errno not in CURES:
             raise
         files = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
-        say(f"{files}{': ' * bool(files)}{error.strerror}. {CURES.get(error.errno, 'See what is there, then run the same command again.')}")
+        cure = CURES.get(error.errno, "See what is there, then run the same command again.")
+        say(f"{files}{': ' * bool(files)}{error.strerror}. {cure}")
         return 2
     except KeyboardInterrupt:
         say("ended by Ctrl-C")

@@ -81,7 +81,8 @@ def test_a_run_without_a_metric_is_named(work_dir):
 
 def test_everything_wrong_is_named_at_once(work_dir):
     again = str(work_dir / "runs" / "a1")
-    result = bridge("plot", "a1", again, "c1", "--keys=critic/scor/mean", "--output=/no/such/x.doc", "--mean=0", WORK_DIR=str(work_dir))
+    result = bridge("plot", "a1", again, "c1", "--keys=critic/scor/mean", "--output=/no/such/x.doc", "--mean=0",
+                    WORK_DIR=str(work_dir))
     assert result.returncode == 2 and "Traceback" not in result.stderr
     for said in ("two runs are called a1 (tutorial)", "run 'c1' has no metrics", "Did you mean critic/score/mean?",
                  ".svg or .png", "there is no folder /no/such", "--mean=0"):
