@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from bridge import runs
-from bridge.errors import UsageError, exit_status, nearest
+from bridge.errors import UsageError, exit_status, naming, nearest
 from bridge.problems import SEED, TEST_ROWS, TRAIN_ROWS, problems
 from bridge.settings import Settings
 from bridge.stages import Plan
@@ -270,7 +270,8 @@ def write(splits: dict[str, Rows], folder: Path) -> dict[str, Path]:
         new.mkdir()
         old.mkdir()
         for split, rows in splits.items():
-            pyarrow.parquet.write_table(table(split, rows), new / split)
+            with naming(files[split]):
+                pyarrow.parquet.write_table(table(split, rows), new / split)
             if files[split].exists():
                 shutil.copy2(files[split], old / split)
         replaced = []

@@ -331,11 +331,14 @@ def data_problems(config: Mapping[str, Any], columns: list[str], problems: list[
                 continue
             try:
                 parquet = pyarrow.parquet.ParquetFile(path)
-            except pyarrow.ArrowInvalid as error:
+                there = {column.path.replace(".list.element", "") for column in parquet.schema} | set(
+                    parquet.schema_arrow.names)
+            except (ValueError, OSError) as error:
+                # Arrow has no number for what it cannot read in a file, the system has.
+                if getattr(error, "errno", None):
+                    raise
                 problems.append(f"{path} is no parquet file ({error}). Run `make data` again.")
                 continue
-            there = {column.path.replace(".list.element", "") for column in parquet.schema} | set(
-                parquet.schema_arrow.names)
             there = {prefix for column in there for prefix in (column, column.rsplit(".", 1)[0])}
             missing = [column for column in columns if column not in there]
             if missing:

@@ -36,6 +36,7 @@ if [[ $ENGINE != none ]]; then
         mkdir -- "$WORK_DIR"
         # A command that is refused leaves nothing behind: what follows holds this open to its end, then the folder goes if it
         # is empty.
+        # shellcheck disable=SC2034 # it only has to be open
         exec {made}> >(trap '' HUP INT TERM; read -r || rmdir -- "$WORK_DIR" 2> /dev/null)
     fi
     bind "$WORK_DIR" "$WORK_DIR"

@@ -106,6 +106,9 @@ def test_a_large_model_is_not_rehearsed_on_cpu(env):
     (["data", "trainer.total_epochs=1"], "takes no arguments"),
     (["sft", "--fast"], "is no option"),
     (["sft", "trainer.totl_epochs=1"], "Did you mean trainer.total_epochs?"),
+    (["sft", "data.train_batch_size=0"], "data.train_batch_size is a number, and a whole one of at least 1"),
+    (["ppo", "data.train_batch_size=null"], "data.train_batch_size cannot be null"),
+    (["sft", "~optim.lr"], "optim.lr would be gone"),
 ])
 def test_a_wrong_command_line_is_refused(env, arguments, message):
     assert message in refused(env, *arguments)
@@ -153,6 +156,24 @@ def test_data_that_is_no_parquet_is_refused(env):
     write_parquet(env, question=["a"])
     (Path(env["WORK_DIR"]) / "data" / "gsm8k" / "train.parquet").write_text("hello")
     assert "is no parquet file" in refused(env, "sft")
+
+
+def test_a_damaged_parquet_file_is_named_whatever_is_wrong_with_it(tmp_path):
+    files = {f"{key}_files": str(tmp_path / f"{key}.parquet") for key in ("train", "val")}
+    for file in files.values():
+        pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a"]}), file)
+    whole, broken = Path(files["train_files"]).read_bytes(), 0
+    for place in range(1, len(whole)):
+        Path(files["train_files"]).write_bytes(whole[:-place] + b"\xff" + whole[len(whole) - place + 1:])
+        problems = []
+        assert (train.data_problems({"data": files}, ["prompt"], problems) is None) == bool(problems)
+        broken += any("is no parquet file" in problem for problem in problems)
+    assert broken > 50
+    Path(files["train_files"]).unlink()
+    Path(files["train_files"]).mkdir()
+    problems = []
+    train.data_problems({"data": files}, ["prompt"], problems)
+    assert problems == [f"no data at {files['train_files']}. Run `make data` first."]
 
 
 def test_too_little_data_is_refused_before_verl_would_end_without_a_step(env):

@@ -397,12 +397,12 @@ def test_a_work_dir_that_is_a_dangling_link_is_refused(host, engine):
 @pytest.mark.parametrize("engine", ["apptainer", "singularity", "podman", "docker"])
 def test_a_refused_command_leaves_no_work_dir_behind_and_one_with_something_in_it_stays(host, engine):
     work = host.home / "two words"
-    for script, status, left in ((f'{shutil.which("sleep")} 0.3; test -d "$WORK_DIR" && exit 2', 2, False),
-                                 (': > "$WORK_DIR/x"; exit 2', 2, True),
-                                 (f'{shutil.which("rm")} "$WORK_DIR/x"', 0, True)):
-        # The third finds the folder there, empty or not: it is not ours to remove.
-        fake = ('#!/bin/sh\n[ "$1 $2" != "image inspect" ] || exit 0\n'
-                'WORK_DIR=${APPTAINERENV_WORK_DIR:-${SINGULARITYENV_WORK_DIR:-$WORK_DIR}}\n')
+    fake = ('#!/bin/sh\n[ "$1 $2" != "image inspect" ] || exit 0\n'
+            'WORK_DIR=${APPTAINERENV_WORK_DIR:-${SINGULARITYENV_WORK_DIR:-$WORK_DIR}}\n')
+    wait, remove = f"{shutil.which('sleep')} 0.3", shutil.which("rm")
+    # The third finds the folder there: empty or not, it is not this call's to remove.
+    for script, status, left in ((f'{wait}; test -d "$WORK_DIR" && exit 2', 2, False), (': > "$WORK_DIR/x"; exit 2', 2, True),
+                                 (f'{remove} "$WORK_DIR/x"', 0, True)):
         (host.bin / engine).write_text(fake + script + "\n")
         (host.bin / engine).chmod(0o755)
         result = host.container("data", ENGINE=engine, WORK_DIR=str(work))

@@ -61,8 +61,8 @@ def test_all_wrong_settings_are_named_at_once():
 
 
 @pytest.mark.parametrize("name", settings.SECRETS)
-@pytest.mark.parametrize("value", ["test", "0", "1234567", "two words", "hf_abcdefg\n", "hf_äöüäöüäöü", "hf_abc\x00defg",
-                                   "\udcff" * 9])
+@pytest.mark.parametrize("value", [
+    "test", "0", "1234567", "two words", "hf_abcdefg\n", "hf_äöüäöüäöü", "hf_abc\x00defg", "\udcff" * 9])
 def test_what_cannot_be_a_token_is_refused_without_being_said(name, value):
     with pytest.raises(UsageError) as error:
         settings.read({name: value})
