@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """List what differs between two images in names, types, modes and contents. Runs: host, with Python 3.10 or later.
 
-    scripts/host/compare.py bridge.sif localhost/bridge:latest
+    tests/image/compare.py bridge.sif localhost/bridge:latest
 
 A and B: a SIF, an OCI image's name, an OCI archive (*.tar) or a folder. Exit status 1 if anything differs but what MAY_DIFFER
 names, 2 if an image cannot be read. An image is read by the Python inside it, so nothing is unpacked and nobody needs to be
@@ -134,7 +134,7 @@ def main(arguments):
         json.dump(entries("/"), sys.stdout)
         return 0
     if len(arguments) != 2 or not all(arguments):
-        fail("compare needs two images: scripts/host/compare.py bridge.sif localhost/bridge:latest")
+        fail("compare needs two images: tests/image/compare.py bridge.sif localhost/bridge:latest")
     with ThreadPoolExecutor(2) as pool:
         a, b = pool.map(listing, arguments)
     found = list(differences(a, b))

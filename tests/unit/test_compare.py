@@ -9,7 +9,7 @@ import pytest
 
 from door import ROOT, SHELL
 
-COMPARE = ROOT / "scripts/host/compare.py"
+COMPARE = ROOT / "tests/image/compare.py"
 
 
 def compare(*images, **env) -> subprocess.CompletedProcess:
