@@ -92,7 +92,7 @@ def path_problems(name: str, value: str, path: Path) -> list[str]:
         problems.append(f"{name}={value!r}: it is not known here which folder {value.split('/')[0]} is. Write the whole path.")
     if found := PATTERN.search(str(path)):
         problems.append(f"{name}={str(path)!r} has {found[0]!r} in it, which libraries take for a pattern of names. {cure}")
-    if "global_step_" in str(path):
+    if name == "WORK_DIR" and "global_step_" in str(path):
         problems.append(f"{name}={str(path)!r} has 'global_step_' in it, where verl reads a checkpoint's step. {cure}")
     return problems
 

@@ -73,7 +73,7 @@ def test_what_cannot_be_a_token_is_refused_without_being_said(name, value):
 @pytest.mark.parametrize(("name", "value"), [
     ("HF_ENDPOINT", "https://hf-mirror.example/"), ("HF_ENDPOINT", "http://127.0.0.1:9"), ("WANDB_BASE_URL", "http://wandb:8080/x"),
     ("SSL_CERT_FILE", __file__), ("REQUESTS_CA_BUNDLE", str(Path(__file__).parent)), ("WORK_DIR", "/w/a]b {c} 作業 (d) ü:1"),
-    ("MODEL", "./a(1)"), ("HF_REPO", "me/x-1.0_b")])
+    ("MODEL", "./a(1)"), ("MODEL", "/w/checkpoints/global_step_435/merged"), ("HF_REPO", "me/x-1.0_b")])
 def test_unusual_values_that_work_are_taken(name, value):
     settings.read({name: value})
 
