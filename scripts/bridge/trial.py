@@ -59,13 +59,17 @@ def check(settings: Settings, env: Mapping[str, str], removed: list[Path], new_m
         UsageError: with everything found.
     """
     problems: list[str] = []
-    sources = {"MODEL": settings.model_dir, "DATA_SOURCE": Path(settings.data_source)} if is_local(settings.model) else {
-        "DATA_SOURCE": Path(settings.data_source)}
-    for look in (lambda: data.checked_source(settings.data_source), lambda: check_model(settings, env) if new_model else None):
-        try:
-            look()
-        except UsageError as error:
-            problems += error.problems
+    sources = {"MODEL": settings.model_dir} if is_local(settings.model) else {}
+    try:
+        source = data.checked_source(settings.data_source)
+        sources |= {"DATA_SOURCE": Path(source)} if source not in ("hub", "builtin") else {}
+    except UsageError as error:
+        problems += error.problems
+    try:
+        if new_model:
+            check_model(settings, env)
+    except UsageError as error:
+        problems += error.problems
     if hardware.visible_gpus(env):
         train.choose_hardware(settings, env, [], problems, dry_run=False)
     for stage in trained:

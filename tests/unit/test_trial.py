@@ -142,6 +142,19 @@ def test_a_model_within_what_would_be_removed_is_refused(started, tmp_path, prep
     assert (run / "ppo/merged/model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("tool", ["rehearse", "bench"])
+def test_data_within_what_would_be_removed_are_refused(started, monkeypatch, tmp_path, tool):
+    assert start(tool, tmp_path) == 7
+    source = tmp_path / TOOLS[tool] / "cache" / "mine"
+    write(source, "train.jsonl", "test.jsonl")
+    monkeypatch.setenv("HOME", str(source.parent))
+    assert f"DATA_SOURCE={source} lies in {source.parent}" in refused(tool, tmp_path, DATA_SOURCE="~/mine")
+    assert (source / "train.jsonl").is_file()
+    # The words are no folders, wherever a person stands.
+    monkeypatch.chdir(tmp_path / TOOLS[tool])
+    assert start(tool, tmp_path, DATA_SOURCE="hub") == 7
+
+
 @each_tool
 def test_a_second_one_at_the_same_time_is_refused_and_removes_nothing(started, tmp_path, tool, name):
     assert start(tool, tmp_path) == 7
