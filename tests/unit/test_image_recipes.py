@@ -4,6 +4,7 @@ import hashlib
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,8 @@ def test_a_new_commit_or_an_edit_of_the_program_leaves_the_slow_layer_alone():
     assert OCI.index("ARG COMMIT") > OCI.index("install.sh bridge")
 
 
-@pytest.mark.parametrize(("mktemp", "bridge", "status"), [("mktemp", "exit 0", 0), ("mktemp", "exit 3", 3), ("false", "exit 0", 1)])
+@pytest.mark.parametrize(("mktemp", "bridge", "status"), [
+    ("mktemp", "exit 0", 0), ("mktemp", "exit 3", 3), ("false", "exit 0", 1)])
 def test_the_self_test_of_the_sif_ends_where_it_gets_no_folder(tmp_path, mktemp, bridge, status):
     [section] = re.findall(r"^%test\n(.*?)^%", SIF, re.MULTILINE | re.DOTALL)
     for name, text in (("bridge", f'[ -d "$WORK_DIR" ] && echo "$@ $WORK_DIR" > {tmp_path}/called; {bridge}'),
@@ -250,8 +252,8 @@ def test_an_oci_build_keeps_its_layers_and_no_layer_depends_on_the_hosts_certifi
     (build.folder / "own.crt").write_text("certificates")
     result = build("oci", FLASH_ATTN_WHEEL=str(build.folder), SSL_CERT_FILE=str(build.folder / "own.crt"))
     assert result.returncode == 0, result.stderr
-    argv = (build.folder / "argv").read_text().split("\n")
-    assert {"--layers", f"id=certificates.crt,src={build.folder}/own.crt", f"FLASH_ATTN_WHEEL=flash_attn-1.whl@{EMPTY}"} <= set(argv)
+    assert {"--layers", f"id=certificates.crt,src={build.folder}/own.crt",
+            f"FLASH_ATTN_WHEEL=flash_attn-1.whl@{EMPTY}"} <= set((build.folder / "argv").read_text().split("\n"))
     assert (build.folder / "inputs").read_text().split() == ["flash_attn-1.whl"]
 
 
@@ -372,3 +374,12 @@ def test_every_action_is_pinned_by_its_commit():
     assert len(uses) > 4
     assert [action for action, version in uses if not re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", action)
             or not re.fullmatch(r"  # v\d+\.\d+\.\d+", version)] == []
+
+
+@pytest.mark.parametrize(("option", "status"), [([], 0), (["--none-skipped"], 1)])
+def test_a_ring_of_tests_that_were_all_skipped_has_not_passed(option, status):
+    found = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/image/test_pull.py", *option],
+                           cwd=ROOT, env={"PATH": ""}, capture_output=True, text=True, check=False, timeout=60)
+    assert (found.returncode, "4 skipped" in found.stdout) == (status, True), found.stdout
+    rings = re.findall(r'^ring .* ARGS="(.*)"$', (ROOT / ".ci/run").read_text(), re.MULTILINE)
+    assert rings and all(ring.endswith(" --none-skipped") for ring in rings)
