@@ -40,13 +40,13 @@ oci)
     tool=$(first_of buildah podman docker)
     [[ -n $tool ]] || fail "no buildah, podman or docker on PATH. Install one, or make image with Apptainer."
     image=${IMAGE:-$name}
-    # The working container, the layer in between and the image. Docker's store may be on another machine.
+    # The working container, two copies of its layer on the way, and the layer. Docker's store may be on another machine.
     case $tool in
     buildah) store=$(buildah info --format '{{index .store "GraphRoot"}}') ;;
     podman) store=$(podman info --format '{{.Store.GraphRoot}}') ;;
     docker) store='' ;;
     esac
-    [[ ! -d $store ]] || need_space 28 "$store" "Remove what you do not need ($tool images), or move the store to a larger disk."
+    [[ ! -d $store ]] || need_space 33 "$store" "Remove what you do not need ($tool images --all), or move the store to a larger disk."
     [[ $image == "$name" || $image == *.tar ]] || fail "IMAGE=$image: the build is called $name; IMAGE=FILE.tar stores it too."
     ;;
 *) fail "build.sh takes sif or oci, not '$what'." ;;

@@ -197,7 +197,7 @@ def test_an_oci_build_without_space_in_the_store_is_refused(build):
     tool(build, "df", "echo Avail; echo 1048576")
     result = build("oci")
     assert result.returncode == 2
-    assert f"{build.folder} has 1 GiB free" in result.stderr and "buildah images" in result.stderr
+    assert f"{build.folder} has 1 GiB free" in result.stderr and "buildah images --all" in result.stderr
 
 
 def test_a_build_takes_certificates_and_wheel_from_the_host_and_leaves_none_behind(build):
