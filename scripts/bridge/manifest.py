@@ -1,6 +1,6 @@
 """What an image was made of: written at the end of its build, read by `bridge check` and into run.json.
 
-    python -m bridge.manifest COMMIT > /opt/bridge/manifest.json
+    python -m bridge.manifest COMMIT BASE FLASH_ATTN_WHEEL > /opt/bridge/manifest.json
 """
 
 import hashlib
@@ -26,14 +26,19 @@ def lock_hash() -> str:
     return hashlib.sha256((ROOT / "requirements.lock").read_bytes()).hexdigest()
 
 
-def make(commit: str) -> dict[str, Any]:
-    """Recipe, lock and packages of the root file system that this runs in. Nothing of the day or the machine is in it."""
+def make(commit: str, base: str, flash_attn_wheel: str) -> dict[str, Any]:
+    """Recipe, lock and packages of the root file system that this runs in. Nothing of the day or the machine is in it.
+
+    base and flash_attn_wheel are NAME@sha256:... of what the lock does not pin.
+    """
     debian = subprocess.run(["dpkg-query", "--show", "--showformat", "${Package} ${Version}\n"], check=True,
                             capture_output=True, text=True).stdout
     python = {re.sub(r"[-_.]+", "-", package.metadata["Name"]).lower(): package.version
               for package in importlib.metadata.distributions()}
     return {
         "recipe_commit": commit or None,
+        "base": base,
+        "flash_attn_wheel": flash_attn_wheel,
         "requirements_lock_sha256": lock_hash(),
         "debian": dict(sorted(line.split() for line in debian.splitlines())),
         "python": dict(sorted(python.items())),
@@ -41,5 +46,5 @@ def make(commit: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    json.dump(make(sys.argv[1]), sys.stdout, indent=1)
+    json.dump(make(*sys.argv[1:]), sys.stdout, indent=1)
     print()

@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
 # Install what the image holds, all of it below /opt. Runs: build, as root (Containerfile and apptainer.def call it).
-#   install.sh dependencies    Debian's packages, Python's of requirements.lock, flash-attn
-#   install.sh bridge          our own program and configurations, which change more often
-#   install.sh manifest COMMIT what is in the image, and the commit of the recipe: /opt/bridge/manifest.json
-# Each part ends by proving itself. A build may bind scripts/image to /mnt; what scripts/host/build.sh laid into its
-# folder inputs/ is then used, and stays out of the image:
-#   certificates.crt    the host's certificates, for sites whose proxy inspects TLS
-#   flash_attn-*.whl    a wheel of flash-attn, instead of the release's
+#   install.sh dependencies [WHEEL]         Debian's packages, Python's of requirements.lock, flash-attn
+#   install.sh bridge                       our own program and configurations, which change more often
+#   install.sh manifest COMMIT BASE [WHEEL] what is in the image and what it was made of: /opt/bridge/manifest.json
+# Each part ends by proving itself. WHEEL is NAME@sha256:... of a wheel of flash-attn instead of the release's. A build may
+# bind scripts/image to /mnt; what scripts/host/build.sh laid into its folder inputs/ stays out of the image: that wheel, and
+# certificates.crt, the host's certificates, for sites whose proxy inspects TLS (or as a secret of that name).
 set -euo pipefail
 umask 022
 unset PYTHONPATH PYTHONHOME
@@ -17,7 +16,7 @@ site=/opt/venv/lib/python3.11/site-packages
 
 flash_attn_release=https://github.com/Dao-AILab/flash-attention/releases/download/v2.7.4.post1
 flash_attn_wheel=flash_attn-2.7.4.post1+cu12torch2.6cxx11abiFALSE-cp311-cp311-linux_x86_64.whl
-flash_attn_sha256=58853b28a5a926cae14402bfd8d4d93a45ebf8f9e79533f37ab09d0d77a99c05
+flash_attn_wheel+=@sha256:58853b28a5a926cae14402bfd8d4d93a45ebf8f9e79533f37ab09d0d77a99c05
 
 uv() {
     UV_CACHE_DIR=/opt/uv/cache UV_COMPILE_BYTECODE=1 UV_SYSTEM_CERTS=1 VIRTUAL_ENV=/opt/venv /opt/uv/bin/uv "$@"
@@ -37,9 +36,10 @@ debian_packages() {
     rm -rf /var/lib/apt/lists/* /var/log/* /var/cache/ldconfig/aux-cache /var/cache/debconf/*-old /etc/*-
 }
 
-python_packages() {
-    local bundle=/etc/ssl/certs/ca-certificates.crt wheels
-    [[ ! -s /mnt/inputs/certificates.crt ]] || bundle=/mnt/inputs/certificates.crt
+python_packages() { # [WHEEL]
+    local bundle=/etc/ssl/certs/ca-certificates.crt file wheel=${1:-$flash_attn_wheel} folder=$flash_attn_release
+    for file in /mnt/inputs/certificates.crt /run/secrets/certificates.crt; do [[ ! -s $file ]] || bundle=$file; done
+    [[ -z ${1:-} ]] || folder=file:///mnt/inputs
     export SSL_CERT_FILE=$bundle PIP_CERT=$bundle
     python3.11 -m venv /opt/uv
     /opt/uv/bin/pip install --quiet --no-cache-dir --disable-pip-version-check --no-deps --require-hashes \
@@ -47,13 +47,7 @@ python_packages() {
     uv venv --quiet --python /usr/bin/python3.11 /opt/venv
     # One package of the lock is source, in plain Python: what builds it is pinned too.
     uv pip install --no-deps --require-hashes --build-constraints /opt/bridge/requirements.lock -r /opt/bridge/requirements.lock
-    wheels=(/mnt/inputs/flash_attn-*.whl)
-    if [[ -f ${wheels[0]} ]]; then
-        uv pip install --no-deps "${wheels[0]}"
-    else
-        uv pip install --no-deps --require-hashes -r - \
-            <<< "flash-attn @ $flash_attn_release/$flash_attn_wheel --hash=sha256:$flash_attn_sha256"
-    fi
+    uv pip install --no-deps --require-hashes -r - <<< "flash-attn @ $folder/${wheel%@*} --hash=${wheel#*@}"
     rm -rf /opt/uv
 }
 
@@ -92,11 +86,14 @@ PYTHON
 case ${1:-} in
 dependencies)
     debian_packages
-    python_packages
+    python_packages "${2:-}"
     leave_out
     prove_dependencies
     ;;
 bridge)
+    # What was copied has the modes of a checkout, which may be closed to others. Not of /opt/venv, where all obeyed the umask
+    # above: whatever a step touches, its layer stores once more.
+    chmod -R u=rwX,go=rX /opt/bridge
     find /opt/bridge -name __pycache__ -prune -exec rm -rf {} +
     # Editable, so that it finds configs/ and the lock beside it. Debian's venv module brought this pip; the lock, setuptools.
     PYTHONPATH=$(echo /usr/share/python-wheels/pip-*.whl) /opt/venv/bin/python -m pip install --quiet --no-cache-dir --no-compile \
@@ -120,12 +117,11 @@ bridge)
         "$(wc -l < /opt/bridge/read_ahead.txt) files and blocks to be read ahead"
     ;;
 manifest)
-    /opt/venv/bin/python -m bridge.manifest "${2:-}" > /opt/bridge/manifest.json
+    /opt/venv/bin/python -m bridge.manifest "${2:-}" "${3:-}" "${4:-$flash_attn_wheel}" > /opt/bridge/manifest.json
     echo "proved: $(wc -l < /opt/bridge/manifest.json) lines of manifest"
     ;;
 *)
-    sed -n '2,10s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
     exit 2
     ;;
 esac
-chmod -R a+rX /opt

@@ -144,6 +144,11 @@ class Oci:
         """The image's labels."""
         return self.config["Labels"]
 
+    def stored(self) -> float:
+        """Bytes of all its layers together, to three digits."""
+        number, unit = self._buildah("images", "--format", "{{.Size}}", OCI).stdout.split()
+        return float(number) * {"MB": 1e6, "GB": 1e9}[unit]
+
 
 @pytest.fixture(scope="session", params=["sif", "oci"])
 def image(request, tmp_path_factory) -> Iterator[Sif | Oci]:
@@ -154,3 +159,9 @@ def image(request, tmp_path_factory) -> Iterator[Sif | Oci]:
 def sif(tmp_path_factory) -> Sif:
     """The SIF alone, for what only Apptainer has."""
     return Sif(tmp_path_factory.mktemp("bin"))
+
+
+@pytest.fixture(scope="session")
+def oci() -> Oci:
+    """The OCI image alone, for what only layers have."""
+    return Oci()

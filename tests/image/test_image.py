@@ -159,6 +159,9 @@ def test_the_manifest_says_what_is_in_the_image(image):
     assert made["python"]["torch"] == "2.6.0" and made["python"]["flash-attn"] == "2.7.4.post1"
     installed = image.execute("dpkg-query", "--show", "--showformat", "${Package} ${Version}\n").checked()
     assert made["debian"] == dict(line.split() for line in installed.splitlines())
+    # What the lock does not pin.
+    assert re.fullmatch(r"[^/@]+(/[^@]+)?@sha256:[0-9a-f]{64}", made["base"])
+    assert re.fullmatch(r"flash_attn-2\.7\.4\.post1\S*\.whl@sha256:[0-9a-f]{64}", made["flash_attn_wheel"])
     assert image.labels()["org.opencontainers.image.revision"] == (made["recipe_commit"] or "")
 
 
@@ -230,6 +233,12 @@ def test_what_was_installed_over_the_images_packages_is_imported(image, tmp_path
 def test_every_file_below_opt_can_be_read_by_any_user(image):
     found = image.execute("find", "/opt", "(", "-type", "f", "!", "-perm", "-o=r", "-o", "-type", "d", "!", "-perm", "-o=rx", ")")
     assert found.checked() == ""
+
+
+def test_no_file_is_stored_in_two_layers(oci):
+    # Whoever touches a file of a layer below stores it again: a chmod of all doubles the image.
+    sizes = oci.alone("find", "/", "-xdev", "-type", "f", "!", "-path", "/proc/*", "!", "-path", "/sys/*", "-printf", "%s\\n")
+    assert oci.stored() < 1.03 * sum(map(int, sizes.checked().split()))
 
 
 def test_what_was_made_smaller_still_works(image, tmp_path):

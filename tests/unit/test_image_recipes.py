@@ -1,11 +1,14 @@
 """The two recipes of the image, Containerfile and apptainer.def: they must say the same, and hold no logic."""
 
+import hashlib
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from spython.main.parse.parsers import DockerParser, SingularityParser
 from spython.main.parse.recipe import Recipe
 
@@ -21,7 +24,7 @@ def parsed(recipe: str, folder: Path) -> Recipe:
         [parsed] = DockerParser(str(ROOT / recipe)).recipe.values()
         return parsed
     text = SIF
-    for name, value in re.findall(r"^    ([A-Z]+)=(.*)$", SIF, re.MULTILINE):
+    for name, value in re.findall(r"^    ([A-Z_]+)=(.*)$", SIF, re.MULTILINE):
         text = text.replace("{{ " + name + " }}", value)
     assert "{{" not in text
     (folder / recipe).write_text(text)
@@ -43,6 +46,40 @@ def test_both_recipes_start_from_the_same_image_by_digest(recipes):
 def test_both_recipes_run_the_same_install_steps(recipes):
     steps = [re.findall(r"install\.sh (\w+)", "\n".join(recipe.install)) for recipe in recipes]
     assert steps[0] == steps[1] == ["dependencies", "bridge", "manifest"]
+
+
+def test_both_recipes_hand_the_steps_the_same_arguments():
+    # Of the base its name where build.sh gives one, else what FROM and From: say, which ends in a digest.
+    handed = [re.findall(r'install\.sh (\w+)((?: "\S+")*)$', text.replace("${base:-{{ BASE }}}", "${BASE_NAME}").replace(
+        "{{ ", "${").replace(" }}", "}"), re.MULTILINE) for text in (OCI, SIF)]
+    assert handed[0] == handed[1] == [("dependencies", ' "${FLASH_ATTN_WHEEL}"'), ("bridge", ""),
+                                      ("manifest", ' "${COMMIT}" "${BASE_NAME}" "${FLASH_ATTN_WHEEL}"')]
+    assert "ARG BASE_NAME=${BASE}\n" in OCI and '    base="{{ BASE_NAME }}"\n' in SIF
+
+
+def test_a_new_commit_or_an_edit_of_the_program_leaves_the_slow_layer_alone():
+    slow = OCI.index("install.sh dependencies")
+    copied = [word for line in re.findall(r"^COPY (.*) \S+$", OCI[:slow], re.MULTILINE) for word in line.split()]
+    assert copied == ["requirements.lock", "requirements-uv.lock", "scripts/image/install.sh"]
+    assert re.findall(r"^ARG (\w+)", OCI[:slow], re.MULTILINE) == ["BASE", "FLASH_ATTN_WHEEL"]
+    assert OCI.index("ARG COMMIT") > OCI.index("install.sh bridge")
+
+
+@pytest.mark.parametrize(("mktemp", "bridge", "status"), [
+    ("mktemp", "exit 0", 0), ("mktemp", "exit 3", 3), ("false", "exit 0", 1)])
+def test_the_self_test_of_the_sif_ends_where_it_gets_no_folder(tmp_path, mktemp, bridge, status):
+    [section] = re.findall(r"^%test\n(.*?)^%", SIF, re.MULTILINE | re.DOTALL)
+    for name, text in (("bridge", f'[ -d "$WORK_DIR" ] && echo "$@ $WORK_DIR" > {tmp_path}/called; {bridge}'),
+                       ("mktemp", f"{shutil.which(mktemp)} -d -p {tmp_path}")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    found = subprocess.run(["sh", "-c", section], env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, check=False, timeout=60)
+    assert found.returncode == status
+    called = tmp_path / "called"
+    assert called.exists() == (mktemp == "mktemp")
+    if called.exists():
+        check, folder = called.read_text().split()
+        assert check == "check" and not Path(folder).exists()
 
 
 def test_both_recipes_copy_the_same_files_to_the_same_places(recipes):
@@ -93,7 +130,7 @@ def test_install_refuses_an_unknown_part_and_says_which_there_are():
 
 
 def test_flash_attention_is_pinned_by_url_and_hash():
-    assert re.search(r"^flash_attn_sha256=[0-9a-f]{64}$", INSTALL.read_text(), re.MULTILINE)
+    assert re.search(r"^flash_attn_wheel\+=@sha256:[0-9a-f]{64}$", INSTALL.read_text(), re.MULTILINE)
 
 
 @pytest.fixture
@@ -104,7 +141,7 @@ def build(tmp_path):
     shutil.copy(ROOT / ".env.example", tmp_path)
     (tmp_path / "bin").mkdir()
     for tool in ("bash", "sed", "dirname", "realpath", "df", "du", "cut", "tail", "head", "find", "sort", "cp", "rm",
-                 "mkdir", "mv", "git"):
+                 "mkdir", "mv", "git", "sha256sum", "basename"):
         (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
 
     def run(what: str, **env: str) -> subprocess.CompletedProcess:
@@ -128,6 +165,9 @@ printf '%s\\n' "$@" > "$HOME/argv"; ls "$HOME/scripts/image/inputs" > "$HOME/inp
 [[ -z ${FAIL:-} ]] || exit 1
 for image in "$@"; do [[ $image != *.partial ]] || echo image > "$image"; done
 """
+
+
+EMPTY = f"sha256:{hashlib.sha256(b'').hexdigest()}"
 
 
 def fake_apptainer(build) -> None:
@@ -157,7 +197,7 @@ def test_an_oci_build_without_space_in_the_store_is_refused(build):
     tool(build, "df", "echo Avail; echo 1048576")
     result = build("oci")
     assert result.returncode == 2
-    assert f"{build.folder} has 1 GiB free" in result.stderr and "buildah images" in result.stderr
+    assert f"{build.folder} has 1 GiB free" in result.stderr and "buildah images --all" in result.stderr
 
 
 def test_a_build_takes_certificates_and_wheel_from_the_host_and_leaves_none_behind(build):
@@ -169,9 +209,52 @@ def test_a_build_takes_certificates_and_wheel_from_the_host_and_leaves_none_behi
     result = build("sif", FLASH_ATTN_WHEEL=str(build.folder), SSL_CERT_FILE=str(bundle), BASE="other")
     assert result.returncode == 0, result.stderr
     assert (build.folder / "inputs").read_text().split() == ["certificates.crt", "flash_attn-1.whl"]
-    assert "BASE=other" in (build.folder / "argv").read_text().split("\n")
+    argv = (build.folder / "argv").read_text().split("\n")
+    assert {"BASE=other", "BASE_NAME=other", f"FLASH_ATTN_WHEEL=flash_attn-1.whl@{EMPTY}"} <= set(argv)
     assert list((build.folder / "scripts/image").iterdir()) == []
     assert "bridge.sif" in result.stdout and " min " in result.stdout
+
+
+FAKE_BUILDAH = """
+case $1 in
+info) echo "$HOME" ;;
+images) [[ $* != *localhost/base* ]] || echo sha256:0a0b ;;
+build) printf '%s\\n' "$@" > "$HOME/argv"; ls "$HOME/scripts/image/inputs" > "$HOME/inputs" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(("base", "named", "sif_too"), [
+    ("{folder}/base.oci.tar", f"base.oci.tar@{EMPTY}", True),
+    ("debian@sha256:0c", "debian@sha256:0c", True),
+    ("debian:bookworm", "debian:bookworm", True),
+    ("localhost/base:1", "localhost/base:1@sha256:0a0b", False),
+])
+def test_the_manifest_is_told_what_a_base_without_a_digest_was(build, base, named, sif_too):
+    fake_apptainer(build)
+    tool(build, "buildah", FAKE_BUILDAH)
+    tool(build, "df", "echo Avail; echo 104857600")
+    (build.folder / "base.oci.tar").write_text("")
+    base = base.format(folder=build.folder)
+    for what in ("oci", "sif")[:1 + sif_too]:
+        result = build(what, BASE=base)
+        assert result.returncode == 0, result.stderr
+        # Buildah takes an archive by its transport, Apptainer by BOOTSTRAP.
+        taken = f"oci-archive:{base}" if what == "oci" and base.endswith(".tar") else base
+        assert {f"BASE={taken}", f"BASE_NAME={named}"} <= set((build.folder / "argv").read_text().split("\n"))
+
+
+def test_an_oci_build_keeps_its_layers_and_no_layer_depends_on_the_hosts_certificates(build):
+    fake_apptainer(build)
+    tool(build, "buildah", FAKE_BUILDAH)
+    tool(build, "df", "echo Avail; echo 104857600")
+    (build.folder / "flash_attn-1.whl").write_text("")
+    (build.folder / "own.crt").write_text("certificates")
+    result = build("oci", FLASH_ATTN_WHEEL=str(build.folder), SSL_CERT_FILE=str(build.folder / "own.crt"))
+    assert result.returncode == 0, result.stderr
+    assert {"--layers", f"id=certificates.crt,src={build.folder}/own.crt",
+            f"FLASH_ATTN_WHEEL=flash_attn-1.whl@{EMPTY}"} <= set((build.folder / "argv").read_text().split("\n"))
+    assert (build.folder / "inputs").read_text().split() == ["flash_attn-1.whl"]
 
 
 def test_a_failed_build_leaves_the_old_image_and_nothing_else(build):
@@ -261,3 +344,42 @@ def test_podman_pulls_an_oci_image_and_refuses_a_sif(pull, build):
     assert pull(f"docker://registry.example/bridge@{DIGEST}", ENGINE="podman").returncode == 0
     name = f"registry.example/bridge@{DIGEST}"
     assert (pull.folder / "argv").read_text().split() == ["pull", name, "tag", name, "localhost/bridge:latest"]
+
+
+JOBS = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
+
+
+def test_only_the_job_that_publishes_may_write_packages_and_it_runs_on_a_tag_after_all_others():
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    assert workflow["permissions"] == {"contents": "read"}
+    assert {name: job["permissions"] for name, job in JOBS.items() if "permissions" in job} == {"publish": {"packages": "write"}}
+    assert sorted(JOBS["publish"]["needs"]) == sorted(JOBS.keys() - {"publish"}) == ["images", "test"]
+    assert JOBS["publish"]["if"] == "startsWith(github.ref, 'refs/tags/v')"
+    assert [name for name, job in JOBS.items() if "secrets." in str(job)] == ["publish"]
+    assert "checkout" not in str(JOBS["publish"]), "it would build what was not tested"
+
+
+def test_what_is_published_is_the_file_that_was_tested():
+    kept, fetched = ([step for step in JOBS[job]["steps"] if f"{action}-artifact@" in step.get("uses", "")]
+                     for job, action in (("images", "upload"), ("publish", "download")))
+    assert kept[0]["with"]["name"] == fetched[0]["with"]["name"] and len(kept) == len(fetched) == 1
+    steps = [step.get("run", "") for step in JOBS["images"]["steps"]]
+    stored = next(number for number, run in enumerate(steps) if f"oci-archive:{kept[0]['with']['path']}" in run)
+    assert stored > max(number for number, run in enumerate(steps) if run.startswith("make "))
+    assert f"oci-archive:{kept[0]['with']['path']}" in JOBS["publish"]["steps"][-1]["run"]
+
+
+def test_every_action_is_pinned_by_its_commit():
+    uses = re.findall(r"uses: (\S+)(.*)", (ROOT / ".github/workflows/ci.yml").read_text())
+    assert len(uses) > 4
+    assert [action for action, version in uses if not re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", action)
+            or not re.fullmatch(r"  # v\d+\.\d+\.\d+", version)] == []
+
+
+@pytest.mark.parametrize(("option", "status"), [([], 0), (["--none-skipped"], 1)])
+def test_a_ring_of_tests_that_were_all_skipped_has_not_passed(option, status):
+    found = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/image/test_pull.py", *option],
+                           cwd=ROOT, env={"PATH": ""}, capture_output=True, text=True, check=False, timeout=60)
+    assert (found.returncode, "4 skipped" in found.stdout) == (status, True), found.stdout
+    rings = re.findall(r'^ring .* ARGS="(.*)"$', (ROOT / ".ci/run").read_text(), re.MULTILINE)
+    assert rings and all(ring.endswith(" --none-skipped") for ring in rings)
