@@ -21,6 +21,9 @@ REPOSITORY = "rehearsal/bridge"
 ACCOUNT = Account("rehearsal")
 TOKEN = "token-of-the-stand-in-hub"
 
+# Numbers of ranks. More than two take the tutorial's own batches, which divide by them (profile eight).
+RANKS = (1, 2, 4, 8)
+
 # (what the table calls it, stage, settings of this step)
 STEPS = (
     ("data", "data", {}),
@@ -44,8 +47,19 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
         # Exported for the real run, most likely.
         raise UsageError(f"MODEL={settings.model} is too large to rehearse without a GPU. Use `make rehearse MODEL=tiny "
                          "DATA_SOURCE=builtin`, MODEL=smollm2 or a folder with a small model.")
+    ranks = settings.gpus or (1 if gpus else 2)
+    if ranks not in RANKS:
+        raise UsageError(f"GPUS={ranks}: the rehearsal runs on so many ranks that its batches divide by them. Possible: "
+                         f"GPUS={', '.join(map(str, RANKS))}.")
     with trial.own_folder(settings, "rehearsal", empty=True) as folder:
-        return run_chain(settings, env, folder, settings.gpus or (1 if gpus else 2))
+        return run_chain(settings, env, folder, ranks)
+
+
+def profile(model_name: str, ranks: int) -> str:
+    """The file of configs/profile/ that fits this model and so many ranks."""
+    if ranks > 2:
+        return "eight"
+    return "tiny" if model_name == "tiny" else "rehearsal"
 
 
 def run_chain(settings: Settings, env: Mapping[str, str], folder: Path, ranks: int) -> int:
@@ -55,7 +69,7 @@ def run_chain(settings: Settings, env: Mapping[str, str], folder: Path, ranks: i
         name = env.get("MODEL") or "tiny"
         chain_env = trial.environment(
             env, folder, MODEL=name, DATA_SOURCE=env.get("DATA_SOURCE") or "builtin",
-            PROFILE="tiny" if name == "tiny" else "rehearsal", GPUS=str(ranks), HF_REPO=REPOSITORY)
+            PROFILE=profile(name, ranks), GPUS=str(ranks), HF_REPO=REPOSITORY)
         # A relative folder is meant from where the person stands, which stays the same here.
         chain = settings_module.read(chain_env)
         for name, stage, extra in STEPS:
