@@ -1,9 +1,13 @@
 """The door as tests use it: run it like a person would, and see what it leaves running."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+from bridge import checkpoints, metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a person's shell would have, without any setting of the bridge.
@@ -14,6 +18,26 @@ def bridge(*arguments: str, timeout: float = 600, **env: str) -> subprocess.Comp
     """Run the door to its end; returns what it printed and its exit status."""
     return subprocess.run([sys.executable, "-m", "bridge", *arguments], env={**SHELL, **env}, capture_output=True, text=True,
                           check=False, timeout=timeout)
+
+
+def stopped_after(step: int, work_dir: Path, stage: str, *arguments: str, timeout: float = 300, **env: str) -> int:
+    """Start a stage, end it with SIGTERM once it has gone past `step`, whose checkpoint is whole; returns its status."""
+    folder = work_dir / "runs" / env["RUN"] / stage
+    said = work_dir / f"{env['RUN']}.out"
+    with open(said, "wb") as output:
+        door = subprocess.Popen([sys.executable, "-m", "bridge", stage, *arguments], stdout=output, stderr=subprocess.STDOUT,
+                                env={**SHELL, "WORK_DIR": str(work_dir), **env})
+        deadline = time.monotonic() + timeout
+        while True:
+            rows = metrics.read(folder / "metrics.jsonl")
+            saved = [checkpoint.step for checkpoint in checkpoints.list_checkpoints(folder / "checkpoints", stage)
+                     if checkpoint.complete]
+            if step in saved and rows and rows[-1]["step"] >= step:
+                break
+            assert door.poll() is None and time.monotonic() < deadline, said.read_text()[-3000:]
+            time.sleep(0.1)
+        door.send_signal(signal.SIGTERM)
+        return door.wait(timeout=120)
 
 
 def left_running(work_dir: Path) -> list[str]:
