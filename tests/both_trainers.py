@@ -1,15 +1,12 @@
 """One optimizer step and one validation by verl's padding SFT trainer and by the packed one, on the same model and rows.
 
-    python tests/both_trainers.py --device cpu|cuda --ranks N OUT.pt [VARIANT...]
+    python tests/both_trainers.py --device cpu|cuda --ranks N --out OUT.pt [--variants VARIANT...]
 
-Makes a small random Llama, starts itself under torchrun, and writes OUT.pt: {variant: {"train/loss", "val/loss", "forwards",
+Makes a small random Llama, starts N ranks, and writes OUT.pt: {variant: {"train/loss", "val/loss", "forwards",
 "gradients" (before clipping) and "parameters" (after the step): {name: tensor}}}.
 """
 
 import argparse
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +16,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+
+from ranks import in_a_process, in_ranks, prepare, whole
 
 # Cut off by the longest rows; some are cut off, so that one has no padding at all.
 MAX_LENGTH = 112
@@ -33,24 +32,6 @@ VARIANTS = {
     "packed bfloat16": ("bfloat16", 6 * MAX_LENGTH, False),
     "token mean bfloat16": ("bfloat16", 6 * MAX_LENGTH, True),
 }
-SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
-         "head_dim": 64}
-
-
-def prepare(work_dir: Path) -> None:
-    """Let the door make data and a tokenizer; put a random Llama of SHAPE beside the tokenizer."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    for stage in ("data", "model"):
-        subprocess.run([sys.executable, "-m", "bridge", stage], check=True, stdout=subprocess.DEVNULL, env={
-            **os.environ, "WORK_DIR": str(work_dir), "DATA_SOURCE": "builtin", "MODEL": "tiny"})
-    folder = work_dir / "models" / "tiny"
-    torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(folder, **SHAPE)
-    model = AutoModelForCausalLM.from_config(config)
-    # Logits that spread as a trained model's do: else every token's loss is ln(vocabulary), and any weighting gives that mean.
-    model.get_input_embeddings().weight.data *= 3
-    model.save_pretrained(folder)
 
 
 def compose_config(work_dir: Path, device: str, ranks: int, budget: int | None) -> Any:
@@ -127,11 +108,6 @@ def variant(name: str, on_gradients: Callable[[], None], on_metrics: Callable[[d
         yield trainer_class
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy on the host of what FSDP has in parts. All ranks take part."""
-    return tensor.detach().full_tensor().float().cpu().clone()
-
-
 def run(name: str, work_dir: Path, device: str, ranks: int, meshes: list) -> dict[str, Any]:
     """One step of one variant."""
     from verl.trainer.fsdp_sft_trainer import create_sft_dataset
@@ -160,59 +136,42 @@ def run(name: str, work_dir: Path, device: str, ranks: int, meshes: list) -> dic
     return result
 
 
-def work(work_dir: Path, device: str, variants: list[str], out: Path) -> None:
+def work(device: str, work_dir: Path, variants: list[str], out: Path) -> None:
     """What each rank does."""
     from torch.distributed.device_mesh import init_device_mesh
 
     from bridge import on_cpu
 
-    if device == "cpu":
-        on_cpu.setup()
-    else:
+    if device == "cuda":
         on_cpu.bound_sdpa()
-    from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
-
-    _, rank, ranks = initialize_global_process_group()
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     meshes = [init_device_mesh(device, (ranks,), mesh_dim_names=("fsdp",)),
               init_device_mesh(device, (ranks, 1), mesh_dim_names=("dp", "sp"))]
     results = {name: run(name, work_dir, device, ranks, meshes) for name in variants}
     if rank == 0:
         torch.save(results, out)
-    destroy_global_process_group()
 
 
 def both_trainers(device: str, ranks: int, variants: list[str]) -> dict[str, dict[str, Any]]:
     """Run the variants in processes of their own; returns what OUT.pt holds."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out.pt"
-        result = subprocess.run([sys.executable, __file__, "--device", device, "--ranks", str(ranks), str(out), *variants],
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-        if result.returncode:
-            raise RuntimeError(result.stdout[-6000:])
-        return torch.load(out)
-
-
-def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """How far apart two sets of tensors are, taken as two long vectors: norm of the difference by norm of the second."""
-    difference = sum((one[name] - other[name]).square().sum() for name in other)
-    return (difference / sum(tensor.square().sum() for tensor in other.values())).sqrt().item()
+    return in_a_process(Path(__file__), "--device", device, "--ranks", str(ranks), "--variants", *variants, "--out")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("out", type=Path)
-    parser.add_argument("variants", nargs="*", help="all if none is named")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), help="all if none is named")
     parser.add_argument("--device", choices=["cpu", "cuda"], required=True)
     parser.add_argument("--ranks", type=int, required=True)
-    parser.add_argument("--work-dir", type=Path, help="given by itself to each rank")
     arguments = parser.parse_args()
-    if arguments.work_dir:
-        work(arguments.work_dir, arguments.device, arguments.variants or list(VARIANTS), arguments.out)
-        return
+    if arguments.device == "cpu":
+        from bridge import on_cpu
+
+        on_cpu.setup()
+        from bridge import packed_sft  # noqa: F401 - once for all ranks
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder))
-        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={arguments.ranks}",
-                        __file__, "--work-dir", folder, *sys.argv[1:]], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        in_ranks(arguments.ranks, arguments.device, work, Path(folder), arguments.variants, arguments.out)
 
 
 if __name__ == "__main__":

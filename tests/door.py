@@ -1,9 +1,13 @@
 """The door as tests use it: run it like a person would, and see what it leaves running."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+from bridge import metrics, runs
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a person's shell would have, without any setting of the bridge.
@@ -20,6 +24,23 @@ def record(**changes) -> dict:
     """A record of a run, as run.json holds it."""
     return {"status": "finished", "last_step": 0, "config": None, "inputs": None, "work_dir": None,
             "attempts": [{"command": ["python"]}], **changes}
+def stopped_after(step: int, work_dir: Path, stage: str, *arguments: str, timeout: float = 300, **env: str) -> int:
+    """Start a stage, end it with SIGTERM once it has gone past `step`, whose checkpoint is whole; returns its status."""
+    folder = work_dir / "runs" / env["RUN"] / stage
+    said = work_dir / f"{env['RUN']}.out"
+    with open(said, "wb") as output:
+        door = subprocess.Popen([sys.executable, "-m", "bridge", stage, *arguments], stdout=output, stderr=subprocess.STDOUT,
+                                env={**SHELL, "WORK_DIR": str(work_dir), **env})
+        deadline = time.monotonic() + timeout
+        while True:
+            rows = metrics.read(folder / "metrics.jsonl")
+            saved = [checkpoint.step for checkpoint in runs.saved_checkpoints(folder, stage) if checkpoint.complete]
+            if step in saved and rows and rows[-1]["step"] >= step:
+                break
+            assert door.poll() is None and time.monotonic() < deadline, said.read_text()[-3000:]
+            time.sleep(0.1)
+        door.send_signal(signal.SIGTERM)
+        return door.wait(timeout=120)
 
 
 def left_running(work_dir: Path) -> list[str]:

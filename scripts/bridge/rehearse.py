@@ -21,6 +21,9 @@ REPOSITORY = "rehearsal/bridge"
 ACCOUNT = Account("rehearsal")
 TOKEN = "token-of-the-stand-in-hub"
 
+# Numbers of ranks. More than two take the tutorial's own batches, which divide by them (profile eight).
+RANKS = (1, 2, 4, 8)
+
 # (what the table calls it, stage, settings of this step)
 STEPS = (
     ("data", "data", {}),
@@ -41,10 +44,13 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
                          "MODEL=, DATA_SOURCE= and GPUS= apply.")
     gpus = hardware.visible_gpus(env)
     ranks = settings.gpus or (1 if gpus else 2)
+    if ranks not in RANKS:
+        raise UsageError(f"GPUS={ranks}: the rehearsal runs on so many ranks that its batches divide by them. Possible: "
+                         f"GPUS={', '.join(map(str, RANKS))}.")
     name = env.get("MODEL") or "tiny"
     chain_env = trial.environment(
         env, settings.work_dir / "rehearsal", MODEL=name, DATA_SOURCE=env.get("DATA_SOURCE") or "builtin",
-        PROFILE="tiny" if name == "tiny" else "rehearsal", GPUS=str(ranks), HF_REPO=REPOSITORY)
+        PROFILE=profile(name, ranks), GPUS=str(ranks), HF_REPO=REPOSITORY)
     # A relative folder is meant from where the person stands, which stays the same here.
     chain = settings_module.read(chain_env)
     made = trial.made(chain, chain.work_dir / "hub")
@@ -56,6 +62,13 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
     with trial.own_folder(settings, "rehearsal"):
         trial.remove(made)
         return run_chain(chain, chain_env)
+
+
+def profile(model_name: str, ranks: int) -> str:
+    """The file of configs/profile/ that fits this model and so many ranks."""
+    if ranks > 2:
+        return "eight"
+    return "tiny" if model_name == "tiny" else "rehearsal"
 
 
 def run_chain(chain: Settings, chain_env: Mapping[str, str]) -> int:

@@ -35,7 +35,7 @@ OWNED = {
     "device/ppo": "PROFILE=rehearsal (the CPU is used where no GPU is visible)",
 }
 # Profiles small enough for a machine without a GPU.
-ON_CPU = ("rehearsal", "tiny")
+ON_CPU = ("rehearsal", "tiny", "eight")
 # Profiles whose micro batches are so many rows, whatever the GPU. All others get a file of configs/memory/.
 BY_ROWS = ("tutorial", *ON_CPU)
 # What the users have: shown in a dry run where no GPU is visible.

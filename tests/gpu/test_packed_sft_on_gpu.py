@@ -8,7 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from both_trainers import VARIANTS, apart, both_trainers  # noqa: E402
+from both_trainers import VARIANTS, both_trainers  # noqa: E402
+from ranks import apart  # noqa: E402
 
 # PyTorch's attention, float32 throughout; sums in another order.
 FLOAT32_TOLERANCE = 1e-4

@@ -2,7 +2,8 @@
 
 import pytest
 
-from both_trainers import apart, both_trainers
+from both_trainers import both_trainers
+from ranks import apart
 
 PADDED, ONE, MANY, TOKEN_MEAN = ("padded float32", "packed float32, one forward", "packed float32, many forwards",
                                  "token mean float32")
@@ -10,7 +11,7 @@ PADDED, ONE, MANY, TOKEN_MEAN = ("padded float32", "packed float32, one forward"
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one_rank", "two_ranks"])
+@pytest.fixture(scope="module", params=[1, 2, 8], ids=["one_rank", "two_ranks", "eight_ranks"])
 def results(request) -> dict[str, dict]:
     return both_trainers("cpu", request.param, [PADDED, ONE, MANY, TOKEN_MEAN])
 

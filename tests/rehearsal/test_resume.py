@@ -2,14 +2,12 @@
 
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from bridge import checkpoints, metrics, runs
-from door import SHELL, bridge, left_running
+from door import bridge, left_running, stopped_after
 
 
 @pytest.fixture(scope="module")
@@ -30,22 +28,7 @@ def run(work_dir: Path, *arguments: str, **settings: str) -> subprocess.Complete
 
 def interrupted(work_dir: Path, stage: str, step: int, *arguments: str, **settings: str) -> int:
     """Start a stage, end it with SIGTERM once it has gone past `step`, whose checkpoint is whole; returns its status."""
-    folder = work_dir / "runs" / settings["RUN"] / stage
-    said = work_dir / f"{settings['RUN']}.out"
-    with open(said, "wb") as output:
-        door = subprocess.Popen([sys.executable, "-m", "bridge", stage, *arguments], stdout=output, stderr=subprocess.STDOUT,
-                                env={**SHELL, **settings_of(work_dir, **settings)})
-        deadline = time.monotonic() + 300
-        while True:
-            rows = metrics.read(folder / "metrics.jsonl")
-            saved = [checkpoint.step for checkpoint in runs.saved_checkpoints(folder, stage)
-                     if checkpoint.complete]
-            if step in saved and rows and rows[-1]["step"] >= step:
-                break
-            assert door.poll() is None and time.monotonic() < deadline, said.read_text()[-3000:]
-            time.sleep(0.1)
-        door.send_signal(signal.SIGTERM)
-        return door.wait(timeout=120)
+    return stopped_after(step, work_dir, stage, *arguments, **settings_of(work_dir, **settings))
 
 
 @pytest.fixture(scope="module")

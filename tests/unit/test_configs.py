@@ -123,7 +123,7 @@ def test_the_tutorial_profile_launches_the_tutorials_configuration_key_by_key(st
 
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
 @pytest.mark.parametrize("groups", [["profile/{}=tutorial"], ["profile/{}=tuned"], ["profile/{}=rehearsal"],
-                                    ["profile/{}=tiny", "device/{}=cpu"]], ids=" ".join)
+                                    ["profile/{}=tiny", "device/{}=cpu"], ["profile/{}=eight", "device/{}=cpu"]], ids=" ".join)
 def test_what_the_door_checks_is_what_the_trainer_composes(stage, groups):
     overrides = [group.format(stage) for group in groups]
     ours = flatten(compose(stage, overrides, NAMES))
