@@ -137,7 +137,7 @@ def test_rows_longer_than_the_model_can_look_at_are_refused(env, tmp_path, scali
     (8, ["actor_rollout_ref.actor.ulysses_sequence_parallel_size=3"], "ulysses_sequence_parallel_size=3 does not divide 8 GPUs"),
     (8, ["actor_rollout_ref.rollout.tensor_model_parallel_size=3"], "TP=3 does not divide 8 GPUs"),
     (8, ["actor_rollout_ref.rollout.tensor_model_parallel_size=8"], "TP=8 does not divide the model's 4 attention heads"),
-    (8, ["critic.ppo_micro_batch_size_per_gpu=3"], "critic.ppo_mini_batch_size=64 / 8) do not divide by ppo_micro_batch_size_per"),
+    (8, ["critic.ppo_micro_batch_size_per_gpu=3"], "critic.ppo_mini_batch_size=64 / 8) do not divide by ppo_micro_batch_size"),
     # No critic is made.
     (8, ["critic.ppo_micro_batch_size_per_gpu=3", "algorithm.adv_estimator=grpo"], None),
 ])
