@@ -83,32 +83,6 @@ def change(random: Random) -> Problem:
     return question, [f"The {thing} cost ${first}.", f"{name} has ${second} left."], rest
 
 
-def times_as_many(random: Random) -> Problem:
-    (name, friend), thing = random.sample(NAMES, 2), random.choice(THINGS)
-    had, times = random.randint(2, 20), random.choice((2, 3))
-    more, first = step(had, "*", times)
-    total, second = step(had, "+", more)
-    question = (
-        f"{name} has {had} {thing}. {friend} has {'twice' if times == 2 else '3 times'} as many. "
-        f"How many {thing} do they have together?"
-    )
-    return question, [f"{friend} has {first} {thing}.", f"Together they have {second} {thing}."], total
-
-
-def half_as_many(random: Random) -> Problem:
-    name, thing = random.choice(NAMES), random.choice(THINGS)
-    first_day, second_day = random.sample(("Monday", "Tuesday", "Wednesday", "Thursday", "Friday"), 2)
-    sold = 2 * random.randint(2, 20)
-    fewer, first = step(sold, "/", 2)
-    total, second = step(sold, "+", fewer)
-    question = (
-        f"{name} sold {sold} {thing} on {first_day} and half as many on {second_day}. "
-        f"How many {thing} did {name} sell altogether?"
-    )
-    steps = [f"On {second_day} {name} sold {first} {thing}.", f"Altogether {name} sold {second} {thing}."]
-    return question, steps, total
-
-
 def reading(random: Random) -> Problem:
     name = random.choice(NAMES)
     pages, days, rest = random.randint(2, 12), random.randint(2, 9), random.randint(2, 40)
@@ -133,18 +107,6 @@ def wages(random: Random) -> Problem:
     return question, [f"{name} earns ${first}.", f"{name} has ${second} left."], rest
 
 
-def teams(random: Random) -> Problem:
-    name = random.choice(NAMES)
-    size, count = random.randint(2, 8), random.randint(2, 9)
-    girls = random.randint(2, size * count - 2)
-    pupils, first = step(girls, "+", size * count - girls)
-    count, second = step(pupils, "/", size)
-    question = (
-        f"{name} puts {girls} girls and {pupils - girls} boys into teams of {size}. How many teams are there?"
-    )
-    return question, [f"There are {first} pupils.", f"That makes {second} teams."], count
-
-
 def seats(random: Random) -> Problem:
     name = random.choice(NAMES)
     rows, chairs = random.randint(2, 12), random.randint(3, 12)
@@ -157,31 +119,15 @@ def seats(random: Random) -> Problem:
     return question, [f"There are {first} chairs.", f"{second} chairs are free."], free
 
 
-def three_people(random: Random) -> Problem:
-    (name, friend, other), thing = random.sample(NAMES, 3), random.choice(THINGS)
-    one, two, three = random.randint(2, 12), random.randint(2, 12), random.randint(2, 12)
-    pair, first = step(one, "+", two)
-    total, second = step(pair, "+", three)
-    question = (
-        f"{name} finds {one} {thing}, {friend} finds {two} and {other} finds {three}. "
-        f"How many {thing} do they find together?"
-    )
-    return question, [f"{name} and {friend} find {first} {thing}.", f"Together they find {second} {thing}."], total
-
-
 TEMPLATES: tuple[Callable[[Random], Problem], ...] = (
     gets_more,
     gives_away,
     boxes,
     shares,
     change,
-    times_as_many,
-    half_as_many,
     reading,
     wages,
-    teams,
     seats,
-    three_people,
 )
 
 

@@ -1,8 +1,8 @@
 """A stand-in for the Hugging Face Hub's server, for tests and rehearsals where no hub can be reached.
 
 It is a fake, and the only fake part: clients talk to it over HTTP with the real `huggingface_hub` (HF_ENDPOINT), which
-asks and transfers as it would with the real hub. It answers the part of the protocol that the model and upload stages
-use: accounts, rights, gated models, LFS (in one piece or in parts), commits and downloads that can be continued. It does
+asks and transfers as it would with the real hub. It answers the part of the protocol that the upload stage
+uses: accounts, rights, LFS (in one piece or in parts) and commits; the tests add downloads. It does
 not offer Xet. The status codes and X-Error-Code headers are those that huggingface_hub 0.34 looks at.
 
     with StandInHub(folder, tokens={"hf_alice": Account("alice")}) as hub:
@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -93,6 +92,9 @@ class StandInHub:
             that is one too many is cut in the middle first. None: all.
     """
 
+    # Of a subclass that answers more.
+    handler: type["Handler"] | None = None
+
     def __init__(self, folder: Path, tokens: Mapping[str, Account], part_size: int = 64_000_000):
         self.objects = Path(folder) / "objects"
         self.objects.mkdir(parents=True, exist_ok=True)
@@ -104,7 +106,7 @@ class StandInHub:
         self.lock = threading.Lock()
 
     def __enter__(self) -> "StandInHub":
-        handler = type("Handler", (_Handler,), {"hub": self})
+        handler = type("Handler", (self.handler or Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
@@ -119,11 +121,6 @@ class StandInHub:
         """What a client process needs in its environment to talk to this hub (a proxy could not reach it)."""
         return {"HF_ENDPOINT": self.url, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
                 **({"HF_TOKEN": token} if token else {})}
-
-    def add_model(self, repo_id: str, files: Mapping[str, bytes], **rights) -> str:
-        """Publish a model with these files, as if someone had uploaded it; `rights` are Repository's fields."""
-        repository = self.repositories.setdefault(repo_id, Repository(**rights))
-        return repository.commit({path: self.store(path, data) for path, data in files.items()})
 
     def files(self, repo_id: str) -> dict[str, bytes]:
         """The bytes of every file of a model's newest commit."""
@@ -155,11 +152,12 @@ def git_hash(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     """One request: find its route, check the rights, answer."""
 
     protocol_version = "HTTP/1.1"
     hub: StandInHub
+    more_routes: list[tuple[str, str, Callable]] = []
 
     def log_message(self, *_arguments) -> None:
         """Requests are kept in hub.requests instead of being printed."""
@@ -182,7 +180,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.unread = int(self.headers.get("Content-Length", 0))
         self.hub.requests.append((self.command, path))
         try:
-            for method, pattern, route in ROUTES:
+            for method, pattern, route in (*ROUTES, *self.more_routes):
                 match = re.fullmatch(pattern, path)
                 if match and self.command in method.split("|"):
                     route(self, *match.groups())
@@ -224,13 +222,6 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refusal(404 if account else 401, "Repository not found", "RepoNotFound")
         return repository
 
-    def downloadable(self, repo_id: str) -> Repository:
-        """The repository, if the caller may have its files: a gated one's information is public, its files are not."""
-        account, repository = self.account(), self.readable(repo_id)
-        if repository.gated and not (account and (account.name in repository.granted or owns(account, repo_id))):
-            raise Refusal(403 if account else 401, f"Access to model {repo_id} is restricted.", "GatedRepo")
-        return repository
-
     def writable(self, repo_id: str) -> Repository:
         """The repository, if the caller may write to it."""
         repository = self.readable(repo_id)
@@ -255,10 +246,6 @@ class _Handler(BaseHTTPRequestHandler):
             "type": "user", "name": account.name, "orgs": [{"name": name} for name in account.organisations],
             "auth": {"type": "access_token", "accessToken": {"role": "write" if account.may_write else "read"}},
         })
-
-    def auth_check(self, repo_id: str) -> None:
-        self.downloadable(repo_id)
-        self.answer(200, {})
 
     def commit_at(self, repository: Repository, revision: str | None) -> tuple[str, dict[str, StoredFile]]:
         if not repository.commits:
@@ -293,49 +280,6 @@ class _Handler(BaseHTTPRequestHandler):
             folders = {folder for folder in folders if "/" not in folder.removeprefix(start)}
         self.answer(200, [{"type": "directory", "oid": git_hash(folder.encode()), "size": 0, "path": folder}
                           for folder in sorted(folders)] + rows)
-
-    def paths_info(self, repo_id: str, revision: str) -> None:
-        _, files = self.commit_at(self.readable(repo_id), revision)
-        asked = parse_qs(self.body().decode()).get("paths", [])
-        self.answer(200, [row(path, files[path]) for path in asked if path in files])
-
-    # ---- download
-
-    def resolve(self, repo_id: str, revision: str, path: str) -> None:
-        repository = self.downloadable(repo_id)
-        identity, files = self.commit_at(repository, revision)
-        if path not in files:
-            raise Refusal(404, "Entry not found", "EntryNotFound")
-        file = files[path]
-        headers = {"X-Repo-Commit": identity, "ETag": f'"{file.oid}"'}
-        if file.lfs:
-            self.answer(302, None, {**headers, "X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(file.size),
-                                    "Location": f"{self.hub.url}/objects/{file.sha256}"})
-        elif self.command == "HEAD":
-            self.answer(200, None, {**headers, "Content-Length": str(file.size)})
-        else:
-            self.answer(200, (self.hub.objects / file.sha256).read_bytes(), headers)
-
-    def download(self, sha256: str) -> None:
-        """What the hub's signed links lead to; like those it asks for no token."""
-        file = self.hub.objects / sha256
-        size = file.stat().st_size
-        start = int((re.match(r"bytes=(\d+)-", self.headers.get("Range", "")) or [0, 0])[1])
-        whole = self.hub.may_transfer()
-        if not whole and self.hub.transfers_allowed < -1:
-            raise Refusal(403, "Request has expired")
-        self.send_response(206 if start else 200)
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
-        self.send_header("Content-Length", str(size - start))
-        self.end_headers()
-        with open(file, "rb") as stream:
-            stream.seek(start)
-            if whole:
-                shutil.copyfileobj(stream, self.wfile)
-            else:
-                self.wfile.write(stream.read((size - start) // 2))
-                self.close_connection = True
 
     # ---- upload
 
@@ -457,21 +401,17 @@ def row(path: str, file: StoredFile) -> dict:
     return {"type": "file", "oid": file.git_hash, "size": file.size, "path": path, **lfs_details(file, "oid")}
 
 
-_ID, _REVISION = r"([^/]+/[^/]+)", r"([^/]+)"
+ID, REVISION = r"([^/]+/[^/]+)", r"([^/]+)"
 ROUTES: list[tuple[str, str, Callable]] = [
-    ("GET", r"/api/whoami-v2", _Handler.whoami),
-    ("POST", r"/api/repos/create", _Handler.create),
-    ("POST", r"/api/validate-yaml", _Handler.validate_yaml),
-    ("GET", rf"/api/models/{_ID}/auth-check", _Handler.auth_check),
-    ("GET", rf"/api/models/{_ID}(?:/revision/{_REVISION})?", _Handler.model_info),
-    ("GET", rf"/api/models/{_ID}/tree/{_REVISION}(?:/(.+))?", _Handler.tree),
-    ("POST", rf"/api/models/{_ID}/paths-info/{_REVISION}", _Handler.paths_info),
-    ("POST", rf"/api/models/{_ID}/preupload/{_REVISION}", _Handler.preupload),
-    ("POST", rf"/api/models/{_ID}/commit/{_REVISION}", _Handler.commit),
-    ("POST", rf"/{_ID}\.git/info/lfs/objects/batch", _Handler.lfs_batch),
-    ("POST", rf"/{_ID}\.git/info/lfs/objects/verify", _Handler.verify),
-    ("PUT", r"/objects/([0-9a-f]{64})(?:/(\d+))?", _Handler.upload),
-    ("POST", r"/objects/([0-9a-f]{64})", _Handler.complete_parts),
-    ("GET|HEAD", r"/objects/([0-9a-f]{64})", _Handler.download),
-    ("GET|HEAD", rf"/{_ID}/resolve/{_REVISION}/(.+)", _Handler.resolve),
+    ("GET", r"/api/whoami-v2", Handler.whoami),
+    ("POST", r"/api/repos/create", Handler.create),
+    ("POST", r"/api/validate-yaml", Handler.validate_yaml),
+    ("GET", rf"/api/models/{ID}(?:/revision/{REVISION})?", Handler.model_info),
+    ("GET", rf"/api/models/{ID}/tree/{REVISION}(?:/(.+))?", Handler.tree),
+    ("POST", rf"/api/models/{ID}/preupload/{REVISION}", Handler.preupload),
+    ("POST", rf"/api/models/{ID}/commit/{REVISION}", Handler.commit),
+    ("POST", rf"/{ID}\.git/info/lfs/objects/batch", Handler.lfs_batch),
+    ("POST", rf"/{ID}\.git/info/lfs/objects/verify", Handler.verify),
+    ("PUT", r"/objects/([0-9a-f]{64})(?:/(\d+))?", Handler.upload),
+    ("POST", r"/objects/([0-9a-f]{64})", Handler.complete_parts),
 ]

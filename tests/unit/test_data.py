@@ -187,8 +187,8 @@ def test_builtin_problems_are_the_same_on_every_machine(builtin):
     assert problems() == builtin
     assert problems(seed=1) != builtin
     assert builtin["train"][0] == {
-        "question": "Ken has 5 eggs and gets 6 more. How many eggs does Ken have now?",
-        "answer": "Ken has 5+6=<<5+6=11>>11 eggs.\n#### 11",
+        "question": "David has 21 books and gets 8 more. How many books does David have now?",
+        "answer": "David has 21+8=<<21+8=29>>29 books.\n#### 29",
     }
     # Python's hash seed, which differs from process to process, plays no part.
     code = "import json; from bridge.problems import problems; print(json.dumps(problems()))"

@@ -9,12 +9,13 @@ import sys
 import pyarrow
 import pyarrow.parquet
 import pytest
+from downloads_hub import DownloadsHub
 from hub_fixture import LLAMA_TEMPLATE, model_files, run_module, write_files
 
 from bridge import model
 from bridge import settings as settings_module
 from bridge.errors import UsageError
-from bridge.standin_hub import Account, StandInHub
+from bridge.standin_hub import Account
 
 LLAMA = "meta-llama/Llama-3.2-1B-Instruct"
 NOT_NEEDED = {"original/consolidated.00.pth": b"x", "original/params.json": b"{}", "model.gguf": b"x",
@@ -25,7 +26,7 @@ TOKENS = {"hf_alice": Account("alice", may_write=False), "hf_bob": Account("bob"
 
 @pytest.fixture
 def hub(tmp_path):
-    with StandInHub(tmp_path / "hub", TOKENS) as server:
+    with DownloadsHub(tmp_path / "hub", TOKENS) as server:
         server.add_model(LLAMA, {**NEEDED, **NOT_NEEDED}, gated=True, granted={"alice"})
         yield server
 

@@ -1,12 +1,13 @@
 """The upload stage: the real huggingface_hub client against the stand-in hub, over HTTP."""
 
 import pytest
+from downloads_hub import DownloadsHub
 from hub_fixture import model_files, run_module, safetensors, write_files
 
 from bridge import settings as settings_module
 from bridge import upload
 from bridge.errors import UsageError
-from bridge.standin_hub import Account, StandInHub
+from bridge.standin_hub import Account
 
 TOKENS = {"hf_writer": Account("alice", organisations=("team",)), "hf_reader": Account("alice", may_write=False),
           "hf_stranger": Account("bob")}
@@ -15,7 +16,7 @@ RECORDS = {"run.json": b"{}", "log.txt": b"", ".bridge-source.json": b"{}", "REA
 
 @pytest.fixture
 def hub(tmp_path):
-    with StandInHub(tmp_path / "hub", TOKENS) as server:
+    with DownloadsHub(tmp_path / "hub", TOKENS) as server:
         yield server
 
 
@@ -63,7 +64,7 @@ def test_write_access_is_asked_before_the_first_transfer(hub, merged):
 def test_large_files_go_in_parts(tmp_path, merged):
     big = safetensors({"x": [400_000]})
     (merged / "model-00002-of-00002.safetensors").write_bytes(big)
-    with StandInHub(tmp_path / "hub", TOKENS, part_size=300_000) as hub:
+    with DownloadsHub(tmp_path / "hub", TOKENS, part_size=300_000) as hub:
         result = run_upload(hub, merged)
         assert result.returncode == 0, result.stderr
         assert hub.files("team/ours")["model-00002-of-00002.safetensors"] == big
