@@ -12,7 +12,6 @@ import json
 import platform
 import re
 import socket
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -22,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from bridge import checkpoints, hardware, launch, metrics, model, runs, trial
+from bridge import checkpoints, hardware, launch, metrics, model, runs, sft, trial
 from bridge import settings as settings_module
 from bridge.errors import UsageError, say
 from bridge.settings import Settings
@@ -78,9 +77,8 @@ class Acceptance:
 
     def all_reduce(self, log: Path) -> list[dict[str, float]] | str:
         """Bandwidth between the ranks, a row for each size; one rank has none."""
-        self.command(launch.run([sys.executable, "-m", "bridge.loopback", "torch.distributed.run", "--standalone",
-                                 "--local_addr=127.0.0.1", f"--nproc_per_node={self.settings.gpus}", "-m", "bridge.allreduce"],
-                                {**self.env, "OMP_NUM_THREADS": "1"}, log, None, runs.secret_values(self.env)))
+        self.command(launch.run(sft.command(self.settings.gpus, ["bridge.allreduce"], []), {**self.env, "OMP_NUM_THREADS": "1"},
+                                log, None, runs.secret_values(self.env)))
         if self.settings.gpus == 1:
             return "ran; with one rank nothing is sent, so there is no bandwidth"
         return [json.loads(line) for line in log.read_text().splitlines() if line.startswith('{"megabytes"')]

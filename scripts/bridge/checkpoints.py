@@ -43,8 +43,6 @@ ALL = tuple(SHARDS)
 LOAD_CONTENTS = {"sft": {".": "trainer.checkpoint.load_contents"},
                  "ppo": {"actor": "actor_rollout_ref.actor.checkpoint.load_contents",
                          "critic": "critic.checkpoint.load_contents"}}
-# Advantage estimators for which verl trains a critic (RayPPOTrainer.__init__).
-WITH_CRITIC = ("gae",)
 
 # The folders of a checkpoint that hold shards -> what is saved in each, in the words of verl's save_contents.
 Contents = Mapping[str, Sequence[str]]
@@ -64,6 +62,11 @@ class Checkpoint:
         return not self.faults
 
 
+def has_critic(config: Mapping[str, Any]) -> bool:
+    """Whether verl's PPO trainer trains a critic: with one way to estimate advantages of nine (RayPPOTrainer.__init__)."""
+    return config["algorithm"]["adv_estimator"] == "gae"
+
+
 def contents(stage: str, config: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     """What a checkpoint of a run with this configuration holds."""
     def saved(part: Mapping[str, Any]) -> tuple[str, ...]:
@@ -73,7 +76,7 @@ def contents(stage: str, config: Mapping[str, Any]) -> dict[str, tuple[str, ...]
     if stage == "sft":
         return {".": saved(config["trainer"])}
     found = {"actor": saved(config["actor_rollout_ref"]["actor"])}
-    if config["algorithm"]["adv_estimator"] in WITH_CRITIC:
+    if has_critic(config):
         found["critic"] = saved(config["critic"])
     return found
 

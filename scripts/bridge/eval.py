@@ -62,7 +62,7 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
     gpus = hardware.visible_gpus(env)
     own_env = {"WORK_DIR": str(settings.work_dir), "HF_HUB_OFFLINE": "1"}
     if gpus:
-        problems += train.busy_problems(settings, gpus[:1])
+        problems += train.busy_problems(settings, gpus[:1]) + hardware.vllm_problems(gpus[:1])
         train.limit_gpus(1, env, own_env, notes)
         # In the process that asks, so that the GPU's memory is free when that has ended.
         own_env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

@@ -10,7 +10,7 @@ import pynvml
 
 @dataclass(frozen=True)
 class Gpu:
-    """One visible GPU; memory in bytes. `device` is what CUDA_VISIBLE_DEVICES calls it."""
+    """One visible GPU; memory in bytes. `device` is what CUDA_VISIBLE_DEVICES calls it: its index, or MIG-... a part of one."""
 
     device: str
     name: str
@@ -34,11 +34,12 @@ def visible_gpus(env: Mapping[str, str]) -> list[Gpu]:
         for index, handle in enumerate(handles):
             parts = mig_devices(handle)
             for device in [handle] if parts is None else parts:
-                memory = pynvml.nvmlDeviceGetMemoryInfo(device)
-                seen = (pynvml.nvmlDeviceGetName(device), memory.total, memory.used)
-                found[pynvml.nvmlDeviceGetUUID(device)] = seen
+                memory, uuid = pynvml.nvmlDeviceGetMemoryInfo(device), pynvml.nvmlDeviceGetUUID(device)
+                # By index where there is one: vLLM takes no other names.
+                found[uuid] = Gpu(str(index) if parts is None else uuid, pynvml.nvmlDeviceGetName(device), memory.total,
+                                  memory.used)
                 for name in (str(index), pynvml.nvmlDeviceGetUUID(handle)):
-                    found.setdefault(name, seen)
+                    found.setdefault(name, found[uuid])
         return select_gpus(found, len(handles), env.get("CUDA_VISIBLE_DEVICES"))
     finally:
         pynvml.nvmlShutdown()
@@ -61,7 +62,7 @@ def mig_devices(handle) -> list | None:
     return parts
 
 
-def select_gpus(found: Mapping[str, tuple[str, int, int]], count: int, visible: str | None) -> list[Gpu]:
+def select_gpus(found: Mapping[str, Gpu], count: int, visible: str | None) -> list[Gpu]:
     """Apply CUDA_VISIBLE_DEVICES (None: not set) to the GPUs found, keyed by index and by UUID."""
     names = [str(i) for i in range(count)] if visible is None else [name.strip() for name in visible.split(",")]
     gpus = []
@@ -72,9 +73,9 @@ def select_gpus(found: Mapping[str, tuple[str, int, int]], count: int, visible: 
         if not match:
             # Divided, and no part made.
             continue
-        gpus.append(Gpu(name, *found[match[0]]))
-    # A process sees one part of one GPU, and then no other GPU beside it. NVML names it "NVIDIA H100 MIG 3g.40gb".
-    parts = [gpu for gpu in gpus if " MIG " in gpu.name]
+        gpus.append(found[match[0]])
+    # A process sees one part of one GPU, and then no other GPU beside it.
+    parts = [gpu for gpu in gpus if gpu.device.startswith("MIG-")]
     return parts[:1] or gpus
 
 
@@ -99,6 +100,12 @@ def cpu_count(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
         if quota != "max":
             cores = min(cores, max(1, int(quota) // int(period)))
     return cores
+
+
+def vllm_problems(gpus: list[Gpu]) -> list[str]:
+    """Parts of a divided GPU, by whose names vLLM 0.8.5 ends (platforms/cuda.py takes numbers only)."""
+    return [f"{gpu.device} is a part of a divided GPU (MIG), which vLLM does not take. Use a whole GPU; SFT goes with a part."
+            for gpu in gpus if gpu.device.startswith("MIG-")]
 
 
 def core_problem(cores: int, gpus: int) -> str | None:

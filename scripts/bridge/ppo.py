@@ -5,6 +5,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bridge.checkpoints import has_critic
 from bridge.compose import flatten
 from bridge.settings import Settings
 
@@ -77,11 +78,6 @@ def setting_problems(config: Mapping[str, Any], overrides: Sequence[str]) -> lis
         f"{text}: no effect, since micro batches are counted in tokens here (use_dynamic_bsz). Use "
         f"{key.rpartition('.')[0]}.{tokens}, or PROFILE=tutorial, which counts rows."
         for key, tokens, active in by_tokens if active for text in overrides if text.lstrip("+").startswith(key)]
-
-
-def has_critic(config: Mapping[str, Any]) -> bool:
-    """Whether verl trains a critic: with one way to estimate advantages of nine."""
-    return config["algorithm"]["adv_estimator"] == "gae"
 
 
 def longest_row(config: Mapping[str, Any]) -> int:

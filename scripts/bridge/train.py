@@ -110,7 +110,7 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
     heads = None if model_problems else model.attention_heads(model_dir)
     visible = hardware.visible_gpus(env)
     if stage == "ppo":
-        problems += trainer.folder_problems(own_env["RAY_TMPDIR"])
+        problems += trainer.folder_problems(own_env["RAY_TMPDIR"]) + hardware.vllm_problems(visible)
     if stage == "ppo" and not model_problems:
         problems += trainer.position_problems(config, model.longest_sequence(model_dir))
     if stage == "ppo" and visible and not model_problems:
@@ -213,9 +213,10 @@ def busy_problems(settings: Settings, gpus: list[hardware.Gpu]) -> list[str]:
 def limit_gpus(gpus: int, env: Mapping[str, str], own_env: dict[str, str], notes: list[str]) -> None:
     """Let the trainer see only as many GPUs as it uses: the first of those visible."""
     visible = hardware.visible_gpus(env)
-    if len(visible) > gpus:
-        own_env["CUDA_VISIBLE_DEVICES"] = ",".join(gpu.device for gpu in visible[:gpus])
-        notes.append(f"CUDA_VISIBLE_DEVICES={own_env['CUDA_VISIBLE_DEVICES']} (the first {gpus} of {len(visible)})")
+    names = ",".join(gpu.device for gpu in visible[:gpus])
+    if len(visible) > gpus or names != env.get("CUDA_VISIBLE_DEVICES", names):
+        own_env["CUDA_VISIBLE_DEVICES"] = names
+        notes.append(f"CUDA_VISIBLE_DEVICES={names} (the first {gpus} of {len(visible)})")
     elif env.get("CUDA_VISIBLE_DEVICES"):
         notes.append(f"CUDA_VISIBLE_DEVICES={env['CUDA_VISIBLE_DEVICES']} (as given)")
 

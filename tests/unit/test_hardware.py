@@ -8,8 +8,9 @@ import pytest
 from bridge import hardware, settings, train
 from bridge.errors import UsageError
 from bridge.hardware import Gpu
+from bridge.stages import STAGES
 
-EIGHT = {key: ("NVIDIA H100 80GB HBM3", 85 * 10**9, 0) for i in range(8) for key in (str(i), f"GPU-{i}{i}{i}{i}")}
+EIGHT = {key: Gpu(str(i), "NVIDIA H100 80GB HBM3", 85 * 10**9, 0) for i in range(8) for key in (str(i), f"GPU-{i}{i}{i}{i}")}
 
 
 def devices(visible: str | None) -> list[str]:
@@ -17,7 +18,7 @@ def devices(visible: str | None) -> list[str]:
 
 
 @pytest.mark.parametrize(("visible", "seen"), [
-    (None, list("01234567")), ("4,5", ["4", "5"]), ("", []), ("-1", []), ("5, 4", ["5", "4"]), ("GPU-33", ["GPU-33"]),
+    (None, list("01234567")), ("4,5", ["4", "5"]), ("", []), ("-1", []), ("5, 4", ["5", "4"]), ("GPU-33", ["3"]),
     # Like CUDA: the list ends at its first name that is no GPU.
     ("1,9,2", ["1"]),
 ])
@@ -82,14 +83,24 @@ class FakeNvml:
 
 
 @pytest.mark.parametrize(("visible", "seen"), [
-    ("MIG-bb", [("MIG-bb", 40)]), ("0", [("0", 80)]), ("1", [("1", 40)]), ("GPU-11", [("GPU-11", 40)]), ("2", []),
+    ("MIG-bb", [("MIG-bb", 40)]), ("0", [("0", 80)]), ("1", [("MIG-aa", 40)]), ("GPU-11", [("MIG-aa", 40)]), ("2", []),
     # CUDA shows a process one part, and beside it no whole GPU.
-    ("MIG-bb,MIG-aa", [("MIG-bb", 40)]), (None, [("1", 40)]), ("MIG-cc", []),
+    ("MIG-bb,MIG-aa", [("MIG-bb", 40)]), (None, [("MIG-aa", 40)]), ("MIG-cc", []),
 ])
 def test_the_parts_of_a_divided_gpu_are_found_as_cuda_finds_them(monkeypatch, visible, seen):
     monkeypatch.setattr(hardware, "pynvml", FakeNvml())
     found = hardware.visible_gpus({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
     assert [(gpu.device, gpu.memory) for gpu in found] == seen
+
+
+@pytest.mark.parametrize(("stage", "refused"), [("sft", False), ("ppo", True)])
+def test_a_part_of_a_gpu_is_for_sft_alone_since_vllm_takes_none(env, monkeypatch, stage, refused):
+    monkeypatch.setattr(hardware, "visible_gpus", lambda env: [Gpu("MIG-aa", "NVIDIA H100 MIG 3g.40gb", 40 * 10**9, 0)])
+    try:
+        STAGES[stage].plan(settings.read({**env, "GPUS": "1"}), env, [], dry_run=False)
+        assert not refused
+    except UsageError as error:
+        assert refused and "MIG-aa is a part of a divided GPU (MIG), which vLLM does not take" in str(error)
 
 
 def choose(monkeypatch, gpus: list[Gpu], **env: str) -> tuple[int | None, list[str]]:
@@ -125,7 +136,7 @@ def test_a_gpu_in_use_is_refused_unless_it_may_be_shared(monkeypatch):
 @pytest.mark.parametrize(("stage", "memory", "refused"), [("ppo", 10**6, True), ("ppo", 10**9, False), ("sft", 10**6, False)])
 def test_ppo_is_refused_where_vllm_cannot_hold_the_weights(env, monkeypatch, stage, memory, refused):
     monkeypatch.setattr(hardware, "visible_gpus", lambda env: [Gpu("0", "a GPU", memory, 0)])
-    # The tiny model's 0.27 MB do not fit into the tenth of 1 MB.
+    # The tiny model's weights, a quarter of a MB, do not fit into the tenth of 1 MB.
     env = {**env, "PROFILE": "tuned", "GPUS": "1"}
     arguments = ["actor_rollout_ref.rollout.gpu_memory_utilization=0.1"] if stage == "ppo" else []
     problems = []
@@ -133,7 +144,7 @@ def test_ppo_is_refused_where_vllm_cannot_hold_the_weights(env, monkeypatch, sta
         train.plan(stage, settings.read(env), env, arguments, dry_run=True)
     except UsageError as error:
         problems = error.problems
-    said = [problem for problem in problems if "does not hold the model's weights, 0.00027" in problem]
+    said = [problem for problem in problems if "does not hold the model's weights, 0.0002" in problem]
     assert (len(said) == len(problems) == 1) if refused else problems == []
 
 
