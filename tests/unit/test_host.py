@@ -26,7 +26,10 @@ if sys.argv[1:3] == ["image", "inspect"]:
     sys.exit(int(os.environ.get("FAKE_NO_IMAGE", "0")))
 if sys.argv[1:] == ["info"]:
     sys.exit(int(os.environ.get("FAKE_NO_DAEMON", "0")))
-Path(os.environ["FAKE_RECORD"]).write_text(json.dumps({{"argv": sys.argv, "env": dict(os.environ)}}))
+Path(os.environ["FAKE_RECORD"]).write_text(json.dumps({{
+    "argv": sys.argv, "env": dict(os.environ),
+    "work_dir_is_there": any(os.path.isdir(os.environ.get(f"{{prefix}}WORK_DIR", ""))
+                             for prefix in ("", "APPTAINERENV_", "SINGULARITYENV_"))}}))
 """
 TARGETS = ("help", "venv", "lock", "data", "model", "sft", "ppo", "merge", "upload", "check", "rehearse", "test", "lint",
            "image", "oci", "shell", "bench", "accept", "plot", "eval",
@@ -69,7 +72,7 @@ class Host:
         return self.run(CONTAINER, *arguments, **env)
 
     def seen(self) -> dict:
-        """What the fake engine was given: {"argv": [...], "env": {...}}."""
+        """What the fake engine was given: {"argv": [...], "env": {...}, "work_dir_is_there": ...}."""
         return json.loads(self.record.read_text())
 
     def mounts(self) -> dict[str, str]:
@@ -314,7 +317,8 @@ def test_work_dir_is_at_the_same_path_inside(host, engine, name):
     assert result.returncode == 0, result.stderr
     assert host.mounts()[f"{host.home}/{name}"] == f"{host.home}/{name}"
     assert host.mounts()["/opt/bridge/configs"] == f"{ROOT}/configs,ro"
-    assert (host.home / name).is_dir()
+    # While the engine runs; it wrote nothing, so nothing is left.
+    assert host.seen()["work_dir_is_there"] and list(host.home.iterdir()) == []
 
 
 def test_work_dir_is_work_below_where_the_user_stands_unless_given(host):
