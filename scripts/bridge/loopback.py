@@ -33,8 +33,8 @@ def close_store() -> None:
         if is_master and "master_listen_fd" not in options:
             listener = socket.create_server((ADDRESS, port))
             host_name, port = listener.getsockname()
-            # The store closes it.
-            options["master_listen_fd"] = listener.detach()
+            # The store closes it. torch 2.6's newer server, for thousands of ranks, cannot take one.
+            options.update(master_listen_fd=listener.detach(), use_libuv=False)
         init(self, host_name, port, world_size, is_master, **options)
 
     TCPStore.__init__ = listen
