@@ -9,7 +9,7 @@ import platform
 import socket
 import subprocess
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -204,4 +204,6 @@ def locked(folder: Path) -> Iterator[None]:
         file.flush()
         yield
     finally:
-        file.close()
+        # What was to be done is done, and the lock goes with the process in any case.
+        with suppress(OSError):
+            file.close()
