@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ HF_MODEL_BYTES = 4
 ALL = tuple(SHARDS)
 # How much of a shard's end is read for its table of contents (some 130 bytes a tensor).
 TABLE_BYTES = (1 << 16, 1 << 26)
+# What zipfile says of a table of contents that is not there, and of one with a flipped bit.
+NO_ZIP = (zipfile.BadZipFile, ValueError, RuntimeError)
 # Where verl is told what to load, by stage and part.
 LOAD_CONTENTS = {"sft": {".": "trainer.checkpoint.load_contents"},
                  "ppo": {"actor": "actor_rollout_ref.actor.checkpoint.load_contents",
@@ -145,7 +148,7 @@ def is_whole(file: Path) -> bool:
                 # From memory: zipfile takes an error of the file system for "no zip file".
                 with zipfile.ZipFile(BytesIO(stream.read())):
                     return True
-            except zipfile.BadZipFile:
+            except NO_ZIP:
                 if size <= length:
                     break
     return False
@@ -274,6 +277,11 @@ def crc_fault(file: Path) -> str | None:
             bad = archive.testzip()
     except zipfile.BadZipFile as error:
         raise OSError(errno.EIO, "could be read a moment ago", str(file)) from error
+    except (*NO_ZIP, EOFError, zlib.error, OSError) as error:
+        # A place outside the file is "invalid"; all else that the file system says is its own.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
+        return f"{file.name} is not what was saved ({error})"
     return f"{file.name} is not what was saved: the checksum of {bad} differs" if bad else None
 
 

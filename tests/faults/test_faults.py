@@ -1,6 +1,7 @@
 """Faults injected into runs of verl's real trainers on CPU. A test's name is the fault, and its row in docs/faults.md."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -35,8 +36,8 @@ class Case:
         self.out = work_dir.with_name(work_dir.name + ".out")
 
     def env(self, **settings: str) -> dict[str, str]:
-        return {**SHELL, "WORK_DIR": str(self.work_dir), "MODEL": "tiny", "PROFILE": "tiny", "GPUS": "2", "CUDA_VISIBLE_DEVICES": "",
-                **settings}
+        return {**SHELL, "WORK_DIR": str(self.work_dir), "MODEL": "tiny", "PROFILE": "tiny", "GPUS": "2",
+                "CUDA_VISIBLE_DEVICES": "", **settings}
 
     @contextmanager
     def started(self, *command: str, **settings: str) -> Iterator[subprocess.Popen]:
@@ -59,20 +60,22 @@ class Case:
             assert time.monotonic() < deadline, f"waited in vain: {left_running(self.work_dir)} {self.out.read_text()[-3000:]}"
             time.sleep(0.01)
 
-    def again(self) -> str:
+    def again(self, *more: str) -> str:
         """The same command, to its end; returns what it said of how it went on."""
-        result = subprocess.run([*self.prefix, sys.executable, "-m", "bridge", *self.command], env=self.env(),
+        result = subprocess.run([*self.prefix, sys.executable, "-m", "bridge", *self.command, *more], env=self.env(),
                                 capture_output=True, text=True, check=False, timeout=2 * PATIENCE)
         assert result.returncode == 0, result.stderr[-3000:]
         assert left_running(self.work_dir) == []
-        told = [line for line in result.stderr.splitlines() if "bridge: set aside" in line or "bridge: continuing" in line]
+        told = [line for line in result.stderr.splitlines() if re.match("bridge: .*(set aside|continuing from)", line)]
         # What is announced twice (before the lock is held, and after) is told once.
         return "; ".join(dict.fromkeys(self.brief(line) for line in told))
 
     def brief(self, line: str) -> str:
         """A line of the door's, less what differs from machine to machine."""
-        checkpoints_at = self.work_dir / "runs" / "default" / self.command[0] / "checkpoints"
-        return line.removeprefix("bridge: ").replace(f"{checkpoints_at}/", "").replace(str(self.work_dir), "WORK_DIR").replace("|", "/")
+        folder = self.work_dir / "runs" / "default" / self.command[0] / "checkpoints"
+        for long, short in (("bridge: ", ""), (f"{folder}/", ""), (str(self.work_dir), "WORK_DIR"), ("|", "/")):
+            line = line.replace(long, short)
+        return line
 
     def complete(self) -> dict[str, dict[str, bytes]]:
         """Complete checkpoints, byte by byte."""
@@ -239,45 +242,49 @@ def test_the_door_is_killed_during_a_save(case, through, seen):
     seen("(killed)", ended_as(case, through, kept))
 
 
-def test_a_Ray_worker_is_killed_during_a_step(tmp_path_factory, prepared, seen):
-    case = new_case(tmp_path_factory, prepared, PPO)
-    with case.started() as door:
-        case.in_step_after(1, door)
-        kept = case.complete()
-        os.kill(case.process("WorkerDict"), signal.SIGKILL)
+# Each of these three goes on with what the one before it left: a start of Ray and two models takes most of a minute.
+@pytest.fixture(scope="module")
+def ppo(tmp_path_factory, prepared) -> Case:
+    return new_case(tmp_path_factory, prepared, PPO)
+
+
+def test_a_Ray_worker_is_killed_during_a_step(ppo, seen):
+    with ppo.started() as door:
+        ppo.in_step_after(1, door)
+        kept = ppo.complete()
+        os.kill(ppo.process("WorkerDict"), signal.SIGKILL)
     assert door.returncode == 1
-    seen(case.said(), ppo_ended(case, kept))
+    seen(ppo.said(), ppo_will_go_on(ppo, kept))
 
 
-def test_the_driver_of_PPO_is_killed_during_a_step(tmp_path_factory, prepared, seen):
-    case = new_case(tmp_path_factory, prepared, PPO)
-    with case.started() as door:
-        case.in_step_after(1, door)
-        kept = case.complete()
-        os.kill(case.process("bridge.local_ray"), signal.SIGKILL)
-    assert door.returncode == 137
-    seen(case.said(), ppo_ended(case, kept))
+def test_the_driver_of_PPO_is_killed_during_a_save(ppo, seen):
+    with ppo.started() as door, ppo.in_save_of(2, "actor", door):
+        kept = ppo.complete()
+        os.kill(ppo.process("bridge.local_ray"), signal.SIGKILL)
+        door.wait(timeout=PATIENCE)
+    assert door.returncode == 128 + signal.SIGKILL
+    seen(ppo.said(), ppo_will_go_on(ppo, kept))
 
 
-def test_the_door_of_PPO_is_killed_during_a_save(tmp_path_factory, prepared, seen):
-    case = new_case(tmp_path_factory, prepared, PPO)
-    with case.started() as door, case.in_save_of(2, "actor", door):
-        kept = case.complete()
+def ppo_will_go_on(case: Case, kept: dict[str, dict[str, bytes]]) -> str:
+    assert kept.keys() == {"global_step_1"} and kept.items() <= case.complete().items()
+    return f"{case.again('--dry-run')} (in the next row)"
+
+
+def test_the_door_of_PPO_is_killed_during_a_save(ppo, seen):
+    with ppo.started() as door, ppo.in_save_of(2, "actor", door):
+        kept = ppo.complete()
         door.kill()
         # Ray's daemons follow their driver.
-        case.wait_for(lambda: not left_running(case.work_dir))
-    seen("(killed)", ppo_ended(case, kept))
-
-
-def ppo_ended(case: Case, kept: dict[str, dict[str, bytes]]) -> str:
-    assert kept.keys() == {"global_step_1"} and kept.items() <= case.complete().items()
-    told = case.again()
-    assert [row["step"] for row in metrics.read(case.stage_dir / "metrics.jsonl")] == [1, 2]
-    left = case.complete()
-    assert left.keys() == {"global_step_1", "global_step_2"} == {path.name for path in case.folder.glob("global_step_*")}
+        ppo.wait_for(lambda: not left_running(ppo.work_dir))
+    assert kept.keys() == {"global_step_1"} and kept.items() <= ppo.complete().items()
+    told = ppo.again()
+    assert [row["step"] for row in metrics.read(ppo.stage_dir / "metrics.jsonl")] == [1, 2]
+    left = ppo.complete()
+    assert left.keys() == {"global_step_1", "global_step_2"} == {path.name for path in ppo.folder.glob("global_step_*")}
     assert kept["global_step_1"].items() <= left["global_step_1"].items()
-    assert runs.read(case.stage_dir)["status"] == "finished"
-    return f"{told}; steps 1 and 2, both checkpoints"
+    assert runs.read(ppo.stage_dir)["status"] == "finished"
+    seen("(killed)", f"{told}; steps 1 and 2, both checkpoints")
 
 
 def model_of(case: Case) -> dict[str, bytes]:
@@ -389,5 +396,5 @@ def test_two_start_the_same_run_at_once(case, through, seen):
     loser = case.work_dir / "other.out" if other.returncode else case.out
     told = loser.read_text().splitlines()[-1]
     assert "another run works in" in told and "Traceback" not in loser.read_text()
-    seen("to the second: another run works in WORK_DIR/runs/default/sft (process ... on ... since ...). Wait for it, or give this "
-         "one a name of its own: RUN=NAME.", f"the first was not disturbed: {check_end(case, through, {})}")
+    seen("to the second: another run works in WORK_DIR/runs/default/sft (process ... on ... since ...). Wait for it, or give "
+         "this one a name of its own: RUN=NAME.", f"the first was not disturbed: {check_end(case, through, {})}")
