@@ -45,11 +45,16 @@ def stopped_after(step: int, work_dir: Path, stage: str, *arguments: str, timeou
 
 def left_running(work_dir: Path) -> list[str]:
     """Command lines of the processes that have this WORK_DIR in their environment."""
-    found = []
+    return list(processes(work_dir).values())
+
+
+def processes(work_dir: Path) -> dict[int, str]:
+    """The same by process id."""
+    found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if str(work_dir).encode() in (folder / "environ").read_bytes():
-                found.append((folder / "cmdline").read_text().replace("\0", " "))
+                found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             # Ended meanwhile, or another user's.
             continue

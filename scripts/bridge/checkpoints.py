@@ -13,14 +13,17 @@ Source: verl/utils/checkpoint/fsdp_checkpoint_manager.py and the two trainers. A
 disk that does not answer) is raised, never taken for a file that is missing or cut short.
 """
 
+import errno
 import json
 import os
 import re
 import shutil
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -39,6 +42,10 @@ SHARDS = {"model": ("model", 4), "optimizer": ("optim", 8), "extra": ("extra_sta
 # The whole model in Hugging Face's form, beside the shards.
 HF_MODEL_BYTES = 4
 ALL = tuple(SHARDS)
+# How much of a shard's end is read for its table of contents (some 130 bytes a tensor).
+TABLE_BYTES = (1 << 16, 1 << 26)
+# What zipfile says of a table of contents that is not there, and of one with a flipped bit.
+NO_ZIP = (zipfile.BadZipFile, ValueError, RuntimeError)
 # Where verl is told what to load, by stage and part.
 LOAD_CONTENTS = {"sft": {".": "trainer.checkpoint.load_contents"},
                  "ppo": {"actor": "actor_rollout_ref.actor.checkpoint.load_contents",
@@ -136,14 +143,18 @@ def is_whole(file: Path) -> bool:
         OSError: the file cannot be read.
     """
     with open(file, "rb") as stream:
-        # zipfile takes an error of the file system at the file's end for "no zip file".
-        stream.seek(-min(os.fstat(stream.fileno()).st_size, 1 << 16), os.SEEK_END)
-        stream.read()
-        try:
-            with zipfile.ZipFile(stream):
-                return True
-        except zipfile.BadZipFile:
-            return False
+        size = os.fstat(stream.fileno()).st_size
+        # Mostly the table fits into the first of these; that of 100,000 tensors into the second.
+        for length in TABLE_BYTES:
+            stream.seek(-min(size, length), os.SEEK_END)
+            try:
+                # From memory: zipfile takes an error of the file system for "no zip file".
+                with zipfile.ZipFile(BytesIO(stream.read())):
+                    return True
+            except NO_ZIP:
+                if size <= length:
+                    break
+    return False
 
 
 def is_value_model(folder: Path) -> bool:
@@ -262,11 +273,18 @@ def damage(path: Path, below: str = "") -> list[str]:
 
 def crc_fault(file: Path) -> str | None:
     """What is wrong with a torch.save file by the checksums inside it."""
+    if not is_whole(file):
+        return f"{file.name} is cut short"
     try:
         with zipfile.ZipFile(file) as archive:
             bad = archive.testzip()
-    except zipfile.BadZipFile:
-        return f"{file.name} is cut short"
+    except zipfile.BadZipFile as error:
+        raise OSError(errno.EIO, "could be read a moment ago", str(file)) from error
+    except (*NO_ZIP, EOFError, zlib.error, OSError) as error:
+        # A place outside the file is "invalid"; all else that the file system says is its own.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
+        return f"{file.name} is not what was saved ({error})"
     return f"{file.name} is not what was saved: the checksum of {bad} differs" if bad else None
 
 
@@ -375,22 +393,29 @@ class Housekeeping(Thread):
             self.tolerance(self.look)
 
     def look(self) -> None:
-        """Take in what has appeared and is whole."""
+        """Take in what has appeared and is whole.
+
+        Raises:
+            OSError: not all of it was done. The next call does the rest.
+        """
         # data.pt is written last: before it is there, the others need not be opened.
         new = [judged(path, step, self.wanted) for step, path in step_folders(self.folder)
                if path not in self.seen and (path / LOADER).is_file()]
         new = [checkpoint.path for checkpoint in new if checkpoint.complete]
-        # First, since saving may be faster than reading.
-        for path in prune(self.folder, self.wanted, self.keep) if new else ():
-            say(f"removed {path.name}" + ("" if path.suffix else f" (KEEP={self.keep})"))
-        for path in new:
-            if path.is_dir():
-                record_checksums(path)
-            self.seen.add(path)
+        try:
+            # First, since saving may be faster than reading.
+            for path in prune(self.folder, self.wanted, self.keep) if new else ():
+                say(f"removed {path.name}" + ("" if path.suffix else f" (KEEP={self.keep})"))
+        finally:
+            # What cannot be removed keeps nothing from being recorded.
+            for path in new:
+                if path.is_dir() and not (path / CHECKSUMS).is_file():
+                    record_checksums(path)
+        self.seen.update(new)
 
     def close(self, hurry: bool) -> None:
         """Stop. `hurry`: at once (a time limit may be near); what was not recorded is then without a record."""
         self.done.set()
         if not hurry:
             self.join()
-            self.tolerance(self.look)
+            self.tolerance.at_last(self.look)

@@ -3,6 +3,7 @@
 import errno
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
@@ -41,6 +42,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
 class Tolerance:
     """Does what a run can go on without for a while: an error of the file system is said once, and when it is over."""
 
+    # Seconds between the tries at the end of a run.
+    PAUSES = (0.5, 2)
+
     def __init__(self, what: str):
         self.what, self.failing = what, False
 
@@ -57,6 +61,16 @@ class Tolerance:
             say(f"{self.what} works again")
         self.failing = False
         return True
+
+    def at_last(self, work: Callable[[], object]) -> bool:
+        """The same where nothing comes after that could try it again."""
+        for pause in (*self.PAUSES, None):
+            if self(work):
+                return True
+            if pause is not None:
+                time.sleep(pause)
+        say(f"{self.what} was given up")
+        return False
 
 
 def exit_status(entry: Callable[[], int | None]) -> int:

@@ -36,6 +36,8 @@ def run(command: list[str], env: Mapping[str, str], log: Path | None, metrics_fi
     Returns:
         the exit status; 0 where `until` ended it, 128 + N if the child (or this program) was ended by signal N.
     """
+    # First, since an error here must not end a child that has begun.
+    log_file = open(log or os.devnull, "ab", buffering=0)  # noqa: SIM115 - its closing may fail, too
     # Descendants whose parent dies (Ray's daemons) become ours instead of init's, so that they can be found and ended.
     LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     child = subprocess.Popen(command, env=dict(env), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -59,13 +61,13 @@ def run(command: list[str], env: Mapping[str, str], log: Path | None, metrics_fi
     before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
               if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN}
     try:
-        with open(log or os.devnull, "ab", buffering=0) as log_file:
-            copy_output(child, log_file, metrics_file, secrets, is_ending)
+        copy_output(child, log_file, metrics_file, secrets, is_ending)
         if received:
             say(f"{signal.Signals(received[0]).name} received: passed on to the {Path(command[0]).name} process")
         status = wait(child, GRACE_SECONDS if received or asked else None)
     finally:
         stop_all()
+        Tolerance("writing to log.txt").at_last(log_file.close)
         for number, handler in before.items():
             signal.signal(number, handler)
     if received:
@@ -156,13 +158,17 @@ def reason(log: Path, start: int) -> str | None:
     The first, since what other ranks say follows from it.
     """
     place = None
-    with open(log, "rb") as stream:
-        stream.seek(start)
-        for line in COLOUR.sub("", stream.read().decode(errors="replace")).splitlines():
-            if found := PLACE.search(line):
-                place = f"{Path(found[1]).name}, line {found[2]}"
-            elif place and (found := EXCEPTION.match(line)) and not any(word in found[1] for word in CARRIERS):
-                return f"{found[1][:300]} ({place})"
+    try:
+        with open(log, "rb") as stream:
+            stream.seek(start)
+            text = stream.read().decode(errors="replace")
+    except OSError as error:
+        return f"the log cannot be read: {error}"
+    for line in COLOUR.sub("", text).splitlines():
+        if found := PLACE.search(line):
+            place = f"{Path(found[1]).name}, line {found[2]}"
+        elif place and (found := EXCEPTION.match(line)) and not any(word in found[1] for word in CARRIERS):
+            return f"{found[1][:300]} ({place})"
     return None
 
 

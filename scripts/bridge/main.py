@@ -142,23 +142,28 @@ def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
             say(done)
         metrics = Metrics(plan.record_dir / "metrics.jsonl", plan.resume_step)
         housekeeping = checkpoints.Housekeeping(plan.checkpoints, plan.saved, plan.keep)
-        housekeeping.start()
     if plan.keep_log:
         runs.write(plan.record_dir, record, secrets)
     start = log.stat().st_size if log and log.is_file() else 0
     status = 128
+    if housekeeping:
+        housekeeping.start()
+    # From here on no error of the file system ends the run.
     try:
         status = launch.run(plan.command, env, log, metrics, secrets)
     finally:
         if metrics:
-            metrics.close()
+            Tolerance("writing to metrics.jsonl").at_last(metrics.close)
             housekeeping.close(hurry=status >= 128)
         if "RAY_TMPDIR" in plan.env:
             shutil.rmtree(env["RAY_TMPDIR"], ignore_errors=True)
-    if plan.keep_log or (status == 0 and plan.record_dir.is_dir()):
-        newest = checkpoints.newest_complete(plan.checkpoints, plan.saved) if plan.checkpoints else None
-        runs.end(record, status, newest.step if newest else 0)
-        Tolerance("writing run.json")(lambda: runs.write(plan.record_dir, record, secrets))
+
+    def end() -> None:
+        if plan.keep_log or (status == 0 and plan.record_dir.is_dir()):
+            newest = checkpoints.newest_complete(plan.checkpoints, plan.saved) if plan.checkpoints else None
+            runs.write(plan.record_dir, runs.end(record, status, newest.step if newest else 0), secrets)
+
+    Tolerance("writing run.json").at_last(end)
     if status:
         why = launch.reason(log, start) if log and status < 128 else None
         if why:

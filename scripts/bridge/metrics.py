@@ -38,6 +38,7 @@ class Metrics:
         self.file = open(path, "r+b", buffering=0)  # noqa: SIM115 - held as long as the run
         # The rows from `start` (bytes) on, which are written again with each new value: more than one only after an error.
         self.rows: list[dict] = []
+        self.written = True
         self.start = self.file.seek(0, os.SEEK_END)
 
     def add(self, step: int, values: dict[str, float]) -> None:
@@ -47,26 +48,34 @@ class Metrics:
             OSError: it could not be written. The next call writes it too.
         """
         if not (self.rows and self.rows[-1]["step"] == step):
-            if self.written():
-                self.rows, self.start = [], self.file.seek(0, os.SEEK_END)
+            if self.written:
+                self.rows, self.start = [], self.start + len(self.text())
             self.rows.append({"step": step, "time": round(time.time(), 3)})
         self.rows[-1].update(values)
+        self.write()
+
+    def write(self) -> None:
+        """Write the rows that are not final."""
+        self.written = False
         self.file.seek(self.start)
         self.file.truncate()
         text = self.text()
         while text:
             text = text[self.file.write(text):]
+        self.written = True
 
     def text(self) -> bytes:
         """The rows that are not final, as lines."""
         return "".join(json.dumps(row) + "\n" for row in self.rows).encode()
 
-    def written(self) -> bool:
-        """Whether the file ends with all rows there are."""
-        return self.file.seek(0, os.SEEK_END) == self.start + len(self.text())
-
     def close(self) -> None:
-        """Close the file."""
+        """Write what could not be written before, and close the file.
+
+        Raises:
+            OSError: the next call does what is left.
+        """
+        if not self.written:
+            self.write()
         self.file.close()
 
 

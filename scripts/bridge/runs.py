@@ -10,7 +10,7 @@ import re
 import socket
 import subprocess
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -234,4 +234,6 @@ def locked(folder: Path, cure: str = "Wait for it, or give this one a name of it
         file.flush()
         yield
     finally:
-        file.close()
+        # What was to be done is done, and the lock goes with the process in any case.
+        with suppress(OSError):
+            file.close()

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -104,3 +105,14 @@ def test_what_a_full_disk_did_not_take_is_written_with_the_next_line(tmp_path):
     file.close()
     assert values(tmp_path) == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0, "val": 1.5}, {"step": 3, "loss": 1.0},
                                 {"step": 4, "loss": 0.5, "val": 0.6}]
+
+
+def test_what_the_last_line_could_not_write_is_written_at_the_end(tmp_path):
+    file = metrics.Metrics(tmp_path / "metrics.jsonl", 0)
+    file.file = FullFor(file.file, 2)
+    with pytest.raises(OSError, match="No space"):
+        file.add(1, {"loss": 3.0})
+    for _ in range(2):
+        with suppress(OSError):
+            file.close()
+    assert file.file.closed and values(tmp_path) == [{"step": 1, "loss": 3.0}]

@@ -4,9 +4,11 @@ import errno
 import json
 import shutil
 import threading
+import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from shards import SAVED, plan, started, write_checkpoint
 
 from bridge import checkpoints, main, merge, runs, settings
@@ -111,6 +113,43 @@ def test_an_error_of_the_disk_at_a_files_end_is_not_taken_for_a_cut(tmp_path):
         with pytest.raises(OSError, match="Input/output error"):
             checkpoints.is_whole(file)
     assert checkpoints.is_whole(file)
+
+
+def test_a_shard_of_any_number_of_tensors_is_whole_and_cut_anywhere_it_is_not(tmp_path):
+    file = tmp_path / "shard.pt"
+    # Its table of contents is larger than what is looked at first.
+    torch.save({str(number): torch.zeros(1) for number in range(2000)}, file)
+    assert file.stat().st_size > 4 * checkpoints.TABLE_BYTES[0] and checkpoints.is_whole(file)
+    torch.save({"x": torch.zeros(4)}, file)
+    data = file.read_bytes()
+    assert checkpoints.is_whole(file)
+    for length in range(len(data)):
+        file.write_bytes(data[:length])
+        assert not checkpoints.is_whole(file)
+
+
+def test_whichever_bit_of_a_shard_is_flipped_it_is_damage_and_no_error(tmp_path):
+    file = tmp_path / "shard.pt"
+    torch.save({"x": torch.zeros(4)}, file)
+    data, found = file.read_bytes(), 0
+    assert checkpoints.crc_fault(file) is None
+    for place in range(len(data)):
+        file.write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1:])
+        found += checkpoints.crc_fault(file) is not None
+    # The rest is in names and dates of the table that nobody reads, and in what fills up to a round place.
+    assert found > len(data) / 3
+
+
+def test_an_error_while_the_shards_own_checksums_are_compared_is_no_damage(tmp_path, monkeypatch):
+    file = write_checkpoint(tmp_path, 1) / "data.pt"
+    for error in (OSError(errno.ESTALE, "Stale file handle"), zipfile.BadZipFile("File is not a zip file")):
+        def fails(_file, error=error):
+            raise error
+
+        monkeypatch.setattr(checkpoints, "is_whole", lambda _file: True)
+        monkeypatch.setattr(checkpoints.zipfile, "ZipFile", fails)
+        with pytest.raises(OSError, match="Stale file handle|could be read a moment ago"):
+            checkpoints.crc_fault(file)
 
 
 def test_a_folder_that_may_not_be_read_is_not_taken_for_an_empty_one(tmp_path, monkeypatch):
@@ -308,6 +347,27 @@ def test_what_cannot_be_removed_is_said_once_and_tried_again(tmp_path, monkeypat
     said = capsys.readouterr().err
     assert said.count("Directory not empty") == 1 and "works again" in said
     assert {path.name for path in tmp_path.iterdir()} == {"global_step_2", "global_step_3"}
+
+
+def test_what_cannot_be_removed_keeps_no_checkpoint_from_getting_its_checksums(tmp_path, monkeypatch):
+    housekeeping = checkpoints.Housekeeping(tmp_path, SAVED["sft"], 2)
+    monkeypatch.setattr(shutil, "rmtree", lambda path: (_ for _ in ()).throw(OSError(errno.ENOTEMPTY, "not empty", str(path))))
+    for step in (1, 2, 3):
+        write_checkpoint(tmp_path, step)
+    assert not housekeeping.tolerance(housekeeping.look)
+    recorded = [path for path in tmp_path.iterdir() if (path / checkpoints.CHECKSUMS).is_file()]
+    assert len(recorded) == 3 and all(checkpoints.damage(path) == [] for path in recorded)
+
+
+def test_a_removal_that_was_killed_half_way_is_finished_by_the_next_one(tmp_path):
+    for step in (1, 2, 3):
+        write_checkpoint(tmp_path, step)
+    # What it got to: verl's own file is gone, the shards are there.
+    (tmp_path / "global_step_1" / "data.pt").unlink()
+    newest = checkpoints.newest_complete(tmp_path, SAVED["sft"])
+    assert newest.step == 3 and checkpoints.prepare_resume(tmp_path, "sft", SAVED["sft"], newest, 32) == []
+    assert [path.name for path in checkpoints.prune(tmp_path, SAVED["sft"], 2)] == ["global_step_1"]
+    assert {path.name for path in tmp_path.glob("global_*")} == {"global_step_2", "global_step_3"}
 
 
 def test_nothing_is_opened_as_long_as_no_checkpoint_has_appeared(tmp_path, monkeypatch):

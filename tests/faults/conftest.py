@@ -1,0 +1,35 @@
+"""The table of docs/faults.md, made of what the tests of this ring saw.
+
+    make test ARGS=tests/faults              compares what was seen with the table
+    make test ARGS='tests/faults --table'    writes it
+"""
+
+import re
+from collections.abc import Callable
+
+import pytest
+
+from door import ROOT
+
+TABLE = ROOT / "docs" / "faults.md"
+HEAD = "| fault | what the door said | the same command again |\n|---|---|---|\n"
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption("--table", action="store_true", help="write what was seen into docs/faults.md")
+
+
+@pytest.fixture
+def seen(request) -> Callable[[str, str], None]:
+    """Note a row of the table: the fault is the test's name."""
+    def note(first: str, then: str) -> None:
+        fault = request.function.__name__.removeprefix("test_").replace("_", " ")
+        row = f"| {fault} | {first} | {then} |"
+        text = TABLE.read_text()
+        if request.config.getoption("--table"):
+            there = re.search(rf"^\| {re.escape(fault)} \|.*$", text, re.MULTILINE)
+            TABLE.write_text(text.replace(there[0], row) if there else text.replace(HEAD, f"{HEAD}{row}\n"))
+        else:
+            assert row in text.splitlines(), f"docs/faults.md does not have this row (--table writes it):\n{row}"
+
+    return note
