@@ -7,11 +7,11 @@ result can be checked before anything starts.
 import importlib.util
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -34,18 +34,6 @@ def verl_config_dir() -> Path:
     return Path(spec.submodule_search_locations[0]) / "trainer" / "config"
 
 
-@contextmanager
-def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Let ${oc.env:NAME} see these values."""
-    before = dict(os.environ)
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
 def compose(name: str, overrides: list[str], env: Mapping[str, str], folder: Path = CONFIGS) -> dict[str, Any]:
     """Compose configs/NAME.yaml over verl's tree, resolved.
 
@@ -56,7 +44,7 @@ def compose(name: str, overrides: list[str], env: Mapping[str, str], folder: Pat
         folder: where NAME.yaml is.
     """
     tree = str(verl_config_dir()).replace("\\", "\\\\").replace('"', '\\"')
-    with environment(env), initialize_config_dir(str(folder), version_base=None):
+    with patch.dict(os.environ, env), initialize_config_dir(str(folder), version_base=None):
         config = hydra_compose(name, overrides=[f'hydra.searchpath=["file://{tree}"]', *overrides])
         return OmegaConf.to_container(config, resolve=True)
 

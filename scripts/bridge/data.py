@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from bridge import runs
 from bridge.errors import UsageError, exit_status, naming, nearest
-from bridge.problems import SEED, TEST_ROWS, TRAIN_ROWS, problems
+from bridge.problems import problems
 from bridge.settings import Settings
 from bridge.stages import Plan
 
@@ -290,32 +290,17 @@ def write(splits: dict[str, Rows], folder: Path) -> dict[str, Path]:
     return files
 
 
-def row_count(text: str) -> int:
-    """A number of rows from the command line."""
-    if not re.fullmatch(r"[0-9]+", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of rows of at least 1")
-    return int(text)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Make both parquet files from the source given on the command line."""
     parser = argparse.ArgumentParser(prog="bridge.data", description="GSM8K as parquet files for verl.")
     parser.add_argument("source", help="hub, builtin, or a folder with train.jsonl and test.jsonl")
     parser.add_argument("--output", type=Path, required=True, help="folder of train.parquet and test.parquet")
-    # Without defaults here, so that those given to another source can be told and refused.
-    parser.add_argument("--train-rows", type=row_count, help=f"builtin only (default: {TRAIN_ROWS})")
-    parser.add_argument("--test-rows", type=row_count, help=f"builtin only (default: {TEST_ROWS})")
-    parser.add_argument("--seed", type=int, help=f"builtin only (default: {SEED})")
     given = parser.parse_args(arguments)
-    options = {"train_rows": given.train_rows, "test_rows": given.test_rows, "seed": given.seed}
-    options = {name: value for name, value in options.items() if value is not None}
     source = checked_source(given.source)
-    if options and source != "builtin":
-        parser.error(f"--train-rows, --test-rows and --seed are for builtin problems, not for {source}")
     if source == "hub":
         splits, origin = from_hub(), f"{GSM8K} on the hub"
     elif source == "builtin":
-        splits, origin = problems(**options), "builtin problems"
+        splits, origin = problems(), "builtin problems"
     else:
         splits, origin = from_folder(Path(source)), source
     for split, file in write(splits, given.output).items():

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
+import psutil
+
 from bridge import metrics
 from bridge.errors import Tolerance, say
 
@@ -172,40 +174,14 @@ def reason(log: Path, start: int) -> str | None:
     return None
 
 
-def children() -> list[int]:
-    """Process ids whose parent is this process."""
-    me, found = str(os.getpid()), []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            # The name may hold spaces and brackets: the fields after the last ")" are state and parent.
-            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if parent == me:
-            found.append(int(folder.name))
-    return found
-
-
 def stop_all() -> None:
     """End every descendant that is left: ask first, then kill. Those of the killed become ours and follow."""
     for number, seconds in ((signal.SIGTERM, GRACE_SECONDS / 2), (signal.SIGKILL, GRACE_SECONDS)):
         deadline, asked = time.monotonic() + seconds, set()
-        while time.monotonic() < deadline:
-            reap()
-            left = children()
-            if not left:
-                return
+        while (left := psutil.Process().children()) and time.monotonic() < deadline:
             for process in left:
                 if process not in asked:
                     asked.add(process)
-                    os.kill(process, number)
-            time.sleep(0.05)
-
-
-def reap() -> None:
-    """Collect the descendants that have ended."""
-    try:
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-    except ChildProcessError:
-        pass
+                    process.send_signal(number)
+            # Collects those that have ended.
+            psutil.wait_procs(left, timeout=0.05)

@@ -102,11 +102,8 @@ def secret_values(env: Mapping[str, str]) -> list[str]:
 
 def sha256(file: Path) -> str:
     """Hash of a file, read in pieces."""
-    digest = hashlib.sha256()
     with open(file, "rb") as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def now() -> str:

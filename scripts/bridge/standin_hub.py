@@ -268,18 +268,7 @@ class Handler(BaseHTTPRequestHandler):
     def tree(self, repo_id: str, revision: str, below: str | None) -> None:
         _, files = self.commit_at(self.readable(repo_id), revision)
         start = f"{below}/" if below else ""
-        rows, folders = [], set()
-        for path, file in sorted(files.items()):
-            inner = path.removeprefix(start)
-            if not path.startswith(start):
-                continue
-            folders.update(start + inner[:slash.start()] for slash in re.finditer("/", inner))
-            if "/" not in inner or self.query.get("recursive") in (["True"], ["true"], ["1"]):
-                rows.append(row(path, file))
-        if self.query.get("recursive") not in (["True"], ["true"], ["1"]):
-            folders = {folder for folder in folders if "/" not in folder.removeprefix(start)}
-        self.answer(200, [{"type": "directory", "oid": git_hash(folder.encode()), "size": 0, "path": folder}
-                          for folder in sorted(folders)] + rows)
+        self.answer(200, [row(path, file) for path, file in sorted(files.items()) if path.startswith(start)])
 
     # ---- upload
 

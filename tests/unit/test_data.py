@@ -220,30 +220,13 @@ def test_more_builtin_rows_than_there_are_problems_are_refused(monkeypatch):
         problems(train_rows=2, test_rows=1)
 
 
-def test_numbers_of_builtin_rows_can_be_given(tmp_path, capsys):
-    data.main(["builtin", "--output", str(tmp_path), "--train-rows", "20", "--test-rows", "3", "--seed", "5"])
-    assert len(rows_of(tmp_path / "train.parquet")) == 20
-    assert len(rows_of(tmp_path / "test.parquet")) == 3
-    out = capsys.readouterr().out.splitlines()
-    assert out == [
-        f"{tmp_path / 'train.parquet'}: 20 rows from builtin problems",
-        f"{tmp_path / 'test.parquet'}: 3 rows from builtin problems",
+def test_what_was_made_is_said(tmp_path, capsys):
+    data.main(["builtin", "--output", str(tmp_path)])
+    assert [len(rows_of(tmp_path / f"{split}.parquet")) for split in data.SPLITS] == [512, 64]
+    assert capsys.readouterr().out.splitlines() == [
+        f"{tmp_path / 'train.parquet'}: 512 rows from builtin problems",
+        f"{tmp_path / 'test.parquet'}: 64 rows from builtin problems",
     ]
-
-
-@pytest.mark.parametrize("options", [["--train-rows", "0"], ["--test-rows", "many"], ["--train-rows", "-3"]])
-def test_numbers_that_are_no_rows_are_refused(tmp_path, options):
-    with pytest.raises(SystemExit) as end:
-        data.main(["builtin", "--output", str(tmp_path / "output"), *options])
-    assert end.value.code == 2
-    assert not (tmp_path / "output").exists()
-
-
-def test_numbers_of_rows_are_refused_for_other_sources(source, tmp_path, capsys):
-    with pytest.raises(SystemExit) as end:
-        data.main([str(source), "--output", str(tmp_path / "output"), "--train-rows", "5"])
-    assert end.value.code == 2
-    assert "are for builtin problems" in capsys.readouterr().err
 
 
 def test_folder_rows_keep_their_order_and_commas_leave_only_the_truth(source, tmp_path):
@@ -329,7 +312,7 @@ def test_a_long_list_of_bad_rows_is_cut_and_the_rest_counted(source, tmp_path):
 
 def test_bad_rows_leave_old_files_untouched(source, tmp_path):
     output = tmp_path / "output"
-    data.main(["builtin", "--output", str(output), "--train-rows", "3", "--test-rows", "2"])
+    data.main(["builtin", "--output", str(output)])
     before = content(output)
     (source / "test.jsonl").write_bytes(b"{}")
     fails(source, output)
@@ -387,7 +370,7 @@ def test_a_folder_called_hub_needs_a_path(source, tmp_path, monkeypatch):
 def test_both_files_appear_or_none(source, tmp_path, monkeypatch, failing, old, error):
     output = tmp_path / "output"
     if old:
-        data.main(["builtin", "--output", str(output), "--train-rows", "3", "--test-rows", "2"])
+        data.main(["builtin", "--output", str(output)])
     before = content(output)
     replace, failed = os.replace, []
 
