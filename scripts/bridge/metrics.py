@@ -80,13 +80,16 @@ class Metrics:
 
 
 def read(path: Path) -> list[dict]:
-    """All lines of a metrics.jsonl; none if there is no file. A last line cut off by a crash is left out."""
+    """All lines of a metrics.jsonl; none if there is no file. A line that a crash cut off or damaged is left out, and the rest."""
     if not path.is_file():
         return []
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             break
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            break
+        rows.append(row)
     return rows

@@ -116,3 +116,9 @@ def test_what_the_last_line_could_not_write_is_written_at_the_end(tmp_path):
         with suppress(OSError):
             file.close()
     assert file.file.closed and values(tmp_path) == [{"step": 1, "loss": 3.0}]
+
+
+@pytest.mark.parametrize("end", [b'{"step": 2, "lo', b"\xff\xfe", b"[1]\n", b'{"loss": 1}\n', b"7\n"])
+def test_a_damaged_line_ends_what_is_read(tmp_path, end):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + end)
+    assert metrics.read(tmp_path / "metrics.jsonl") == [{"step": 1}]
