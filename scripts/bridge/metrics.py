@@ -80,7 +80,7 @@ class Metrics:
 
 
 def read(path: Path) -> list[dict]:
-    """All lines of a metrics.jsonl; none if there is no file. A line that a crash cut off or damaged is left out, and the rest."""
+    """All lines of a metrics.jsonl up to one that a crash cut off or damaged; none if there is no file."""
     if not path.is_file():
         return []
     rows = []
