@@ -23,7 +23,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from io import BytesIO
+from functools import partial
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -42,8 +42,6 @@ SHARDS = {"model": ("model", 4), "optimizer": ("optim", 8), "extra": ("extra_sta
 # The whole model in Hugging Face's form, beside the shards.
 HF_MODEL_BYTES = 4
 ALL = tuple(SHARDS)
-# How much of a shard's end is read for its table of contents (some 130 bytes a tensor).
-TABLE_BYTES = (1 << 16, 1 << 26)
 # What zipfile says of a table of contents that is not there, and of one with a flipped bit.
 NO_ZIP = (zipfile.BadZipFile, ValueError, RuntimeError)
 # Where verl is told what to load, by stage and part.
@@ -143,18 +141,34 @@ def is_whole(file: Path) -> bool:
         OSError: the file cannot be read.
     """
     with open(file, "rb") as stream:
-        size = os.fstat(stream.fileno()).st_size
-        # Mostly the table fits into the first of these; that of 100,000 tensors into the second.
-        for length in TABLE_BYTES:
-            stream.seek(-min(size, length), os.SEEK_END)
-            try:
-                # From memory: zipfile takes an error of the file system for "no zip file".
-                with zipfile.ZipFile(BytesIO(stream.read())):
-                    return True
-            except NO_ZIP:
-                if size <= length:
-                    break
-    return False
+        watched = Watched(stream)
+        try:
+            with zipfile.ZipFile(watched):
+                return True
+        except NO_ZIP as error:
+            if watched.error:
+                raise watched.error from error
+            return False
+
+
+class Watched:
+    """A file of which the errors are kept: zipfile takes those of the file system for "no zip file"."""
+
+    def __init__(self, stream):
+        self.stream, self.error = stream, None
+
+    def __getattr__(self, name: str):
+        found = getattr(self.stream, name)
+        return partial(self.call, found) if name in ("read", "seek") else found
+
+    def call(self, work, *args):
+        """Do it, and keep its error. A place before the file's beginning is no error of the disk."""
+        try:
+            return work(*args)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                self.error = error
+            raise
 
 
 def is_value_model(folder: Path) -> bool:
