@@ -24,6 +24,8 @@ SFT = ["sft", f"trainer.total_training_steps={STEPS}", f"trainer.save_freq={EVER
 PPO = ["ppo", "trainer.total_training_steps=2", "trainer.save_freq=1"]
 # How long one wait may take: nothing may hang longer than two minutes.
 PATIENCE = 120
+# How long processes may outlive a door that was killed.
+GONE = 20
 
 
 class Case:
@@ -53,8 +55,8 @@ class Case:
             door.wait()
         self.wait_for(lambda: not left_running(self.work_dir))
 
-    def wait_for(self, condition: Callable[[], object], door: subprocess.Popen | None = None) -> None:
-        deadline = time.monotonic() + PATIENCE
+    def wait_for(self, condition: Callable[[], object], door: subprocess.Popen | None = None, seconds: float = PATIENCE) -> None:
+        deadline = time.monotonic() + seconds
         while not condition():
             assert door is None or door.poll() is None, self.out.read_text()[-3000:]
             assert time.monotonic() < deadline, f"waited in vain: {left_running(self.work_dir)} {self.out.read_text()[-3000:]}"
@@ -249,7 +251,8 @@ def test_the_door_is_killed_during_a_save(case, through, seen):
     with case.started() as door, case.in_save_of(STEPS, ".", door):
         kept = case.complete()
         door.kill()
-        case.wait_for(lambda: not left_running(case.work_dir))
+        # Before a person can start it again.
+        case.wait_for(lambda: not left_running(case.work_dir), seconds=GONE)
     seen("(killed)", ended_as(case, through, kept))
 
 
@@ -288,7 +291,7 @@ def test_the_door_of_PPO_is_killed_during_a_save(ppo, seen):
         kept = ppo.complete()
         door.kill()
         # Ray's daemons follow their driver.
-        ppo.wait_for(lambda: not left_running(ppo.work_dir))
+        ppo.wait_for(lambda: not left_running(ppo.work_dir), seconds=GONE)
     assert kept.keys() == {"global_step_1"}
     check_kept(kept, ppo)
     told = ppo.again()
