@@ -1,7 +1,6 @@
 """Faults injected into runs of verl's real trainers on CPU. A test's name is the fault, and its row in docs/faults.md."""
 
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -68,9 +67,9 @@ class Case:
                                 capture_output=True, text=True, check=False, timeout=2 * PATIENCE)
         assert result.returncode == 0, result.stderr[-3000:]
         assert left_running(self.work_dir) == []
-        told = [line for line in result.stderr.splitlines() if re.match("bridge: .*(set aside|continuing from)", line)]
-        # What is announced twice (before the lock is held, and after) is told once.
-        return "; ".join(dict.fromkeys(self.brief(line) for line in told))
+        words = ["set aside the", "continuing from", *(["will be set aside"] if more else [])]
+        return "; ".join(self.brief(line) for line in result.stderr.splitlines()
+                         if line.startswith("bridge: ") and any(word in line for word in words))
 
     def brief(self, line: str) -> str:
         """A line of the door's, less what differs from machine to machine."""
@@ -366,38 +365,39 @@ def test_the_disk_is_full_during_a_save(small_disk, through, seen):
             while True:
                 file.write(bytes(1 << 12))
     assert door.returncode == 1
-    lines = [line for line in case.out.read_text().splitlines() if line.startswith("bridge: ")]
-    assert any("No space left on device" in line for line in lines), lines
+    told = [case.brief(line) for line in case.out.read_text().splitlines() if "bridge: writing to log.txt failed" in line]
+    assert len(told) == 1 and "No space left on device" in told[0], told
     ballast.unlink()
-    seen(case.said(), ended_as(case, through, kept))
+    seen(f"{told[0]}; {case.said()}", ended_as(case, through, kept))
 
 
 def test_a_shard_is_cut_short(copy, through, seen):
     kept = {f"global_step_{EVERY}": copy.complete()[f"global_step_{EVERY}"]}
     shard = copy.folder / f"global_step_{LAST}" / "model_world_size_2_rank_1.pt"
     os.truncate(shard, shard.stat().st_size // 2)
-    seen("(nothing before)", ended_as(copy, through, kept))
+    seen("", ended_as(copy, through, kept))
 
 
 def test_a_bit_of_a_shard_is_flipped(copy, through, seen):
     kept = {f"global_step_{EVERY}": copy.complete()[f"global_step_{EVERY}"]}
+    checkpoints.record_checksums(copy.folder / f"global_step_{LAST}")
     shard = copy.folder / f"global_step_{LAST}" / "model_world_size_2_rank_1.pt"
     data = bytearray(shard.read_bytes())
     # Among the weights: torch.load takes it without a word.
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
     torch.load(shard, weights_only=False)
-    seen("(nothing before)", ended_as(copy, through, kept))
+    seen("", ended_as(copy, through, kept))
 
 
 def test_the_tracker_is_gone(copy, stopped, through, seen):
     (copy.folder / checkpoints.TRACKER).unlink()
-    seen("(nothing before)", ended_as(copy, through, stopped.complete()))
+    seen("", ended_as(copy, through, stopped.complete()))
 
 
 def test_the_tracker_names_a_step_that_is_not_there(copy, stopped, through, seen):
     (copy.folder / checkpoints.TRACKER).write_text("10")
-    seen("(nothing before)", ended_as(copy, through, stopped.complete()))
+    seen("", ended_as(copy, through, stopped.complete()))
 
 
 # ---- and two at once
