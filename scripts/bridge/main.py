@@ -104,6 +104,7 @@ def run_stage(name: str, env: Mapping[str, str], overrides: list[str], dry_run: 
         plan.record_dir.mkdir(parents=True, exist_ok=True)
     from bridge import checkpoints, runs
 
+    announced = plan.resume_step
     with runs.locked(plan.record_dir) if plan.keep_log else nullcontext():
         while stage.trains:
             # What another run did here before the lock was ours counts, and so does damage, which only reading shows.
@@ -116,6 +117,8 @@ def run_stage(name: str, env: Mapping[str, str], overrides: list[str], dry_run: 
         if plan.finished:
             say(plan.finished)
             return 0
+        if plan.resume_step != announced:
+            say(f"continuing from step {plan.resume_step}")
         show(plan)
         return run_plan(name, plan, child_env)
 

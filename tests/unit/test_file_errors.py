@@ -28,6 +28,6 @@ def test_whichever_file_operation_fails_the_same_command_ends_as_without_the_fau
     assert not wrong, "\n".join(wrong)
     # Before the start and after it, in every part of the code there is.
     outcomes = [row["outcome"] for row in rows]
-    assert outcomes.count("refused") > 50 and outcomes.count("went on") > 50
+    assert outcomes.count("refused") > 20 and outcomes.count("went on") > 30
     for code in ("checkpoints.", "runs.", "metrics.", "launch.", "main.", "merge: "):
         assert any(code in row["fault"] for row in rows), code

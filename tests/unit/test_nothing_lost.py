@@ -208,13 +208,14 @@ def test_a_flipped_bit_is_found_and_the_checkpoint_before_is_taken(env, recorded
     assert ("has no checksums.json" in capsys.readouterr().err) == (not recorded)
 
 
-def test_the_door_itself_looks_before_it_continues(env, monkeypatch):
+def test_the_door_itself_looks_before_it_continues_and_says_from_where(env, monkeypatch, capsys):
     folder = started(env, "sft", steps=(5, 9))
     flip_a_bit(folder / "global_step_9" / "model_world_size_2_rank_1.pt")
     ran = []
     monkeypatch.setattr(main, "run_plan", lambda name, planned, _env: ran.append(planned) or 0)
     assert main.run(["sft"], env) == 0
     assert ran[0].resume_step == 5 and (folder / "global_step_9.set-aside").is_dir()
+    assert "bridge: continuing from step 5\n" in capsys.readouterr().err
 
 
 def test_where_all_are_damaged_nothing_is_touched(env):
