@@ -44,9 +44,8 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
                          "MODEL=, DATA_SOURCE= and GPUS= apply.")
     gpus = hardware.visible_gpus(env)
     ranks = settings.gpus or (1 if gpus else 2)
-    if ranks not in RANKS:
-        raise UsageError(f"GPUS={ranks}: the rehearsal runs on so many ranks that its batches divide by them. Possible: "
-                         f"GPUS={', '.join(map(str, RANKS))}.")
+    problems = [] if ranks in RANKS else [f"GPUS={ranks}: the rehearsal runs on so many ranks that its batches divide by them. "
+                                          f"Possible: GPUS={', '.join(map(str, RANKS))}."]
     name = env.get("MODEL") or "tiny"
     chain_env = trial.environment(
         env, settings.work_dir / "rehearsal", MODEL=name, DATA_SOURCE=env.get("DATA_SOURCE") or "builtin",
@@ -54,7 +53,7 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
     # A relative folder is meant from where the person stands, which stays the same here.
     chain = settings_module.read(chain_env)
     made = trial.made(chain, chain.work_dir / "hub")
-    trial.check(chain, env, made, new_model=True, trained=("sft", "ppo"))
+    trial.check(chain, env, made, new_model=True, problems=problems)
     if env.get("MODEL") and not gpus and settings.model not in ("tiny", "smollm2") and not is_local(settings.model):
         # Exported for the real run, most likely.
         raise UsageError(f"MODEL={settings.model} is too large to rehearse without a GPU. Use `make rehearse MODEL=tiny "

@@ -2,7 +2,7 @@
 
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -46,7 +46,7 @@ def own_folder(settings: Settings, name: str) -> Iterator[Path]:
 
 
 def check(settings: Settings, env: Mapping[str, str], removed: list[Path], new_model: bool,
-          trained: tuple[str, ...] = ()) -> None:
+          trained: tuple[str, ...] = (), problems: Sequence[str] = ()) -> None:
     """Refuse GPUS, DATA_SOURCE and MODEL before anything is removed rather than when a stage needs them.
 
     Args:
@@ -54,11 +54,12 @@ def check(settings: Settings, env: Mapping[str, str], removed: list[Path], new_m
         removed: what is going to be removed.
         new_model: whether the model has yet to be made.
         trained: training stages whose batches are to be shared by all ranks.
+        problems: what was found already.
 
     Raises:
         UsageError: with everything found.
     """
-    problems: list[str] = []
+    problems = list(problems)
     sources = {"MODEL": settings.model_dir} if is_local(settings.model) else {}
     try:
         source = data.checked_source(settings.data_source)

@@ -9,7 +9,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/read_env.sh"
 read_settings
 what=${1:-}
 name=localhost/bridge:latest
-
 need_space() { # GIB FOLDER CURE
     local free
     free=$(($(df --output=avail -k "$2" | tail -n 1) / 1024 / 1024))
@@ -41,11 +40,9 @@ oci)
     [[ -n $tool ]] || fail "no buildah, podman or docker on PATH. Install one, or make image with Apptainer."
     image=${IMAGE:-$name}
     # The working container, two copies of its layer on the way, and the layer. Docker's store may be on another machine.
-    case $tool in
-    buildah) store=$(buildah info --format '{{index .store "GraphRoot"}}') ;;
-    podman) store=$(podman info --format '{{.Store.GraphRoot}}') ;;
-    docker) store='' ;;
-    esac
+    store=''
+    [[ $tool != buildah ]] || store=$(buildah info --format '{{index .store "GraphRoot"}}')
+    [[ $tool != podman ]] || store=$(podman info --format '{{.Store.GraphRoot}}')
     [[ ! -d $store ]] || need_space 33 "$store" "Remove what you do not need ($tool images --all), or move the store to a larger disk."
     [[ $image == "$name" || $image == *.tar ]] || fail "IMAGE=$image: the build is called $name; IMAGE=FILE.tar stores it too."
     ;;
@@ -63,17 +60,14 @@ fi
 wheel=${FLASH_ATTN_WHEEL:-}
 [[ ! -d $wheel ]] || wheel=$(find "$wheel" -name 'flash_attn-*.whl' | sort | head -n 1)
 [[ -z ${FLASH_ATTN_WHEEL:-} || -f $wheel ]] || fail "FLASH_ATTN_WHEEL=$FLASH_ATTN_WHEEL is no wheel, and no folder with one."
-
 # For the build alone, never in the image: the certificates that this host trusts, and a wheel of flash-attn.
-inputs=$checkout/scripts/image/inputs partial=''
+inputs=$checkout/scripts/image/inputs partial='' certificates=''
 mkdir "$inputs" 2> /dev/null || fail "$inputs is there: another build is running, or one was killed. Then remove it."
 trap 'rm -rf "$inputs" "$partial"' EXIT
-certificates=''
 for bundle in "${SSL_CERT_FILE:-}" /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.crt /etc/ssl/ca-bundle.pem; do
     [[ ! -f $bundle ]] || { certificates=$bundle && break; }
 done
 [[ -z $wheel ]] || cp -pL "$wheel" "$inputs"
-
 cd "$checkout"
 commit=$(git describe --always --dirty --abbrev=40 2> /dev/null) || commit=''
 arguments=(--build-arg "COMMIT=$commit")
@@ -92,9 +86,8 @@ if [[ $what == sif ]]; then
     mv -f "$partial" "$image"
     size=$(du -h --apparent-size "$image" | cut -f 1)
 else
-    # Not a part of the context: a layer would be made anew for each other bundle.
+    # Not a part of the context: a layer would be made anew for each other bundle. Docker keeps layers anyway.
     [[ -z $certificates ]] || arguments+=(--secret "id=certificates.crt,src=$certificates")
-    # Docker does so anyway.
     [[ $tool == docker ]] || arguments+=(--layers)
     "$tool" build --file Containerfile --tag "$name" "${arguments[@]}" .
     size=$("$tool" images --format '{{.Size}}' "$name")

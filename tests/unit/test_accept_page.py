@@ -8,7 +8,7 @@ import pytest
 
 from bridge import accept, runs, settings
 from bridge.errors import UsageError
-from door import bridge
+from door import bridge, record
 
 
 @pytest.mark.parametrize(("gpus", "heads", "tp"), [(8, 32, 8), (8, 12, 4), (6, 32, 2), (1, 32, 1), (8, None, 1), (3, 4, 1)])
@@ -117,10 +117,10 @@ def test_the_page_shows_the_nccl_that_is_loaded_and_not_a_variable_of_that_name(
     def stage(name, env, *arguments, log=None, **_named) -> int:
         folder = Path(env["WORK_DIR"])
         if name in ("data", "model"):
-            record = {"attempts": [{"command": ["builtin"]}]}
+            made_with = record(attempts=[{"command": ["builtin"]}])
             made = settings.read(env).data_dir if name == "data" else settings.read(env).model_dir
             made.mkdir(parents=True)
-            (made / "run.json").write_text(json.dumps(record))
+            (made / "run.json").write_text(json.dumps(made_with))
             (made / "config.json").write_text("{}")
             return 0
         (log or folder / "log").write_text(check_log if name == "check" else "")

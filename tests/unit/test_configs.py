@@ -263,7 +263,8 @@ def test_a_wrong_budget_and_what_packing_cannot_are_refused_at_once(env):
     for problem in ("data.balance_dp_token=True", "model.strategy=fsdp", "use_remove_padding=True",
                     "ulysses_sequence_parallel_size=2"):
         assert f"{problem} does not go with packing." in result.stderr
-    assert "is no number of tokens" in bridge("sft", "--dry-run", "bridge.packed_tokens_per_gpu=many", **env).stderr
+    said = bridge("sft", "--dry-run", "bridge.packed_tokens_per_gpu=many", **env).stderr
+    assert "has to be a whole number of at least 1" in said
 
 
 def test_the_budget_on_the_command_line_chooses_the_packed_trainer(env):
@@ -287,19 +288,19 @@ def test_every_configuration_says_what_it_is_and_every_key_why(file):
 @pytest.mark.parametrize(("override", "message"), [
     ("trainer.totl_epochs=1", "Did you mean trainer.total_epochs?"),
     ("total_epochs=1", "is not a setting of verl's ppo trainer"),
-    ("trainer.total_epochs=many", "trainer.total_epochs is a number"),
+    ("trainer.total_epochs=many", "trainer.total_epochs has to be a whole number of at least 1"),
     ("trainer.val_before_train=3", "trainer.val_before_train is True or False"),
     ("trainer.n_gpus_per_node=4", "GPUS="),
     ("profile/ppo=tiny", "PROFILE="),
     ("--gpus", "is no option of a stage"),
     ("no equals", "is not of the form key=value"),
     ("", "is not of the form key=value"),
-    ("data.train_batch_size=0", "data.train_batch_size is a number, and a whole one of at least 1"),
+    ("data.train_batch_size=0", "data.train_batch_size has to be a whole number of at least 1"),
     ("data.train_batch_size=-8", "of at least 1"),
-    ("data.train_batch_size=1.5", "a whole one"),
+    ("data.train_batch_size=1.5", "has to be a whole number of at least 1"),
     ("data.train_batch_size=null", "data.train_batch_size cannot be null"),
     ("++data.train_batch_size=null", "data.train_batch_size cannot be null"),
-    ("actor_rollout_ref.rollout.n=0", "actor_rollout_ref.rollout.n is a number"),
+    ("actor_rollout_ref.rollout.n=0", "actor_rollout_ref.rollout.n has to be a whole number of at least 1"),
     ("trainer.nnodes=null", "trainer.nnodes cannot be null"),
     ("actor_rollout_ref.actor.optim.lr=nan", "actor_rollout_ref.actor.optim.lr is a number"),
     ("actor_rollout_ref.actor.optim={lr: null}", "actor_rollout_ref.actor.optim.lr cannot be null"),

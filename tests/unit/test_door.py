@@ -106,7 +106,7 @@ def test_a_large_model_is_not_rehearsed_on_cpu(env):
     (["data", "trainer.total_epochs=1"], "takes no arguments"),
     (["sft", "--fast"], "is no option"),
     (["sft", "trainer.totl_epochs=1"], "Did you mean trainer.total_epochs?"),
-    (["sft", "data.train_batch_size=0"], "data.train_batch_size is a number, and a whole one of at least 1"),
+    (["sft", "data.train_batch_size=0"], "data.train_batch_size has to be a whole number of at least 1"),
     (["ppo", "data.train_batch_size=null"], "data.train_batch_size cannot be null"),
     (["sft", "~optim.lr"], "optim.lr would be gone"),
 ])

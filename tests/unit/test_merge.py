@@ -19,6 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from bridge import merge, runs, settings, upload
 from bridge.errors import UsageError
+from door import record
 
 RANKS = 2
 
@@ -163,9 +164,8 @@ def test_the_plan_names_the_model_that_the_training_started_from(env, base, stag
     run = work_dir / "runs" / "default" / stage
     shards = run / "checkpoints" / "global_step_1" / ("actor" if stage == "ppo" else ".")
     write_shards(shards, {"model.norm.weight": torch.zeros(2)}, base, None)
-    (run / "run.json").write_text(json.dumps({
-        "config": json.loads(json.dumps(config).replace("WORK", "/somewhere/else")), "inputs": None,
-        "work_dir": "/somewhere/else", "status": "finished", "attempts": []}))
+    (run / "run.json").write_text(json.dumps(record(
+        config=json.loads(json.dumps(config).replace("WORK", "/somewhere/else")), work_dir="/somewhere/else")))
     for ckpt in (run / "checkpoints" / "global_step_1", shards):
         planned = merge.plan(settings.read({"WORK_DIR": "/another", "CKPT": str(ckpt)}), {})
         assert f"--base={work_dir}/models/tiny" in planned.command and "warning" not in "".join(planned.notes)
@@ -260,7 +260,7 @@ def test_a_failure_of_verls_merger_is_passed_on_without_a_second_traceback(tmp_p
 
 def record_merge(folder: Path, status: str) -> None:
     folder.mkdir(parents=True)
-    runs.write(folder, {"status": status, "attempts": [{}]}, [])
+    runs.write(folder, record(status=status), [])
 
 
 @pytest.mark.parametrize("status", ["failed", "running"])

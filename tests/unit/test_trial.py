@@ -109,10 +109,11 @@ def test_what_the_tool_made_before_is_removed_and_what_a_person_put_beside_it_st
 
 
 @pytest.mark.parametrize(("tool", "env", "words"), [
-    *((tool, env, words) for tool in ("rehearse", "accept") for env, words in (
-        ({"GPUS": "7"}, ["does not divide by 7 GPUs"]),
+    *((tool, env, words) for tool, seven in (("rehearse", "Possible: GPUS=1, 2, 4, 8."), ("accept", "does not divide by 7 GPUs"))
+      for env, words in (
+        ({"GPUS": "7"}, [seven]),
         ({"MODEL": "smolm2"}, ["Did you mean smollm2?"]),
-        ({"MODEL": "/no/such/folder", "GPUS": "7"}, ["/no/such/folder does not exist", "does not divide by 7 GPUs"]))),
+        ({"MODEL": "/no/such/folder", "GPUS": "7"}, ["/no/such/folder does not exist", seven]))),
     ("rehearse", {"DATA_SOURCE": "builtn", "MODEL": "smolm2"}, ["DATA_SOURCE='builtn'", "Did you mean smollm2?"]),
 ])
 def test_settings_are_looked_at_before_anything_is_removed(started, tmp_path, tool, env, words):
