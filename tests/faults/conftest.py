@@ -1,6 +1,6 @@
 """The table of docs/faults.md, made of what the tests of this ring saw.
 
-    make test ARGS=tests/faults              compares what was seen with the table
+    make test ARGS=tests/faults              compares how each ended with the table
     make test ARGS='tests/faults --table'    writes it
 """
 
@@ -26,10 +26,12 @@ def seen(request) -> Callable[[str, str], None]:
         fault = request.function.__name__.removeprefix("test_").replace("_", " ")
         row = f"| {fault} | {first} | {then} |"
         text = TABLE.read_text()
+        there = re.search(rf"^\| {re.escape(fault)} \|.*$", text, re.MULTILINE)
         if request.config.getoption("--table"):
-            there = re.search(rf"^\| {re.escape(fault)} \|.*$", text, re.MULTILINE)
             TABLE.write_text(text.replace(there[0], row) if there else text.replace(HEAD, f"{HEAD}{row}\n"))
         else:
-            assert row in text.splitlines(), f"docs/faults.md does not have this row (--table writes it):\n{row}"
+            # Where exactly a kill has cut a save differs from run to run; how it ends does not.
+            assert there and there[0].rpartition("; ")[2] == row.rpartition("; ")[2], (
+                f"docs/faults.md does not have this row (--table writes it):\n{row}")
 
     return note
