@@ -57,9 +57,9 @@ def test_the_merged_weights_are_the_eight_shards_one_after_the_other(work_dir, s
     import torch
     from safetensors.torch import load_file
 
-    newest = checkpoints.newest_complete(work_dir / stage / "checkpoints", stage)
+    newest = runs.newest_checkpoint(work_dir / stage, stage)
     assert newest.step == {"sft": 4, "ppo": 1}[stage]
-    folder = newest.path / checkpoints.parts(stage)[0]
+    folder = newest.path / next(iter(checkpoints.mergeable(stage)))
     shards = [torch.load(folder / f"model_world_size_{RANKS}_rank_{rank}.pt", weights_only=False) for rank in range(RANKS)]
     merged = load_file(work_dir / stage / "merged" / "model.safetensors")
     assert len(list(folder.glob("model_*.pt"))) == RANKS and len(merged) > 10
