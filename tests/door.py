@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from bridge import metrics, runs
+from bridge.runs import metrics, record
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a person's shell would have, without any setting of the bridge.
@@ -20,7 +20,7 @@ def bridge(*arguments: str, timeout: float = 600, **env: str) -> subprocess.Comp
                           check=False, timeout=timeout)
 
 
-def record(**changes) -> dict:
+def recorded(**changes) -> dict:
     """A record of a run, as run.json holds it."""
     return {"status": "finished", "last_step": 0, "config": None, "inputs": None, "work_dir": None,
             "attempts": [{"command": ["python"]}], **changes}
@@ -34,7 +34,7 @@ def stopped_after(step: int, work_dir: Path, stage: str, *arguments: str, timeou
         deadline = time.monotonic() + timeout
         while True:
             rows = metrics.read(folder / "metrics.jsonl")
-            saved = [checkpoint.step for checkpoint in runs.saved_checkpoints(folder, stage) if checkpoint.complete]
+            saved = [checkpoint.step for checkpoint in record.saved_checkpoints(folder, stage) if checkpoint.complete]
             if step in saved and rows and rows[-1]["step"] >= step:
                 break
             assert door.poll() is None and time.monotonic() < deadline, said.read_text()[-3000:]

@@ -12,10 +12,10 @@ import pytest
 from downloads_hub import DownloadsHub
 from hub_fixture import LLAMA_TEMPLATE, model_files, run_module, write_files
 
-from bridge import model
 from bridge import settings as settings_module
 from bridge.errors import UsageError
-from bridge.standin_hub import Account
+from bridge.stages import model
+from bridge.standins.hub import Account
 
 LLAMA = "meta-llama/Llama-3.2-1B-Instruct"
 NOT_NEEDED = {"original/consolidated.00.pth": b"x", "original/params.json": b"{}", "model.gguf": b"x",
@@ -131,8 +131,9 @@ def test_interrupted_download_is_continued(hub, folder):
 def test_two_at_once_do_not_get_into_each_others_way(hub, folder):
     partial = folder.with_name(f".{folder.name}.partial")
     write_files(partial, {"half": b"of the first one's download"})
-    holder = subprocess.Popen([sys.executable, "-c", "import sys; from pathlib import Path; from bridge import runs\n"
-                               "with runs.locked(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()", str(partial)],
+    code = ("import sys\nfrom pathlib import Path\nfrom bridge.runs import record\n"
+            "with record.locked(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()")
+    holder = subprocess.Popen([sys.executable, "-c", code, str(partial)],
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
@@ -328,7 +329,7 @@ def test_parameters_are_counted_once_where_embeddings_are_tied(tmp_path):
 
 def test_plan_of_a_hub_model(tmp_path):
     plan = planned(tmp_path, LLAMA)
-    assert plan.command[1:] == ["-m", "bridge.model", LLAMA, str(tmp_path / "models" / "Llama-3.2-1B-Instruct")]
+    assert plan.command[1:] == ["-m", "bridge.stages.model", LLAMA, str(tmp_path / "models" / "Llama-3.2-1B-Instruct")]
     assert plan.record_dir == tmp_path / "models" / "Llama-3.2-1B-Instruct" and plan.finished is None
     assert not list(tmp_path.iterdir())
 
