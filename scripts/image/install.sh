@@ -100,7 +100,7 @@ bridge)
         --disable-pip-version-check --no-index --no-deps --no-build-isolation --editable /opt/bridge
     /opt/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash /opt/bridge/scripts
     # A door for each stage, where Apptainer looks for apps: apptainer run --app ppo bridge.sif
-    for stage in $(/opt/venv/bin/python -c 'from bridge.stages.table import STAGES, TOOLS; print(*STAGES, *TOOLS)'); do
+    for stage in $(/opt/venv/bin/python -c 'from bridge.door import STAGES, TOOLS; print(*STAGES, *TOOLS)'); do
         mkdir -p "/scif/apps/$stage/scif"
         printf '#!/bin/sh\nexec bridge %s "$@"\n' "$stage" > "/scif/apps/$stage/scif/runscript"
         chmod 755 "/scif/apps/$stage/scif/runscript"

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from bridge.door import TOOLS
 from bridge.image import manifest
-from bridge.stages.table import STAGES, TOOLS
+from bridge.stages.table import STAGES
 from door import ROOT, SHELL
 
 # What the environment inside may hold besides what the recipes set and what Apptainer and a shell set themselves.

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from bridge import settings
+from bridge.plan import Plan
 from bridge.runs import checkpoints, record
-from bridge.stages.table import STAGES, Plan
+from bridge.stages.table import STAGES
 
 SAVED = {"sft": {".": checkpoints.ALL}, "ppo": {"actor": checkpoints.ALL, "critic": checkpoints.ALL},
          "grpo": {"actor": checkpoints.ALL}}

@@ -5,7 +5,8 @@ import re
 import pytest
 
 from bridge import settings
-from bridge.stages.table import STAGES, TOOLS
+from bridge.door import TOOLS
+from bridge.stages.table import STAGES
 from door import ROOT
 
 README, JAPANESE = (ROOT / "README.md").read_text(), (ROOT / "README.ja.md").read_text()

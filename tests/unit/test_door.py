@@ -14,11 +14,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from bridge import door, settings
+from bridge import door, environment, settings
+from bridge.door import TOOLS
 from bridge.errors import UsageError, exit_status
 from bridge.runs import record
 from bridge.stages import train
-from bridge.stages.table import STAGES, TOOLS
+from bridge.stages.table import STAGES
 from door import ROOT, SHELL, bridge, recorded, run_python
 
 
@@ -224,7 +225,7 @@ def test_a_work_folder_that_is_a_dangling_link_is_refused(tmp_path):
     for target in (tmp_path / "gone", tmp_path / "link"):
         (tmp_path / "link").unlink(missing_ok=True)
         (tmp_path / "link").symlink_to(target)
-        [problem] = door.work_dir_problems(tmp_path / "link")
+        [problem] = environment.work_dir_problems(tmp_path / "link")
         assert f"is a symbolic link to {target}, which is not there" in problem
 
 
@@ -268,8 +269,8 @@ def test_what_was_compiled_for_other_packages_is_not_taken(monkeypatch, tmp_path
     found = []
     for content in ("torch==2.6.0", "torch==2.6.1"):
         (tmp_path / "requirements.lock").write_text(content)
-        monkeypatch.setattr(settings, "ROOT", tmp_path)
-        cleaned = door.clean_environment(settings.read({"WORK_DIR": "/w"}), {})
+        monkeypatch.setattr(environment, "ROOT", tmp_path)
+        cleaned = environment.clean_environment(settings.read({"WORK_DIR": "/w"}), {})
         found.append([cleaned[name] for name in names])
     assert all(path.startswith("/w/cache/compiled/") for path in found[0] + found[1])
     assert not set(found[0]) & set(found[1])
@@ -277,7 +278,7 @@ def test_what_was_compiled_for_other_packages_is_not_taken(monkeypatch, tmp_path
 
 @pytest.mark.parametrize(("given", "order"), [({}, "PCI_BUS_ID"), ({"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}, "FASTEST_FIRST")])
 def test_cuda_counts_gpus_as_the_door_does_unless_told_otherwise(given, order):
-    assert door.clean_environment(settings.read({"WORK_DIR": "/w"}), given)["CUDA_DEVICE_ORDER"] == order
+    assert environment.clean_environment(settings.read({"WORK_DIR": "/w"}), given)["CUDA_DEVICE_ORDER"] == order
 
 
 def test_a_network_card_that_is_not_there_is_refused_with_those_that_are(env):
@@ -502,7 +503,7 @@ def test_only_a_run_that_is_not_a_trial_says_that_the_same_command_continues_it(
 import contextlib, io
 from pathlib import Path
 from bridge import door
-from bridge.stages.table import Plan
+from bridge.plan import Plan
 folder = Path({str(tmp_path)!r})
 plan = Plan(["sh", "-c", "kill -TERM $$"], {{}}, folder, True, checkpoints=folder / "checkpoints")
 with contextlib.redirect_stderr(io.StringIO()) as said:

@@ -16,9 +16,9 @@ import pytest
 from bridge import settings
 from bridge.compose import compose
 from bridge.errors import UsageError
+from bridge.plan import Plan
 from bridge.runs import record
 from bridge.stages import ppo, sft, train
-from bridge.stages.table import Plan
 from door import SHELL, bridge
 
 NAMES = {"WORK_DIR": "/w", "BRIDGE_MODEL_DIR": "/m", "BRIDGE_STAGE_DIR": "/s", "BRIDGE_RUN_NAME": "r", "WANDB_PROJECT": "p"}
@@ -192,7 +192,7 @@ def test_rays_folder_is_the_users_where_that_is_possible(env, tmp_path_factory, 
 RUN = """
 import os, sys, pathlib
 from bridge import door
-from bridge.stages.table import Plan
+from bridge.plan import Plan
 base = pathlib.Path(sys.argv[1])
 look = "import os, stat; print('SEEN', os.environ['RAY_TMPDIR'], oct(os.stat(os.environ['RAY_TMPDIR']).st_mode)[-3:])"
 plan = Plan([sys.executable, "-c", look], {"RAY_TMPDIR": sys.argv[1]}, base / "record", keep_log=False)

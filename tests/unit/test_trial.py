@@ -183,7 +183,7 @@ def test_a_stage_that_someone_runs_in_the_folder_is_not_removed_under_it(started
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Another process holds the folder's lock."""
-    script = ("import sys\nfrom pathlib import Path\nfrom bridge import runs\n"
+    script = ("import sys\nfrom pathlib import Path\nfrom bridge.runs import record\n"
               "with record.locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()")
     with subprocess.Popen([sys.executable, "-c", script, str(folder)], env=SHELL, stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE) as process:

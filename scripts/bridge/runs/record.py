@@ -22,9 +22,9 @@ from bridge import hardware
 from bridge.compose import flatten
 from bridge.errors import UsageError, naming, read_json, say
 from bridge.image import manifest
+from bridge.plan import Plan
 from bridge.runs import checkpoints
 from bridge.settings import CONFIGS, ROOT, SECRETS
-from bridge.stages.table import Plan
 
 # Keys that may differ when a run is continued: where from, what it is called, and housekeeping. With them what depends on
 # the machine: all that configs/memory/ sets.

@@ -16,9 +16,9 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from bridge.errors import UsageError, exit_status, naming, nearest
+from bridge.plan import Plan
 from bridge.runs import record
 from bridge.settings import Settings
-from bridge.stages.table import Plan
 from bridge.standins.word_problems import problems
 
 if TYPE_CHECKING:

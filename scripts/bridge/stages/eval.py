@@ -19,12 +19,12 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
-from bridge import compose, hardware
+from bridge import compose, hardware, model_folder
 from bridge.errors import UsageError, exit_status, say
+from bridge.plan import Plan
 from bridge.runs import record
 from bridge.settings import Settings
-from bridge.stages import merge, model, ppo, train
-from bridge.stages.table import Plan
+from bridge.stages import merge, ppo, train
 from bridge.trainers import loopback
 
 # Rows that transformers answers at once; more only pads more.
@@ -114,7 +114,7 @@ def chosen_models(settings: Settings, problems: list[str]) -> tuple[dict[str, Pa
         problems.append(f"nothing to evaluate: there is neither the base model {folders['base']} nor a merged model in "
                         f"{settings.run_dir}. Run `make model` first, or `make merge` after a training.")
     for name in names:
-        problems += model.check_model_folder(folders[name], cures[name])
+        problems += model_folder.check_model_folder(folders[name], cures[name])
     if settings.ckpt and merged_from(settings, "ckpt") != str(merge.shards_of(settings.ckpt)):
         problems.append(f"{folders['ckpt']} was not made from CKPT={settings.ckpt}. Run `make merge` with this CKPT= first.")
     missing = [name for name in ("base", "sft", "ppo") if not stage and name not in names]

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from bridge.compose import flatten
 from bridge.errors import UsageError, exit_status, say
+from bridge.plan import Plan
 from bridge.runs import checkpoints, record
 from bridge.settings import Settings
-from bridge.stages.table import Plan
 
 # A problem in GSM8K's form, to see that the merged model answers at all.
 QUESTION = "Tom has 3 apples and buys 4 more. How many apples does he have?"

@@ -8,6 +8,7 @@ from typing import Any
 from bridge.compose import flatten
 from bridge.runs.checkpoints import has_critic
 from bridge.settings import Settings
+from bridge.trainers.packed_settings import groups_rows
 
 # Bytes that a path to a socket may have, less those of the run's own folder and Ray's longest name below it.
 LONGEST_TMPDIR = 107 - len("/ray-12345678/ray/session_2026-01-01_00-00-00_123456_4194304/sockets/plasma_store")
@@ -104,18 +105,6 @@ def length_problems(config: Mapping[str, Any]) -> list[str]:
     return [f"{key}={flat[key]} is less than {longest} tokens, the longest row (data.max_prompt_length + "
             f"data.max_response_length). Use {key}={-(-longest // times)} or more."
             for key, times in limits if (flat[key] or 0) * times < longest]
-
-
-def averages_groups(part: Mapping[str, Any]) -> bool:
-    """Whether actor or critic has a loss that trainers.packed_ppo averages over groups of rows: verl's defaults, by tokens."""
-    return bool(part["use_dynamic_bsz"] and part["ppo_micro_batch_size_per_gpu"] and part["loss_agg_mode"] == "token-mean"
-                and part.get("policy_loss", {}).get("loss_mode", "vanilla") == "vanilla")
-
-
-def groups_rows(config: Mapping[str, Any], part: Mapping[str, Any]) -> bool:
-    """Whether the loss of this part is averaged over groups of so many rows though micro batches are counted in tokens."""
-    libraries = config["actor_rollout_ref"]["model"]["external_lib"], config["critic"]["model"]["external_lib"]
-    return averages_groups(part) and "bridge.trainers.speedups" in libraries
 
 
 def setting_notes(config: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bridge.settings import Settings
+from bridge.trainers.packed_settings import packing_problems
 
 
 def module(config: Mapping[str, Any]) -> str:
@@ -32,23 +33,8 @@ def command(ranks: int, module: list[str], arguments: list[str]) -> list[str]:
 
 def setting_problems(config: Mapping[str, Any], _overrides: Sequence[str] = ()) -> list[str]:
     """Frequencies that verl divides by, and settings that do not go with packing."""
-    budget, longest = config["bridge"]["packed_tokens_per_gpu"], config["data"]["max_length"]
-    problems = [f"trainer.{key}={value}: verl divides by it. Use a number of steps, or -1 (only at the end)."
-                for key in ("save_freq", "test_freq") if not (value := config["trainer"][key])]
-    if budget is None:
-        return problems
-    if type(budget) is not int:
-        problems.append(f"bridge.packed_tokens_per_gpu={budget} is no number of tokens. Use e.g. {16 * longest}, or null for "
-                        "verl's own trainer, which pads.")
-    elif budget < longest:
-        problems.append(f"bridge.packed_tokens_per_gpu={budget} is less than the {longest} tokens that a row may have "
-                        f"(data.max_length). Use at least {longest}, or null for verl's own trainer, which pads.")
-    needed = {"model.strategy": (config["model"]["strategy"], "fsdp2"),
-              "use_remove_padding": (config["use_remove_padding"], False),
-              "ulysses_sequence_parallel_size": (config["ulysses_sequence_parallel_size"], 1),
-              "data.balance_dp_token": (config["data"]["balance_dp_token"], False)}
-    return problems + [f"{key}={value} does not go with packing. Use {key}={wanted}, or bridge.packed_tokens_per_gpu=null."
-                       for key, (value, wanted) in needed.items() if value != wanted]
+    return [f"trainer.{key}={value}: verl divides by it. Use a number of steps, or -1 (only at the end)."
+            for key in ("save_freq", "test_freq") if not (value := config["trainer"][key])] + packing_problems(config)
 
 
 def setting_notes(config: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:

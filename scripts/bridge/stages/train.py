@@ -11,13 +11,13 @@ from typing import Any
 
 import pyarrow.parquet
 
-from bridge import hardware
+from bridge import hardware, model_folder
 from bridge.compose import compose, compose_checked, flatten
 from bridge.errors import UsageError
+from bridge.plan import Plan
 from bridge.runs import checkpoints, record
 from bridge.settings import CONFIGS, Settings, is_local
 from bridge.stages import model
-from bridge.stages.table import Plan
 
 # Keys that only the door sets, and the setting that does.
 OWNED = {
@@ -104,19 +104,19 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
         cure = "MODEL= has to name a folder with a whole Hugging Face model."
     else:
         cure = f"Run `make model` first (MODEL={settings.model})."
-    model_problems = [name_problem] if name_problem else model.check_model_folder(model_dir, cure)
+    model_problems = [name_problem] if name_problem else model_folder.check_model_folder(model_dir, cure)
     if not (model_problems or from_sft or is_local(settings.model)) and (
             another := model.source_problem(settings.model, model_dir)):
         model_problems = [another]
     problems += model_problems
-    heads = None if model_problems else model.attention_heads(model_dir)
+    heads = None if model_problems else model_folder.attention_heads(model_dir)
     visible = hardware.visible_gpus(env)
     if stage == "ppo":
         problems += trainer.folder_problems(own_env["RAY_TMPDIR"]) + hardware.vllm_problems(visible)
     if stage == "ppo" and not model_problems:
-        problems += trainer.position_problems(config, model.longest_sequence(model_dir))
+        problems += trainer.position_problems(config, model_folder.longest_sequence(model_dir))
     if stage == "ppo" and visible and not model_problems:
-        problems += trainer.memory_problems(config, model.parameter_count(model_dir), min(gpu.memory for gpu in visible))
+        problems += trainer.memory_problems(config, model_folder.parameter_count(model_dir), min(gpu.memory for gpu in visible))
     faults = trainer.divisibility(config, gpus, heads)
     if faults:
         possible = [n for n in range(1, 65) if not trainer.divisibility(config, n, heads)]
@@ -139,7 +139,7 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
     newest, finished = check_continuation(stage, settings, made, overrides)
     if finished:
         return Plan(**{**vars(made), "notes": [], "finished": finished})
-    check_disk(stage, settings, made, model.parameter_count(model_dir), notes)
+    check_disk(stage, settings, made, model_folder.parameter_count(model_dir), notes)
     resume_step = newest.step if newest else 0
     resume = (["trainer.resume_mode=disable"] if newest is None else
               ["trainer.resume_mode=resume_path", f"trainer.resume_from_path={quote(str(newest.path))}"])

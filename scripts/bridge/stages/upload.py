@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bridge.errors import UsageError, exit_status, say
+from bridge.model_folder import check_model_folder, is_model_file
+from bridge.plan import Plan
 from bridge.runs import record
 from bridge.settings import Settings
-from bridge.stages.model import LOGIN_CURE, check_model_folder, is_model_file, is_offline
-from bridge.stages.table import Plan
+from bridge.stages.model import LOGIN_CURE, is_offline
 
 # Weights of an earlier upload that was cut into other files: transformers would find both.
 STALE = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin",

@@ -21,12 +21,12 @@ from typing import Any
 
 import psutil
 
-from bridge import hardware
+from bridge import hardware, model_folder
 from bridge import settings as settings_module
 from bridge.errors import UsageError, say
 from bridge.runs import checkpoints, launch, metrics, record
 from bridge.settings import Settings
-from bridge.stages import model, sft
+from bridge.stages import sft
 from bridge.tools import trial
 
 # Training steps: after two a checkpoint is saved and the run is stopped (one more may pass meanwhile), then it is continued.
@@ -132,7 +132,7 @@ class Acceptance:
             self.step(stage, partial(self.train, stage, arguments=SAVING, stop=True))
             self.step(f"{stage} resumed", partial(self.resume, stage))
             self.step(f"merge {stage}", partial(self.merge, stage))
-        tp = widest_tp(self.settings.gpus, model.attention_heads(self.settings.model_dir))
+        tp = widest_tp(self.settings.gpus, model_folder.attention_heads(self.settings.model_dir))
         if tp > 1:
             self.step(f"ppo TP={tp}", partial(self.train, "ppo", arguments=NOT_SAVING, to=SAVED, RUN=f"tp{tp}", TP=str(tp)))
 

@@ -23,13 +23,12 @@ import psutil
 import pynvml
 import yaml
 
-from bridge import hardware
+from bridge import hardware, model_folder
 from bridge import settings as settings_module
 from bridge.compose import compose_checked
 from bridge.errors import UsageError, nearest, say
 from bridge.runs import metrics, record
 from bridge.settings import CONFIGS, NAME, Settings
-from bridge.stages import model
 from bridge.stages.table import STAGES
 from bridge.stages.train import ON_CPU, OWNED
 from bridge.tools import bench_report, trial
@@ -190,7 +189,7 @@ def measure(case: Case, settings: Settings, env: Mapping[str, str], gpus: list[h
         figures = ppo_figures(rows, config, settings.gpus)
     else:
         figures = sft_figures(rows, config, settings.gpus, tokens_per_row(settings.model_dir, json.dumps(config["data"])),
-                              model.parameter_count(settings.model_dir), PEAK.get(gpus[0].name) if gpus else None,
+                              model_folder.parameter_count(settings.model_dir), PEAK.get(gpus[0].name) if gpus else None,
                               log.read_text(errors="replace"))
     first = figures["first_step_seconds"]
     figures["start_seconds"] = None if first is None else round(rows[0]["time"] - started - first, 2)
@@ -279,7 +278,7 @@ def header(settings: Settings, env: Mapping[str, str], gpus: list[hardware.Gpu])
         "machine": {"gpu_memory_gib": round(gpus[0].memory / 2**30, 1) if gpus else None, "driver": machine["driver"],
                     "cpus": machine["cpus"], "memory_gib": psutil.virtual_memory().total >> 30, "kernel": platform.release()},
         "image": image and Path(image).name, "git_commit": machine["git_commit"], "lock_sha256": machine["lock_sha256"],
-        "model": {"name": settings.model_dir.name, "parameters": model.parameter_count(settings.model_dir)},
+        "model": {"name": settings.model_dir.name, "parameters": model_folder.parameter_count(settings.model_dir)},
         "data": {part: record.sha256(settings.data_dir / f"{part}.parquet") for part in ("train", "test")},
         "method": METHOD,
     }

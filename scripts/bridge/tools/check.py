@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bridge import hardware
-from bridge.door import clean_environment, work_dir_problems
+from bridge.environment import clean_environment, work_dir_problems
 from bridge.errors import UsageError
 from bridge.image import manifest
 from bridge.settings import ROOT, Settings

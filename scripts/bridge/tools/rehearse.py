@@ -10,12 +10,11 @@ from collections.abc import Mapping
 
 import pyarrow.parquet
 
-from bridge import hardware
+from bridge import hardware, model_folder
 from bridge import settings as settings_module
 from bridge.errors import UsageError, say
 from bridge.runs import checkpoints, metrics
 from bridge.settings import Settings, is_local
-from bridge.stages import model
 from bridge.stages.eval import RESULT_FILE
 from bridge.standins.hub import Account, StandInHub
 from bridge.tools import trial
@@ -99,7 +98,7 @@ def outcome(name: str, settings: Settings, hub: StandInHub) -> str:
                   for part in ("train", "test")]
         return f"{counts[0]} + {counts[1]} rows"
     if name == "model":
-        return f"{settings.model_dir.name}, {model.parameter_count(settings.model_dir) / 1e6:.3g} M parameters"
+        return f"{settings.model_dir.name}, {model_folder.parameter_count(settings.model_dir) / 1e6:.3g} M parameters"
     if name in ("sft", "ppo"):
         return training_outcome(name, metrics.read(settings.stage_dir(name) / "metrics.jsonl"))
     if name.startswith("merge "):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bridge import hardware
 from bridge.compose import compose
-from bridge.door import work_dir_problems
+from bridge.environment import work_dir_problems
 from bridge.errors import UsageError
 from bridge.runs import launch, record
 from bridge.settings import Settings, is_local

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bridge.stages.ppo import averages_groups
+from bridge.trainers.packed_settings import averages_groups
 from bridge.trainers.packing import bounds_of, group_weights, logits_looked_at, pack
 
 

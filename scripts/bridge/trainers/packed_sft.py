@@ -19,7 +19,7 @@ from tensordict import TensorDict
 from verl.trainer import fsdp_sft_trainer
 
 from bridge.errors import UsageError
-from bridge.stages.sft import setting_problems
+from bridge.trainers.packed_settings import packing_problems
 from bridge.trainers.packing import group_weights, logits_looked_at, pack
 
 
@@ -108,7 +108,7 @@ class PackedSFTTrainer(fsdp_sft_trainer.FSDPSFTTrainer):
     """verl's trainer with another way from a batch to its loss and gradient."""
 
     def __init__(self, config, *args, **options):
-        problems = setting_problems(config)
+        problems = packing_problems(config)
         if problems:
             raise UsageError(*problems)
         self.group_rows = config.data.micro_batch_size_per_gpu
