@@ -41,13 +41,15 @@ def of_the_machine() -> frozenset[str]:
                      for key in flatten(yaml.safe_load(file.read_text())))
 
 
+# Modules that records name -> the names they have now. A run that was begun before goes on.
+RENAMED_MODULES = {"bridge.data": "bridge.stages.data", "bridge.speedups": "bridge.trainers.speedups"}
 # What begin() writes into a record, and of which kind it is.
 RECORD = {"status": str, "last_step": int, "config": dict | None, "inputs": dict | None, "work_dir": str | None,
           "attempts": list}
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """The run.json of a folder, None if there is none.
+    """The run.json of a folder, with today's names of modules; None if there is none.
 
     Raises:
         UsageError: it is not a record of a run.
@@ -65,7 +67,7 @@ def read(folder: Path) -> dict[str, Any] | None:
             wrong = ["attempts"]
         if wrong:
             raise ValueError(f"it lacks, or has of another kind: {', '.join(wrong)}")
-        return record
+        return masked(record, {rf"\A{re.escape(old)}\Z": new for old, new in RENAMED_MODULES.items()})
     except ValueError as error:
         raise UsageError(f"{file} is damaged ({error}), so it is not known what this run was. Move {folder} away, or give "
                          "this run another name (RUN=NAME).") from error

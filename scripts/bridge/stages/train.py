@@ -290,6 +290,9 @@ def whole_run_problems(config: Mapping[str, Any]) -> list[str]:
     problems = [f"{key}={rank}: only whole models are trained here. verl's merger drops LoRA's adapters, so that the merged "
                 f"model would be the untouched base, and vLLM's multi-step engine does not take them. Use {key}=0."
                 for key, rank in flatten(config).items() if key.endswith("model.lora_rank") and (rank or 0) > 0]
+    problems += [f"{key}={old}: this module is called {new} now. Use {key}={new}."
+                 for key, value in flatten(config).items() if key.endswith("external_lib")
+                 for old, new in record.RENAMED_MODULES.items() if value == old]
     if config["trainer"]["nnodes"] != 1:
         problems.append(f"trainer.nnodes={config['trainer']['nnodes']}: one node is trained on, whatever this says. Use "
                         "trainer.nnodes=1; GPUS= says how many GPUs of it.")
