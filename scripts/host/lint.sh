@@ -13,5 +13,6 @@ ruff check scripts tests || failed+=(ruff)
 shellcheck --external-sources "${shell[@]}" || failed+=(shellcheck)
 yamllint --strict --config-data '{extends: default, rules: {line-length: {max: 120}, document-start: disable}}' \
     "${yaml[@]}" || failed+=(yamllint)
+lint-imports --no-cache || failed+=(import-linter)
 hadolint Containerfile || failed+=(hadolint)
 [[ ${#failed[@]} == 0 ]] || { echo "bridge: failed: ${failed[*]}" >&2 && exit 1; }

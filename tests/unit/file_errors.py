@@ -24,14 +24,13 @@ from pathlib import Path
 
 from shards import plan, started, write_checkpoint
 
-import bridge
 from bridge import door, settings
 from bridge.errors import Tolerance, UsageError
 from bridge.image import read_ahead
 from bridge.runs import checkpoints, metrics, record
 from bridge.stages import merge, train
 
-CODE = str(Path(bridge.__file__).parent)
+CODE = str(Path(door.__file__).parent)
 STEPS, KEEP = 4, 2
 # An epoch has one step: a run that goes on does so at an epoch's end, where data.pt is put aside.
 OVERRIDES = ["trainer.save_freq=1", f"trainer.total_epochs={STEPS}", "data.train_batch_size=512"]

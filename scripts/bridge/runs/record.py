@@ -42,7 +42,7 @@ def of_the_machine() -> frozenset[str]:
 
 
 # Modules that records name -> the names they have now. A run that was begun before goes on.
-RENAMED_MODULES = {"bridge.data": "bridge.stages.data", "bridge.speedups": "bridge.trainers.speedups"}
+RENAMED_MODULES = {"bridge.speedups": "bridge.trainers.speedups"}
 # What begin() writes into a record, and of which kind it is.
 RECORD = {"status": str, "last_step": int, "config": dict | None, "inputs": dict | None, "work_dir": str | None,
           "attempts": list}

@@ -64,7 +64,8 @@ def recorded_source(folder: Path) -> str | None:
     """The source that the data in a folder were made from, as their record says; None if there is none."""
     recorded = record.read(folder)
     command = recorded["attempts"][-1]["command"] if recorded else []
-    return command[command.index("bridge.stages.data") + 1] if "bridge.stages.data" in command[:-1] else None
+    # python -m MODULE SOURCE: an older version had another name for the module.
+    return command[command.index("-m") + 2] if "-m" in command[:-2] else None
 
 
 def checked_source(source: str) -> str:

@@ -5,7 +5,6 @@ import os
 import shutil
 import threading
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,10 @@ from bridge.errors import UsageError
 from bridge.plan import Plan
 from bridge.runs import checkpoints, record
 from bridge.settings import CONFIGS, Settings, is_local
-from bridge.stages import model
+from bridge.stages import model, ppo, sft
 
+# What is particular to each.
+TRAINERS = {"sft": sft, "ppo": ppo}
 # Keys that only the door sets, and the setting that does.
 OWNED = {
     "trainer.n_gpus_per_node": "GPUS=",
@@ -54,7 +55,7 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
     Raises:
         UsageError: everything found wrong with the hardware, the overrides, the data, the model or the run folder.
     """
-    trainer = import_module(f"bridge.stages.{stage}")
+    trainer = TRAINERS[stage]
     notes: list[str] = []
     problems: list[str] = interface_problems(env)
     gpus, on_cpu = choose_hardware(settings, env, notes, problems, dry_run)

@@ -4,7 +4,6 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 
 from bridge import hardware
@@ -77,7 +76,7 @@ def check(settings: Settings, env: Mapping[str, str], removed: list[Path], new_m
         train.choose_hardware(settings, env, [], problems, dry_run=False)
     for stage in trained:
         config = compose(stage, [f"profile/{stage}={settings.profile}"], NAMES)
-        faults = import_module(f"bridge.stages.{stage}").divisibility(config, settings.gpus, None)
+        faults = train.TRAINERS[stage].divisibility(config, settings.gpus, None)
         problems += [f"GPUS={settings.gpus}: {fault}." for fault in faults]
     for name, source in sources.items():
         problems += [f"{name}={source} lies in {path}, which is removed first. Copy it elsewhere."
