@@ -143,7 +143,7 @@ def work(device: str, work_dir: Path, variants: list[str], out: Path) -> None:
     from bridge.trainers import on_cpu
 
     if device == "cuda":
-        on_cpu.bound_sdpa()
+        on_cpu.use_varlen_sdpa()
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     meshes = [init_device_mesh(device, (ranks,), mesh_dim_names=("fsdp",)),
               init_device_mesh(device, (ranks, 1), mesh_dim_names=("dp", "sp"))]

@@ -176,8 +176,8 @@ def check_space(folder: Path, size: int) -> None:
     Raises:
         UsageError: with both sizes.
     """
-    there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    fetched = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     free = shutil.disk_usage(folder).free
-    if size - there > free:
-        raise UsageError(f"the model needs {(size - there) / 1e9:.1f} GB more, and only {free / 1e9:.1f} GB are free at "
+    if size - fetched > free:
+        raise UsageError(f"the model needs {(size - fetched) / 1e9:.1f} GB more, and only {free / 1e9:.1f} GB are free at "
                          f"{folder.parent}. Make room, or set WORK_DIR to a larger disk.")

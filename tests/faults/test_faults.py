@@ -225,8 +225,8 @@ def check_end(case: Case, through: Case, kept: dict[str, dict[str, bytes]]) -> s
 def ended_as(case: Case, through: Case, kept: dict[str, dict[str, bytes]]) -> str:
     """Start the same command again; returns what there is to be said of it."""
     check_kept(kept, case)
-    told = case.again()
-    return f"{told}; {check_end(case, through, kept)}"
+    said = case.again()
+    return f"{said}; {check_end(case, through, kept)}"
 
 
 # ---- killed
@@ -355,10 +355,10 @@ def test_the_disk_is_full_during_a_save(small_disk, through, seen):
             while True:
                 file.write(bytes(1 << 12))
     assert door.returncode == 1
-    told = [case.brief(line) for line in case.out.read_text().splitlines() if "bridge: writing to log.txt failed" in line]
-    assert len(told) == 1 and "No space left on device" in told[0], told
+    said = [case.brief(line) for line in case.out.read_text().splitlines() if "bridge: writing to log.txt failed" in line]
+    assert len(said) == 1 and "No space left on device" in said[0], said
     ballast.unlink()
-    seen(f"{told[0]}; {case.said()}", ended_as(case, through, kept))
+    seen(f"{said[0]}; {case.said()}", ended_as(case, through, kept))
 
 
 def test_a_shard_is_cut_short(copy, through, seen):
@@ -400,7 +400,7 @@ def test_two_start_the_same_run_at_once(case, through, seen):
         other.wait(timeout=PATIENCE)
     assert sorted([door.returncode, other.returncode]) == [0, 2]
     loser = case.work_dir / "other.out" if other.returncode else case.out
-    told = loser.read_text().splitlines()[-1]
-    assert "another run works in" in told and "Traceback" not in loser.read_text()
+    said = loser.read_text().splitlines()[-1]
+    assert "another run works in" in said and "Traceback" not in loser.read_text()
     seen("to the second: another run works in WORK_DIR/runs/default/sft (process ... on ... since ...). Wait for it, or give "
          "this one a name of its own: RUN=NAME.", f"the first was not disturbed: {check_end(case, through, {})}")

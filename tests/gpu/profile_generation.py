@@ -44,7 +44,7 @@ def main() -> None:
     if not arguments.eager:
         extra["compilation_config"] = {"cudagraph_capture_sizes": [8, 16, 32, 64, 128, 192, 256]}
     started = time.perf_counter()
-    engine = (LLM if arguments.plain else speedups.open_vllm)(
+    engine = (LLM if arguments.plain else speedups.make_engine)(
         model=str(arguments.model), enable_sleep_mode=True, distributed_executor_backend="external_launcher",
         dtype="bfloat16", enforce_eager=arguments.eager, gpu_memory_utilization=0.3, max_model_len=768,
         max_num_batched_tokens=8192, enable_chunked_prefill=arguments.steps == 1, enable_prefix_caching=True,

@@ -28,8 +28,8 @@ weights = torch.randn(answered.shape)
 def equal(ours, verls, rtol=1e-4):
     torch.testing.assert_close(ours, verls, rtol=rtol, atol=rtol / 10)
 
-def forward_and_gradients(worker, model, usual, compute):
-    worker.use_remove_padding = usual
+def forward_and_gradients(worker, model, packing, compute):
+    worker.use_remove_padding = packing
     model.zero_grad()
     results = compute()
     sum((result * weights)[answered].sum() for result in results if result is not None).backward()
@@ -47,8 +47,8 @@ actor = SimpleNamespace(actor_module=model, device_name="cpu", config=SimpleName
                         compute_entropy_from_logits=entropy_from_logits)
 for temperature, calculate_entropy in ((1.0, False), (1.0, True), (0.7, True)):
     ((entropy, log_probs), gradients), ((verls_entropy, verls_log_probs), verls_gradients) = (forward_and_gradients(
-        actor, model, usual, lambda: DataParallelPPOActor._forward_micro_batch(
-            actor, rows, temperature, calculate_entropy=calculate_entropy)) for usual in (True, False))
+        actor, model, packing, lambda: DataParallelPPOActor._forward_micro_batch(
+            actor, rows, temperature, calculate_entropy=calculate_entropy)) for packing in (True, False))
     assert log_probs[answered].std() > 1 and not log_probs[~answered].any()
     equal(log_probs[answered], verls_log_probs[answered])
     assert (entropy is None) == (not calculate_entropy) == (verls_entropy is None)
@@ -71,14 +71,14 @@ for checkpointing in (False, True):
     model.train()
     bounds.clear()
     ((values,), gradients), ((verls_values,), verls_gradients) = (forward_and_gradients(
-        critic, model, usual, lambda: [DataParallelPPOCritic._forward_micro_batch(critic, rows)]) for usual in (True, False))
+        critic, model, packing, lambda: [DataParallelPPOCritic._forward_micro_batch(critic, rows)]) for packing in (True, False))
     assert values[answered].std() > 1 and not values[~answered].any()
     equal(values[answered], verls_values[answered])
     equal(gradients, verls_gradients, rtol=1e-3)  # sums in another order
     # Where activations are not kept, the layer is run again for its gradient.
-    told = [None if each is None else each.tolist() for each in bounds]
-    assert told == [told[0]] * (1 + checkpointing) + [None] * (1 + checkpointing)
-print(told[0])
+    seen = [None if each is None else each.tolist() for each in bounds]
+    assert seen == [seen[0]] * (1 + checkpointing) + [None] * (1 + checkpointing)
+print(seen[0])
 """
 
 
@@ -99,7 +99,7 @@ from bridge.trainers import packed_ppo
 for worker in (DataParallelPPOActor, DataParallelPPOCritic):
     worker._forward_micro_batch = lambda *arguments: "verl's"
 packed_ppo.apply()
-packed_ppo.forward_answers = packed_ppo.forward_values = lambda *arguments: "ours"
+packed_ppo.forward_log_probs = packed_ppo.forward_values = lambda *arguments: "ours"
 
 def used(model=None, rows=None, entropy_checkpointing=False, **settings):
     model = SimpleNamespace(**{"_supports_attention_backend": True, **(model or {})})

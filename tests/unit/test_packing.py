@@ -30,7 +30,7 @@ def test_rows_lie_end_to_end_and_each_response_token_is_predicted_from_the_one_b
     assert packed["input_ids"].tolist() == [201, 202, 203, 1, 2, 3, 4, 5]
     assert packed["position_ids"].tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
     assert packed["longest"] == 5 and packed["bounds"].tolist() == [0, 3, 8] and packed["bounds"].dtype == torch.int32
-    assert packed["input_ids"][packed["looked_at"]].tolist() == [201, 202, 2, 3, 4]
+    assert packed["input_ids"][packed["logits_to_keep"]].tolist() == [201, 202, 2, 3, 4]
     assert packed["labels"].tolist() == [202, 203, 3, 4, 5]
     assert packed["weights"].tolist() == [0.125, 0.125, 0.5, 0.5, 0.5]
 
@@ -48,7 +48,7 @@ def test_prompts_alone_still_make_a_forward_that_counts_for_nothing():
     batch = batch_of([(3, 0)], width=4)
     batch["loss_mask"][:] = 0
     packed = pack_rows(batch, row_weights(batch["loss_mask"], 1), [0])
-    assert len(packed["looked_at"]) == len(packed["labels"]) == 1 and packed["weights"].tolist() == [0.0]
+    assert len(packed["logits_to_keep"]) == len(packed["labels"]) == 1 and packed["weights"].tolist() == [0.0]
 
 
 def test_a_token_weighs_one_by_the_response_tokens_of_its_group():

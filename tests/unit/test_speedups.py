@@ -73,7 +73,7 @@ def test_verl_reaches_the_weights_behind_vllms_multi_step_runner():
     assert run_python("""
 from types import SimpleNamespace
 from bridge.trainers import speedups
-speedups.open_multi_step_runner()
+speedups.expose_multi_step_model()
 from vllm.worker.multi_step_model_runner import MultiStepModelRunner
 runner = object.__new__(MultiStepModelRunner)
 runner._base_model_runner = SimpleNamespace(model="weights")
@@ -90,7 +90,7 @@ from verl.workers.rollout.vllm_rollout import vllm_rollout_spmd
 # Frozen before it is opened, too: PyTorch collects before it records each CUDA graph.
 vllm.LLM = lambda **options: {**options, "frozen": gc.get_freeze_count() > 10000}
 before = torch.cuda.empty_cache
-speedups.let_verl_open_vllm_so()
+speedups.replace_engine()
 asleep = vllm_rollout_spmd.LLM(seed=3, enable_prefix_caching=True, enable_sleep_mode=True)
 kept = torch.cuda.empty_cache is before
 awake = vllm_rollout_spmd.LLM(enable_prefix_caching=True, enable_sleep_mode=False)
@@ -113,13 +113,13 @@ vllm.LLM = lambda **options: vllm.envs.VLLM_FLASH_ATTN_VERSION
 seen = []
 for options in {}, {"num_scheduler_steps": 16}:
     os.environ.pop("VLLM_FLASH_ATTN_VERSION", None)
-    seen.append(speedups.open_vllm(enable_sleep_mode=True, **options))
+    seen.append(speedups.make_engine(enable_sleep_mode=True, **options))
 os.environ["VLLM_FLASH_ATTN_VERSION"] = "3"
-seen.append(speedups.open_vllm(enable_sleep_mode=True, num_scheduler_steps=16))
+seen.append(speedups.make_engine(enable_sleep_mode=True, num_scheduler_steps=16))
 del os.environ["VLLM_FLASH_ATTN_VERSION"]
 for config in {"hidden_size": 2048, "num_attention_heads": 32, "head_dim": 128}, {"n_embd": 768}:
     model(**config)
-    seen.append(speedups.open_vllm(enable_sleep_mode=True, num_scheduler_steps=16))
+    seen.append(speedups.make_engine(enable_sleep_mode=True, num_scheduler_steps=16))
 print(seen)
 """) == "[None, 2, 3, None, None]"
 
@@ -131,7 +131,7 @@ from bridge.trainers import speedups
 from vllm.model_executor.models import registry
 llama = registry.ModelRegistry.models["LlamaForCausalLM"]
 seen_by_another = llama.inspect_model_cls()
-speedups.look_at_models_here()
+speedups.inspect_models_in_process()
 def started(*_args, **_options):
     raise AssertionError("a process was started")
 subprocess.run = subprocess.Popen = started

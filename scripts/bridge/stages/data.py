@@ -44,9 +44,9 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
         UsageError: for an unknown source, a missing folder or a missing file, or where data of another source are.
     """
     source, folder = checked_source(settings.data_source), settings.data_dir
-    there = [file for file in (folder / f"{split}.parquet" for split in SPLITS) if file.exists()]
+    existing = [file for file in (folder / f"{split}.parquet" for split in SPLITS) if file.exists()]
     made_from = recorded_source(folder)
-    if there and made_from != source:
+    if existing and made_from != source:
         raise UsageError(f"{folder} holds data " + (f"made with DATA_SOURCE={made_from}" if made_from else
                                                     "that `make data` did not make, or did not finish")
                          + f"; DATA_SOURCE={source} would replace them. Keep them and go on (`make model`), or move {folder} "

@@ -42,7 +42,7 @@ ON_CPU = ("rehearsal", "tiny", "eight")
 # Profiles whose micro batches are so many rows, whatever the GPU. All others get a file of configs/memory/.
 BY_ROWS = ("tutorial", *ON_CPU)
 # What the users have: shown in a dry run where no GPU is visible.
-USUAL_MEMORY = 80
+ASSUMED_MEMORY = 80
 
 DATA_KEYS = ("train_files", "val_files")
 # WANDB_MODE with which nothing is sent.
@@ -197,9 +197,9 @@ def choose_hardware(settings: Settings, env: Mapping[str, str], notes: list[str]
 def memory_preset(stage: str, gpus: list[hardware.Gpu], notes: list[str]) -> str:
     """Name of the file of configs/memory/ for the smallest of these GPUs: the largest that is not larger (24gb below all)."""
     presets = sorted(int(file.stem.removesuffix("gb")) for file in CONFIGS.glob(f"memory/{stage}/*gb.yaml"))
-    memory = min((gpu.memory for gpu in gpus), default=USUAL_MEMORY * 10**9)
+    memory = min((gpu.memory for gpu in gpus), default=ASSUMED_MEMORY * 10**9)
     chosen = max([preset for preset in presets if preset * 10**9 <= memory], default=presets[0])
-    seen = f"{gpus[0].name}, {memory / 10**9:.0f} GB" if gpus else f"no GPU visible; {USUAL_MEMORY} GB assumed"
+    seen = f"{gpus[0].name}, {memory / 10**9:.0f} GB" if gpus else f"no GPU visible; {ASSUMED_MEMORY} GB assumed"
     notes.append(f"memory/{stage}={chosen}gb: how many tokens go onto a GPU at once ({seen})")
     return f"{chosen}gb"
 
@@ -258,14 +258,14 @@ def choose_wandb(config: Mapping[str, Any], env: Mapping[str, str], own_env: dic
     server = wandb_server(env)
     if dry_run:
         notes.append(f"W&B: {server} is asked at the start; if it does not answer, this run is offline")
-    elif reason := silence(server):
+    elif reason := connection_problem(server):
         own_env["WANDB_MODE"] = "offline"
         notes.append(f"W&B: {server} does not answer ({reason}), so this run is offline: metrics stay in {own_env['WANDB_DIR']}. "
                      "Send them later, from where it answers: `wandb sync wandb/offline-run-*` in that folder (in `make shell`)")
 
 
 @functools.cache
-def silence(url: str, seconds: float = 5) -> str | None:
+def connection_problem(url: str, seconds: float = 5) -> str | None:
     """Why no HTTP answer, of any kind, came within so many seconds; None if one came. Asked once a process."""
     import requests
 
@@ -338,7 +338,7 @@ def data_problems(config: Mapping[str, Any], columns: list[str], problems: list[
                 continue
             try:
                 parquet = pyarrow.parquet.ParquetFile(path)
-                there = {column.path.replace(".list.element", "") for column in parquet.schema} | set(
+                present = {column.path.replace(".list.element", "") for column in parquet.schema} | set(
                     parquet.schema_arrow.names)
             except (ValueError, OSError) as error:
                 # Arrow has no number for what it cannot read in a file, the system has.
@@ -346,8 +346,8 @@ def data_problems(config: Mapping[str, Any], columns: list[str], problems: list[
                     raise
                 problems.append(f"{path} is no parquet file ({error}). Run `make data` again.")
                 continue
-            there = {prefix for column in there for prefix in (column, column.rsplit(".", 1)[0])}
-            missing = [column for column in columns if column not in there]
+            present = {prefix for column in present for prefix in (column, column.rsplit(".", 1)[0])}
+            missing = [column for column in columns if column not in present]
             if missing:
                 problems.append(f"{path} has no column {', '.join(missing)} (it has "
                                 f"{', '.join(parquet.schema_arrow.names)}). Make it with `make data`.")
@@ -435,9 +435,9 @@ def check_disk(stage: str, settings: Settings, planned: Plan, parameters: int, n
     one = checkpoints.expected_size(planned.saved, parameters)
     # SFT without save_freq saves once, at the end. While one is written, the others are still there.
     most = 1 if planned.config["trainer"]["save_freq"] <= 0 else (settings.keep or 1) + 1
-    there = sum(checkpoints.size(path) for _, path in checkpoints.step_folders(planned.checkpoints))
+    used = sum(checkpoints.size(path) for _, path in checkpoints.step_folders(planned.checkpoints))
     existing = next(folder for folder in (planned.record_dir, *planned.record_dir.parents) if folder.is_dir())
-    needed, free = max(0, most * one - there), shutil.disk_usage(existing).free
+    needed, free = max(0, most * one - used), shutil.disk_usage(existing).free
     kept = "all (KEEP=all: more with every save)" if settings.keep is None else settings.keep
     notes.append(f"checkpoints: {one / 1e9:.3g} GB each, kept: {kept}; needs {needed / 1e9:.3g} GB, "
                  f"{free / 1e9:.3g} GB free in {settings.work_dir}")

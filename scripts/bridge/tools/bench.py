@@ -83,8 +83,8 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
     settings = settings_module.read({**env, "MODEL": env.get("MODEL") or DEFAULT_MODEL})
     bench_env = trial.environment(env, settings.work_dir / "bench", MODEL=settings.model, GPUS=str(ranks))
     bench = settings_module.read(bench_env)
-    there = any((found.model_dir / "run.json").is_file() for found in (bench, settings))
-    trial.check(bench, env, [path for case in cases for path in leftovers(case, bench)], new_model=not there)
+    has_model = any((found.model_dir / "run.json").is_file() for found in (bench, settings))
+    trial.check(bench, env, [path for case in cases for path in leftovers(case, bench)], new_model=not has_model)
     with trial.own_folder(settings, "bench") as folder:
         trial.borrow(settings, folder, data=not env.get("DATA_SOURCE"))
         for stage, made in (("data", bench.data_dir), ("model", bench.model_dir)):

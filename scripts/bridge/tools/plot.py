@@ -53,10 +53,10 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
         if label in curves:
             problems.append(f"two runs are called {label}. Draw one of them from a folder of another name.")
         curves[label] = rows
-    there = sorted({key for rows in curves.values() for row in rows for key in row} - {"step"})
+    known = sorted({key for rows in curves.values() for row in rows for key in row} - {"step"})
     keys = given.keys.split(",")
-    problems += [f"no run has the metric {key!r}.{nearest(key, there)} There are: {', '.join(there)}."
-                 for key in keys if there and key not in there]
+    problems += [f"no run has the metric {key!r}.{nearest(key, known)} There are: {', '.join(known)}."
+                 for key in keys if known and key not in known]
     if problems:
         raise UsageError(*problems)
     for name, key in ((name, key) for name in curves for key in keys if not any(key in row for row in curves[name])):

@@ -104,13 +104,13 @@ def use_sdpa() -> None:
     verl.utils.torch_functional.FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE = False
 
 
-def bound_sdpa() -> None:
+def use_varlen_sdpa() -> None:
     """Let PyTorch's attention know where packed rows begin and end, which transformers tells flash attention only."""
     import torch
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    def bounded(module, query, key, value, attention_mask, cu_seq_lens_q=None, **options):
+    def varlen_sdpa(module, query, key, value, attention_mask, cu_seq_lens_q=None, **options):
         if cu_seq_lens_q is None:
             return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         bounds = cu_seq_lens_q.tolist()
@@ -118,7 +118,7 @@ def bound_sdpa() -> None:
                 for start, end in zip(bounds, bounds[1:], strict=False)]
         return torch.cat(rows, dim=1), None
 
-    AttentionInterface.register("sdpa", bounded)
+    AttentionInterface.register("sdpa", varlen_sdpa)
 
 
 def use_float32() -> None:
@@ -139,12 +139,12 @@ def setup() -> None:
     fill_torch_cpu()
     use_gloo()
     use_sdpa()
-    bound_sdpa()
+    use_varlen_sdpa()
     use_float32()
     loopback.close()
 
 
-def tell_ray(ranks: int) -> None:
+def patch_ray_init(ranks: int) -> None:
     """Let Ray place `ranks` workers, one per pretended GPU, and call setup() in each of them."""
     import ray
 
@@ -164,7 +164,7 @@ def main() -> None:
     module = sys.argv[1]
     setup()
     if module == "verl.trainer.main_ppo":
-        tell_ray(int(os.environ["BRIDGE_CPU_RANKS"]))
+        patch_ray_init(int(os.environ["BRIDGE_CPU_RANKS"]))
     sys.argv = sys.argv[1:]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

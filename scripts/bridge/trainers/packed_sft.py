@@ -20,7 +20,7 @@ from verl.trainer import fsdp_sft_trainer
 
 from bridge.errors import UsageError
 from bridge.trainers.packed_settings import packing_problems
-from bridge.trainers.packing import group_weights, logits_looked_at, pack
+from bridge.trainers.packing import group_weights, pack, packed_logits
 
 
 def spread(lengths: list[int], count: int) -> list[list[int]]:
@@ -70,15 +70,15 @@ def pack_rows(batch: TensorDict, weights: torch.Tensor, rows: list[int]) -> dict
         rows: which ones.
 
     Returns:
-        what packing.pack returns, the loss's tokens looked at, and their weights [responses].
+        what packing.pack returns, with the logits of the loss's tokens, and their weights [responses].
     """
-    looked_at = batch["loss_mask"][rows].bool()
-    looked_at[:, -1] = False
-    packed = pack(batch[rows], looked_at)
-    packed["weights"] = weights[rows].unsqueeze(1).expand_as(looked_at)[looked_at]
-    if not len(packed["looked_at"]):
-        # Prompts alone, cut off before their responses. All ranks run all forwards: one token is looked at, for nothing.
-        packed.update(looked_at=torch.tensor([0]), labels=torch.tensor([0]), weights=torch.tensor([0.0]))
+    loss_mask = batch["loss_mask"][rows].bool()
+    loss_mask[:, -1] = False
+    packed = pack(batch[rows], loss_mask)
+    packed["weights"] = weights[rows].unsqueeze(1).expand_as(loss_mask)[loss_mask]
+    if not len(packed["logits_to_keep"]):
+        # Prompts alone, cut off before their responses. All ranks run all forwards: one token's logits are computed, for nothing.
+        packed.update(logits_to_keep=torch.tensor([0]), labels=torch.tensor([0]), weights=torch.tensor([0.0]))
     return packed
 
 
@@ -182,7 +182,7 @@ class PackedSFTTrainer(fsdp_sft_trainer.FSDPSFTTrainer):
         """One forward: the weighted sum of the response tokens' losses."""
         on_device = {name: self.moved(value) if isinstance(value, torch.Tensor) else value for name, value in packed.items()}
         with torch.autocast(device_type=self.device_name, dtype=torch.bfloat16):
-            logits = logits_looked_at(self.fsdp_model, on_device)
+            logits = packed_logits(self.fsdp_model, on_device)
             return (token_losses(logits, on_device["labels"]) * on_device["weights"]).sum()
 
     def moved(self, value: torch.Tensor) -> torch.Tensor:

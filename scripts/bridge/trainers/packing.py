@@ -7,27 +7,27 @@ import torch
 import torch.nn.functional as F
 
 
-def pack(batch: Mapping[str, torch.Tensor], looked_at: torch.Tensor) -> dict[str, Any]:
+def pack(batch: Mapping[str, torch.Tensor], logits_mask: torch.Tensor) -> dict[str, Any]:
     """Lay all rows of a batch end to end.
 
     Args:
         batch: input_ids, attention_mask and position_ids, [rows, length] each.
-        looked_at: [rows, length], bool: the tokens whose logits are wanted, each for the prediction of the next one.
+        logits_mask: [rows, length], bool: the tokens whose logits are wanted, each for the prediction of the next one.
 
     Returns:
-        input_ids, position_ids [tokens] (the positions start anew in each row); bounds [rows + 1], int32: where rows begin
-        and end; longest: the longest row's tokens; looked_at [predictions]: by number; labels [predictions]: the next token
-        of the same row.
+        input_ids, position_ids [tokens] (the positions start anew in each row); cu_seqlens [rows + 1], int32: where rows
+        begin and end; max_seqlen: the longest row's tokens; logits_to_keep [predictions]: by number; labels [predictions]: the
+        next token of the same row.
     """
-    there = batch["attention_mask"].bool()
-    lengths = there.sum(1)
+    valid = batch["attention_mask"].bool()
+    lengths = valid.sum(1)
     return {
-        "input_ids": batch["input_ids"][there],
-        "position_ids": batch["position_ids"][there],
-        "bounds": F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
-        "longest": int(lengths.max()),
-        "looked_at": looked_at[there].nonzero().squeeze(1),
-        "labels": batch["input_ids"].roll(-1, dims=1)[looked_at],
+        "input_ids": batch["input_ids"][valid],
+        "position_ids": batch["position_ids"][valid],
+        "cu_seqlens": F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
+        "max_seqlen": int(lengths.max()),
+        "logits_to_keep": logits_mask[valid].nonzero().squeeze(1),
+        "labels": batch["input_ids"].roll(-1, dims=1)[logits_mask],
     }
 
 
@@ -45,16 +45,16 @@ def group_weights(tokens: torch.Tensor, group_rows: int) -> torch.Tensor:
     return (1 / (groups + 1e-8)).repeat_interleave(group_rows)[:len(tokens)]
 
 
-def bounds_of(packed: Mapping[str, Any]) -> dict[str, Any]:
+def flash_attention_kwargs(packed: Mapping[str, Any]) -> dict[str, Any]:
     """What transformers' models hand on to flash attention: attention within each row only.
 
     With positions alone transformers would look for the bounds in every layer, waiting for the GPU each time.
     """
-    bounds, longest = packed["bounds"], packed["longest"]
-    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+    cu_seqlens, max_seqlen = packed["cu_seqlens"], packed["max_seqlen"]
+    return {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, "max_length_q": max_seqlen, "max_length_k": max_seqlen}
 
 
-def logits_looked_at(model: torch.nn.Module, packed: Mapping[str, Any]) -> torch.Tensor:
+def packed_logits(model: torch.nn.Module, packed: Mapping[str, Any]) -> torch.Tensor:
     """One forward of what pack returned. [predictions, vocabulary]."""
     return model(input_ids=packed["input_ids"].unsqueeze(0), position_ids=packed["position_ids"].unsqueeze(0), use_cache=False,
-                 logits_to_keep=packed["looked_at"], **bounds_of(packed)).logits.squeeze(0)
+                 logits_to_keep=packed["logits_to_keep"], **flash_attention_kwargs(packed)).logits.squeeze(0)

@@ -27,10 +27,10 @@ def fuse_layers(model_type: str) -> None:
 
     _apply_liger_kernel(model_type, rope=True, rms_norm=True, swiglu=True, cross_entropy=False,
                         fused_linear_cross_entropy=False)
-    compile_norms_seldom()
+    bucket_rms_norm()
 
 
-def compile_norms_seldom() -> None:
+def bucket_rms_norm() -> None:
     """Let Liger compile RMSNorm's backward kernel for a few numbers of tokens, not for nearly each that a micro batch has.
 
     How many rows one of the kernel's programs takes, ceil(tokens / multiprocessors), is a constant of the kernel. Rounded up to
@@ -53,14 +53,14 @@ def fuse_adamw() -> None:
     torch.optim.AdamW = FusedAdamW
 
 
-def open_multi_step_runner() -> None:
+def expose_multi_step_model() -> None:
     """Give vLLM's multi-step model runner the attribute through which verl hands over the weights: `model`."""
     from vllm.worker.multi_step_model_runner import MultiStepModelRunner
 
     MultiStepModelRunner.model = property(lambda runner: runner._base_model_runner.model)
 
 
-def look_at_models_here() -> None:
+def inspect_models_in_process() -> None:
     """Let vLLM look at a model's class in this process, which needs it anyway.
 
     vLLM's own way is a second Python, so that CUDA stays untouched in the first: it imports torch and vLLM anew.
@@ -70,13 +70,13 @@ def look_at_models_here() -> None:
     registry._run_in_subprocess = lambda look: look()
 
 
-def settle() -> None:
+def freeze_gc() -> None:
     """Tell Python's garbage collector that what there is stays: it need not look through it again after every few answers."""
     gc.collect()
     gc.freeze()
 
 
-def open_vllm(**options: Any):
+def make_engine(**options: Any):
     """vLLM's engine with verl's options, for a process that trains too.
 
     No cache of prompts' keys and values: GSM8K's prompts share a few tokens only, and no answer can come from those of the
@@ -85,14 +85,14 @@ def open_vllm(**options: Any):
     """
     from vllm import LLM
 
-    look_at_models_here()
+    inspect_models_in_process()
     # A collection takes half a second in a process with all this imported, and each CUDA graph is recorded after one.
-    settle()
+    freeze_gc()
     if options.get("num_scheduler_steps", 1) > 1 and head_size(model_config()) == 64:
         # vLLM 0.8.5 has no option for it.
         os.environ.setdefault("VLLM_FLASH_ATTN_VERSION", "2")
     engine = LLM(**{**options, "enable_prefix_caching": False})
-    settle()
+    freeze_gc()
     if not options["enable_sleep_mode"]:
         # vLLM keeps its memory between the steps (free_cache_engine: false): PyTorch has no one to give its own back to, and
         # may grow its blocks instead of breaking memory into pieces, which the allocator of a vLLM that sleeps forbids.
@@ -101,11 +101,11 @@ def open_vllm(**options: Any):
     return engine
 
 
-def let_verl_open_vllm_so() -> None:
-    """Let verl's rollout make its engine by open_vllm."""
+def replace_engine() -> None:
+    """Let verl's rollout make its engine by make_engine."""
     from verl.workers.rollout.vllm_rollout import vllm_rollout_spmd
 
-    vllm_rollout_spmd.LLM = open_vllm
+    vllm_rollout_spmd.LLM = make_engine
 
 
 def model_config() -> dict[str, Any]:
@@ -126,8 +126,8 @@ def apply() -> None:
     fuse_layers(model_config()["model_type"])
     fuse_adamw()
     packed_ppo.apply()
-    open_multi_step_runner()
-    let_verl_open_vllm_so()
+    expose_multi_step_model()
+    replace_engine()
 
 
 if torch.cuda.is_available():
