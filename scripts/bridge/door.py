@@ -13,7 +13,7 @@ from pathlib import Path
 from bridge import __version__
 from bridge import settings as settings_module
 from bridge.environment import clean_environment, work_dir_problems
-from bridge.errors import UsageError, exit_status, nearest, say
+from bridge.errors import Tolerance, UsageError, exit_status, nearest, say
 from bridge.image import read_ahead
 from bridge.plan import Plan
 from bridge.stages.table import STAGES
@@ -71,9 +71,8 @@ def run(argv: list[str], env: Mapping[str, str]) -> int:
         return 0
     if name in TOOLS:
         return import_module(f"bridge.tools.{name}").run(settings_module.read(env), env, arguments)
-    dry_run = "--dry-run" in arguments
     overrides = [argument for argument in arguments if argument != "--dry-run"]
-    return run_stage(name, env, overrides, dry_run)
+    return run_stage(name, env, overrides, dry_run="--dry-run" in arguments)
 
 
 def run_stage(name: str, env: Mapping[str, str], overrides: list[str], dry_run: bool) -> int:
@@ -131,7 +130,6 @@ def run_stage(name: str, env: Mapping[str, str], overrides: list[str], dry_run: 
 
 def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
     """Run what was planned, keeping the record; returns the exit status."""
-    from bridge.errors import Tolerance
     from bridge.runs import checkpoints, launch, record
     from bridge.runs.metrics import Metrics
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from bridge.runs import checkpoints, metrics, record
-from bridge.standins.hub import Account, StandInHub
 from door import SHELL, bridge, left_running, processes
+from downloads_hub import Account, DownloadsHub
 
 STEPS, EVERY, LAST = 12, 4, 8
 SFT = ["sft", f"trainer.total_training_steps={STEPS}", f"trainer.save_freq={EVERY}", "data.train_batch_size=8",
@@ -311,7 +311,7 @@ def test_the_door_is_killed_during_a_merge(through, seen):
 
 def test_the_door_is_killed_during_an_upload(tmp_path, through, seen):
     settings = {"HF_REPO": "team/ours", "STAGE": "sft"}
-    with StandInHub(tmp_path / "hub", {"hf_a_token_of_a_test": Account("alice", organisations=("team",))}) as hub:
+    with DownloadsHub(tmp_path / "hub", {"hf_a_token_of_a_test": Account("alice", organisations=("team",))}) as hub:
         settings.update(hub.env("hf_a_token_of_a_test"))
         with through.started("upload", **settings) as door:
             # The hub asks itself this when the weights begin to come.

@@ -29,7 +29,7 @@ def test_rows_lie_end_to_end_and_each_response_token_is_predicted_from_the_one_b
     packed = pack_rows(batch, torch.tensor([0.5, 0.25, 0.125]), [2, 0])
     assert packed["input_ids"].tolist() == [201, 202, 203, 1, 2, 3, 4, 5]
     assert packed["position_ids"].tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
-    assert packed["longest"] == 5 and packed["bounds"].tolist() == [0, 3, 8] and packed["bounds"].dtype == torch.int32
+    assert packed["max_seqlen"] == 5 and packed["cu_seqlens"].tolist() == [0, 3, 8] and packed["cu_seqlens"].dtype == torch.int32
     assert packed["input_ids"][packed["logits_to_keep"]].tolist() == [201, 202, 2, 3, 4]
     assert packed["labels"].tolist() == [202, 203, 3, 4, 5]
     assert packed["weights"].tolist() == [0.125, 0.125, 0.5, 0.5, 0.5]

@@ -22,16 +22,7 @@ import mmap
 import os
 import sys
 from collections.abc import Iterable
-from importlib.machinery import (
-    BYTECODE_SUFFIXES,
-    EXTENSION_SUFFIXES,
-    SOURCE_SUFFIXES,
-    ExtensionFileLoader,
-    FileFinder,
-    ModuleSpec,
-    SourceFileLoader,
-    SourcelessFileLoader,
-)
+from importlib import machinery
 from importlib.util import MAGIC_NUMBER, spec_from_file_location
 from types import ModuleType
 
@@ -40,11 +31,11 @@ HEADER_OF_BYTE_CODE = 16
 # Seconds since 1970, in 2001: before there was any of this to write.
 MARK = 981_173_106
 # As importlib has them for a folder.
-LOADERS = ((ExtensionFileLoader, EXTENSION_SUFFIXES), (SourceFileLoader, SOURCE_SUFFIXES),
-           (SourcelessFileLoader, BYTECODE_SUFFIXES))
+LOADERS = ((machinery.ExtensionFileLoader, machinery.EXTENSION_SUFFIXES), (machinery.SourceFileLoader, machinery.SOURCE_SUFFIXES),
+           (machinery.SourcelessFileLoader, machinery.BYTECODE_SUFFIXES))
 
 
-class Loader(SourceFileLoader):
+class Loader(machinery.SourceFileLoader):
     """A module of which the byte code is in the archive."""
 
     stopped_collection = False
@@ -76,7 +67,7 @@ def collect_again() -> None:
         gc.enable()
 
 
-class Finder(FileFinder):
+class Finder(machinery.FileFinder):
     """One folder's modules: those in the archive, and whatever else is there.
 
     modules: {last name: (is a package, its byte code)}.
@@ -86,7 +77,7 @@ class Finder(FileFinder):
         super().__init__(folder, *LOADERS)
         self._modules = modules
 
-    def find_spec(self, fullname: str, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, target: ModuleType | None = None) -> machinery.ModuleSpec | None:
         name = fullname.rpartition(".")[2]
         is_package, byte_code = self._modules.get(name, (False, None))
         folder = f"{self.path}/{name}"
@@ -139,7 +130,7 @@ def pack(modules: Iterable[ModuleType], below: tuple[str, ...], file: str = FILE
     packed = {}
     for module in modules:
         spec = getattr(module, "__spec__", None)
-        if not spec or not isinstance(spec.loader, SourceFileLoader) or not spec.origin.startswith(below):
+        if not spec or not isinstance(spec.loader, machinery.SourceFileLoader) or not spec.origin.startswith(below):
             continue
         folder, is_package = os.path.dirname(spec.origin), spec.submodule_search_locations is not None
         name = os.path.basename(folder) if is_package else os.path.basename(spec.origin).removesuffix(".py")

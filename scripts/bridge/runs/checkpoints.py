@@ -214,8 +214,7 @@ def list_checkpoints(folder: Path, wanted: Contents, loader: bool = True) -> lis
 
 def newest_complete(folder: Path, wanted: Contents) -> Checkpoint | None:
     """The checkpoint to continue from or to merge."""
-    complete = [checkpoint for checkpoint in list_checkpoints(folder, wanted) if checkpoint.complete]
-    return complete[-1] if complete else None
+    return next((checkpoint for checkpoint in reversed(list_checkpoints(folder, wanted)) if checkpoint.complete), None)
 
 
 def size(folder: Path) -> int:

@@ -66,7 +66,11 @@ def run(command: list[str], env: Mapping[str, str], log: Path | None, metrics_fi
         copy_output(child, log_file, metrics_file, secrets, is_ending)
         if received:
             say(f"{signal.Signals(received[0]).name} received: passed on to the {Path(command[0]).name} process")
-        status = wait(child, GRACE_SECONDS if received or asked else None)
+        try:
+            status = child.wait(GRACE_SECONDS if received or asked else None)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            status = child.wait()
     finally:
         stop_all()
         Tolerance("writing to log.txt").at_last(log_file.close)
@@ -77,15 +81,6 @@ def run(command: list[str], env: Mapping[str, str], log: Path | None, metrics_fi
     if asked:
         return 0
     return 128 - status if status < 0 else status
-
-
-def wait(child: subprocess.Popen, seconds: float | None) -> int:
-    """Wait for the child; kill it when it takes longer than this (None: as long as it takes)."""
-    try:
-        return child.wait(seconds)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        return child.wait()
 
 
 def end_with_parent() -> None:
@@ -105,7 +100,7 @@ def copy_output(child: subprocess.Popen, log_file, metrics_file, secrets, is_end
     def emit(data: bytes) -> None:
         for secret in hidden:
             data = data.replace(secret, b"***")
-        logging(partial(write_all, log_file, data))
+        logging(partial(metrics.write_all, log_file, data))
         try:
             sys.stdout.buffer.write(data)
             sys.stdout.buffer.flush()
@@ -138,12 +133,6 @@ def copy_output(child: subprocess.Popen, log_file, metrics_file, secrets, is_end
         if not ready and child.poll() is not None:
             break
     emit(pending)
-
-
-def write_all(file, data: bytes) -> None:
-    """Write to an unbuffered file, which may take a part at a time."""
-    while data:
-        data = data[file.write(data):]
 
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")

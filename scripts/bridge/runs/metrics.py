@@ -23,6 +23,12 @@ def parse(line: str) -> tuple[int, dict[str, float]] | None:
     return (int(match[1]), values) if values else None
 
 
+def write_all(file, data: bytes) -> None:
+    """Write to an unbuffered file, which may take a part at a time."""
+    while data:
+        data = data[file.write(data):]
+
+
 class Metrics:
     """metrics.jsonl: {"step": N, "time": T, key: value...}, one line a step, written as it comes.
 
@@ -59,9 +65,7 @@ class Metrics:
         self.written = False
         self.file.seek(self.start)
         self.file.truncate()
-        text = self.text()
-        while text:
-            text = text[self.file.write(text):]
+        write_all(self.file, self.text())
         self.written = True
 
     def text(self) -> bytes:

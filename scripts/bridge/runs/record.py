@@ -79,11 +79,16 @@ def write(folder: Path, record: Mapping[str, Any], secrets: list[str]) -> None:
 
 
 def write_json(file: Path, content: Any, secrets: list[str]) -> None:
-    """Write a file whole or not at all, with any secret that slipped into a value masked."""
+    """Write a file of JSON whole or not at all, with any secret that slipped into a value masked."""
     content = masked(content, {re.escape(secret): "***" for secret in secrets})
+    write_whole(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file whole or not at all."""
     temporary = file.with_name(file.name + ".tmp")
     with naming(temporary):
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, file)
 
 

@@ -10,10 +10,10 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bridge.errors import UsageError, exit_status, naming, nearest
 from bridge.plan import Plan
@@ -78,10 +78,8 @@ def checked_source(source: str) -> str:
         return source
     folder = Path(os.path.abspath(os.path.expanduser(source)))
     if not folder.is_dir():
-        raise UsageError(
-            f"DATA_SOURCE={source!r} is neither hub ({GSM8K}), nor builtin (made-up problems), nor a folder that "
-            f"exists (with train.jsonl and test.jsonl).{nearest(source.lower(), ['hub', 'builtin'])}"
-        )
+        raise UsageError(f"DATA_SOURCE={source!r} is neither hub ({GSM8K}), nor builtin (made-up problems), nor a folder that "
+                         f"exists (with train.jsonl and test.jsonl).{nearest(source.lower(), ['hub', 'builtin'])}")
     faults = []
     for file in jsonl_files(folder).values():
         if not file.is_file():
@@ -172,17 +170,24 @@ def from_folder(folder: Path) -> dict[str, Rows]:
     for split, file in jsonl_files(folder).items():
         # Bytes, because lines of text would also end at U+2028, which JSON may hold within a string.
         lines = file.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
-        rows = splits[split] = []
         filled = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-        if not filled:
-            faults.append(f"{file} has no rows.")
-        for number, line in filled:
-            try:
-                rows.append(checked_row(parsed(line)))
-            except ValueError as error:
-                faults.append(f"{file}, line {number}: {error}")
+        splits[split] = checked_rows(filled, lambda line: checked_row(parsed(line)), str(file), f"{file}, line", faults)
     refuse(faults)
     return splits
+
+
+def checked_rows(numbered: Iterable[tuple[int, Any]], check: Callable[[Any], dict[str, str]], source: str, place: str,
+                 faults: list[str]) -> Rows:
+    """The rows that `check` takes; what is wrong with the others is appended to faults, by their numbers."""
+    rows, before = [], len(faults)
+    for number, row in numbered:
+        try:
+            rows.append(check(row))
+        except ValueError as error:
+            faults.append(f"{place} {number}: {error}")
+    if not rows and len(faults) == before:
+        faults.append(f"{source} has no rows.")
+    return rows
 
 
 def from_hub() -> dict[str, Rows]:
@@ -207,16 +212,8 @@ def from_hub() -> dict[str, Rows]:
             "made-up problems (DATA_SOURCE=builtin).",
         ) from error
     faults: list[str] = []
-    splits: dict[str, Rows] = {}
-    for split in SPLITS:
-        rows = splits[split] = []
-        if not len(found[split]):
-            faults.append(f"{GSM8K} {split} has no rows.")
-        for number, row in enumerate(found[split], start=1):
-            try:
-                rows.append(checked_row(row))
-            except ValueError as error:
-                faults.append(f"{GSM8K} {split}, row {number}: {error}")
+    splits = {split: checked_rows(enumerate(found[split], start=1), checked_row, f"{GSM8K} {split}", f"{GSM8K} {split}, row",
+                                  faults) for split in SPLITS}
     refuse(faults)
     return splits
 
@@ -226,11 +223,8 @@ def refuse(faults: list[str]) -> None:
     if not faults:
         return
     more = len(faults) - SHOWN
-    raise UsageError(
-        *faults[:SHOWN],
-        *([f"... and {more} more bad row{'s' if more > 1 else ''}."] if more > 0 else []),
-        f"Nothing was written. Each line must be {FORM}; mend or remove the lines named.",
-    )
+    raise UsageError(*faults[:SHOWN], *([f"... and {more} more bad row{'s' if more > 1 else ''}."] if more > 0 else []),
+                     f"Nothing was written. Each line must be {FORM}; mend or remove the lines named.")
 
 
 def table(split: str, rows: Rows) -> "pyarrow.Table":
@@ -238,25 +232,20 @@ def table(split: str, rows: Rows) -> "pyarrow.Table":
     import pyarrow as pa
 
     text = pa.string()
-    schema = pa.schema(
-        {
-            "data_source": text,
-            "prompt": pa.list_(pa.struct({"content": text, "role": text})),
-            "ability": text,
-            "reward_model": pa.struct({"ground_truth": text, "style": text}),
-            "extra_info": pa.struct({"answer": text, "index": pa.int64(), "question": text, "split": text}),
-        }
-    )
-    records = [
-        {
-            "data_source": GSM8K,
-            "prompt": [{"role": "user", "content": f"{row['question']} {INSTRUCTION}"}],
-            "ability": "math",
-            "reward_model": {"style": "rule", "ground_truth": ground_truth(row["answer"])},
-            "extra_info": {"split": split, "index": index, "answer": row["answer"], "question": row["question"]},
-        }
-        for index, row in enumerate(rows)
-    ]
+    schema = pa.schema({
+        "data_source": text,
+        "prompt": pa.list_(pa.struct({"content": text, "role": text})),
+        "ability": text,
+        "reward_model": pa.struct({"ground_truth": text, "style": text}),
+        "extra_info": pa.struct({"answer": text, "index": pa.int64(), "question": text, "split": text}),
+    })
+    records = [{
+        "data_source": GSM8K,
+        "prompt": [{"role": "user", "content": f"{row['question']} {INSTRUCTION}"}],
+        "ability": "math",
+        "reward_model": {"style": "rule", "ground_truth": ground_truth(row["answer"])},
+        "extra_info": {"split": split, "index": index, "answer": row["answer"], "question": row["question"]},
+    } for index, row in enumerate(rows)]
     return pa.Table.from_pylist(records, schema=schema)
 
 

@@ -7,7 +7,6 @@ transformers on a CPU. Beside the score (the answer must stand behind "####") th
 import argparse
 import json
 import math
-import os
 import re
 import sys
 import time
@@ -132,10 +131,7 @@ def ppo_data_config(settings: Settings) -> dict[str, Any]:
     recorded = record.read(settings.stage_dir("ppo"))
     if recorded:
         return recorded["config"]["data"]
-    names = ("BRIDGE_MODEL_DIR", "BRIDGE_STAGE_DIR", "BRIDGE_RUN_NAME", "WANDB_PROJECT")
-    # Names and folders do not matter for the data.
-    return compose.compose("ppo", [f"profile/ppo={settings.profile}"],
-                           {"WORK_DIR": str(settings.work_dir), **dict.fromkeys(names, "-")})["data"]
+    return compose.compose("ppo", [f"profile/ppo={settings.profile}"], train.NAMES)["data"]
 
 
 # ---- answers
@@ -259,13 +255,6 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write(file: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
-
-
 def main() -> None:
     """What the stage runs."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -286,10 +275,10 @@ def main() -> None:
         answers = evaluate(name, Path(folder), arguments.data, arguments.rows, limits, GENERATORS[arguments.engine])
         results[name] = {**summary(answers), "seconds": round(time.monotonic() - started, 1), "folder": folder}
         lines += [json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers]
-        write(arguments.output / ANSWERS_FILE, "".join(lines))
+        record.write_whole(arguments.output / ANSWERS_FILE, "".join(lines))
     result = {"data": str(arguments.data), "rows": arguments.rows, **limits, "confidence": CONFIDENCE,
               "engine": f"{arguments.engine} {version(arguments.engine)}", "models": results}
-    write(arguments.output / RESULT_FILE, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    record.write_json(arguments.output / RESULT_FILE, result, [])
     print(table(results))
     print(f"answers: {arguments.output / ANSWERS_FILE}")
 

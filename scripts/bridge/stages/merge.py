@@ -131,7 +131,10 @@ def main() -> None:
     refuse_damaged(shards)
     if arguments.base:
         refuse_untouched(shards, arguments.base)
-    check_room(shards, output.parent)
+    # The model twice in bf16, as much as its shards in fp32.
+    needed = sum(file.stat().st_size for file in shards.glob("model_world_size_*.pt"))
+    if needed > shutil.disk_usage(output.parent).free:
+        raise UsageError(f"too little disk: the merge needs {needed / 1e9:.3g} GB. {room_in(output.parent)}")
     raw = temporary / "raw"
     try:
         joined = subprocess.run([sys.executable, "-u", "-m", "verl.model_merger", "merge", "--backend", "fsdp",
@@ -168,17 +171,6 @@ def refuse_damaged(shards: Path) -> None:
 def room_in(folder: Path) -> str:
     """What is free, and that nothing was lost."""
     return f"{shutil.disk_usage(folder).free / 1e9:.3g} GB are free in {folder}. A model that was merged before is still there."
-
-
-def check_room(shards: Path, folder: Path) -> None:
-    """Compare the disk that a merge needs with what is free: the model twice in bf16, as much as its shards in fp32.
-
-    Raises:
-        UsageError: too little is free.
-    """
-    needed = sum(file.stat().st_size for file in shards.glob("model_world_size_*.pt"))
-    if needed > shutil.disk_usage(folder).free:
-        raise UsageError(f"too little disk: the merge needs {needed / 1e9:.3g} GB. {room_in(folder)}")
 
 
 def refuse_untouched(shards: Path, base: Path) -> None:

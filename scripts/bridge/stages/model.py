@@ -17,16 +17,8 @@ from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 
+from bridge import model_folder
 from bridge.errors import UsageError, exit_status, nearest, read_json, say
-from bridge.model_folder import (
-    check_model_folder,
-    check_space,
-    config_problems,
-    is_model_file,
-    parameter_count,
-    template_files,
-    tokenizer_problems,
-)
 from bridge.plan import Plan
 from bridge.runs import record
 from bridge.settings import Settings, is_local, repository_problems
@@ -43,6 +35,8 @@ FROZEN_DAY = date(2024, 7, 26)
 CLOCK = re.compile(r"""strftime_now\(\s*(?P<quote>\\?["'])(?P<format>.*?)(?P=quote)\s*\)""")
 OFFLINE_CURE = ("Compute nodes often have no internet: run `make model` on a login node first (WORK_DIR must be shared). "
                 "Or use a folder that you have (MODEL=/folder), or the small model of a package (MODEL=smollm2).")
+# How the names of a model's weights end.
+WEIGHTS = (".safetensors", ".bin")
 LOGIN_CURE = "Put a token into HF_TOKEN (in .env), or log in once with `huggingface-cli login`."
 
 
@@ -132,10 +126,10 @@ def already_there(name: str, folder: Path) -> str | None:
         UsageError: the folder is damaged, or holds something else.
     """
     if is_local(name):
-        problems = check_model_folder(folder, "Give the folder of a whole Hugging Face model: MODEL=/folder.")
+        problems = model_folder.check_model_folder(folder, "Give the folder of a whole Hugging Face model: MODEL=/folder.")
         if problems:
             raise UsageError(*problems)
-        return f"MODEL={folder} is whole and used as it is ({parameter_count(folder):,} parameters)"
+        return f"MODEL={folder} is whole and used as it is ({model_folder.parameter_count(folder):,} parameters)"
     if not folder.exists() or all(file.name in DOOR_FILES for file in folder.iterdir()):
         return None
     source = recorded_source(folder).get("source")
@@ -144,10 +138,10 @@ def already_there(name: str, folder: Path) -> str | None:
                          "or move it away.")
     if problem := source_problem(name, folder):
         raise UsageError(problem)
-    problems = check_model_folder(folder, f"Remove {folder} and run `make model` again.")
+    problems = model_folder.check_model_folder(folder, f"Remove {folder} and run `make model` again.")
     if problems:
         raise UsageError(*problems)
-    return f"{folder} is there and whole ({name}, {parameter_count(folder):,} parameters)"
+    return f"{folder} is there and whole ({name}, {model_folder.parameter_count(folder):,} parameters)"
 
 
 def recorded_source(folder: Path) -> dict[str, str]:
@@ -173,13 +167,13 @@ def freeze_day(template: str) -> str:
 
 def depends_on_day(folder: Path) -> bool:
     """Whether the chat template asks for today's date."""
-    return any("strftime_now(" in file.read_text(encoding="utf-8") for file in template_files(folder))
+    return any("strftime_now(" in file.read_text(encoding="utf-8") for file in model_folder.template_files(folder))
 
 
 def freeze_folder(folder: Path) -> bool:
     """Freeze the date in a model folder's files; tell whether there was one."""
     changed = False
-    for file in template_files(folder):
+    for file in model_folder.template_files(folder):
         text = file.read_text(encoding="utf-8")
         frozen = freeze_day(text)
         if frozen != text:
@@ -231,7 +225,7 @@ def hub_errors_explained(name: str) -> Iterator[None]:
 
 def wanted_files(names: list[str]) -> list[str]:
     """Which files of a repository are fetched; .bin weights only where there are no safetensors."""
-    wanted = [name for name in names if "/" not in name and is_model_file(name)]
+    wanted = [name for name in names if "/" not in name and model_folder.is_model_file(name)]
     if any(name.endswith(".safetensors") for name in wanted):
         wanted = [name for name in wanted if not name.startswith("pytorch_model")]
     return wanted
@@ -250,14 +244,9 @@ def ask_hub(name: str):
         # A gated model's information is public. This asks whether its files may be read, before minutes of fetching.
         api.auth_check(name)
         info = api.model_info(name, files_metadata=True)
-    if not any(is_weights(file) for file in wanted_files([file.rfilename for file in info.siblings])):
+    if not any(file.endswith(WEIGHTS) for file in wanted_files([file.rfilename for file in info.siblings])):
         raise UsageError(f"MODEL={name} has no weights that can be trained (no safetensors). Use another MODEL.")
     return info
-
-
-def is_weights(name: str) -> bool:
-    """Whether a model's file holds weights."""
-    return name.endswith((".safetensors", ".bin"))
 
 
 def fetch(name: str, info, folder: Path) -> None:
@@ -270,9 +259,9 @@ def fetch(name: str, info, folder: Path) -> None:
 
     sizes = {file.rfilename: file.size or 0 for file in info.siblings}
     wanted = wanted_files(list(sizes))
-    weights = [file for file in wanted if is_weights(file)]
+    weights = [file for file in wanted if file.endswith(WEIGHTS)]
     prepare_partial(folder, {"source": name, "commit": info.sha})
-    check_space(folder, sum(sizes[file] for file in wanted))
+    model_folder.check_space(folder, sum(sizes[file] for file in wanted))
     for files in ([file for file in wanted if file not in weights], weights):
         with hub_errors_explained(name):
             # Weights last: a model without a chat template is refused within seconds. By commit, so that an upload to
@@ -283,7 +272,7 @@ def fetch(name: str, info, folder: Path) -> None:
         if missing:
             raise UsageError(f"the hub could not be reached while fetching MODEL={name}; still missing: "
                              f"{', '.join(missing)}. What was fetched is kept: run `make model` again.")
-        problems = [*config_problems(folder), *tokenizer_problems(folder)]
+        problems = [*model_folder.config_problems(folder), *model_folder.tokenizer_problems(folder)]
         if problems:
             raise UsageError(*(f"MODEL={name} {problem}. Use another MODEL." for problem in problems))
     if freeze_folder(folder):
@@ -356,11 +345,11 @@ def make(name: str, folder: Path, texts: Path) -> str:
             else:
                 make_random(SHAPES[name.removeprefix(RANDOM)], partial)
             (partial / SOURCE_FILE).write_text(json.dumps({"source": name}))
-        problems = check_model_folder(partial, f"Remove {partial} and run `make model` again.")
+        problems = model_folder.check_model_folder(partial, f"Remove {partial} and run `make model` again.")
         if problems:
             raise UsageError(*problems)
         put_in_place(partial, folder)
-    return f"{name}: {parameter_count(folder):,} parameters in {folder}"
+    return f"{name}: {model_folder.parameter_count(folder):,} parameters in {folder}"
 
 
 def main() -> None:

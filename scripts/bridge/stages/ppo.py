@@ -7,7 +7,6 @@ from typing import Any
 
 from bridge.compose import flatten
 from bridge.runs.checkpoints import has_critic
-from bridge.settings import Settings
 from bridge.trainers.packed_settings import groups_rows
 
 # Bytes that a path to a socket may have, less those of the run's own folder and Ray's longest name below it.
@@ -44,11 +43,6 @@ def cpus(config: Mapping[str, Any], gpus: int, cores: int) -> int:
     One for each GPU's worker, one for the trainer, one for rewards that are computed beside it.
     """
     return max(cores, gpus + 1 + bool(config["reward_model"]["launch_reward_fn_async"]))
-
-
-def overrides(settings: Settings) -> list[str]:
-    """What the settings mean in verl's words."""
-    return [f"actor_rollout_ref.rollout.tensor_model_parallel_size={settings.tp}"] if settings.tp else []
 
 
 def command(ranks: int, module: list[str], arguments: list[str]) -> list[str]:
@@ -175,13 +169,6 @@ def divisibility(config: Mapping[str, Any], world: int, heads: int | None) -> li
     return faults
 
 
-def row_problems(config: Mapping[str, Any], world: int, train_rows: int, val_rows: int) -> list[str]:
-    """Too little data for one step."""
-    batch = config["data"]["train_batch_size"]
-    problems = []
-    if train_rows < batch:
-        problems.append(f"{train_rows} training rows are less than one batch of {batch}. Use more data, or a smaller "
-                        "data.train_batch_size.")
-    if val_rows < 1:
-        problems.append("there are no validation rows. Use more data.")
-    return problems
+def validation_problems(config: Mapping[str, Any], world: int, rows: int) -> list[str]:
+    """Too few validation rows."""
+    return ["there are no validation rows. Use more data."] if rows < 1 else []

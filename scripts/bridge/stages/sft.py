@@ -4,7 +4,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bridge.settings import Settings
 from bridge.trainers.packed_settings import packing_problems
 
 
@@ -17,11 +16,6 @@ def environment(_env: Mapping[str, str]) -> dict[str, str]:
     """Variables of the trainer's own."""
     # Otherwise torchrun sets it itself, with a warning.
     return {"OMP_NUM_THREADS": "1"}
-
-
-def overrides(settings: Settings) -> list[str]:
-    """What the settings mean in verl's words."""
-    return []
 
 
 def command(ranks: int, module: list[str], arguments: list[str]) -> list[str]:
@@ -66,14 +60,9 @@ def divisibility(config: Mapping[str, Any], world: int, heads: int | None) -> li
     return []
 
 
-def row_problems(config: Mapping[str, Any], world: int, train_rows: int, val_rows: int) -> list[str]:
-    """Too little data: verl would make no step and end well, or crash at the validation before saving."""
-    batch, micro = config["data"]["train_batch_size"], config["data"]["micro_batch_size_per_gpu"]
-    problems = []
-    if train_rows < batch:
-        problems.append(f"{train_rows} training rows are less than one batch of {batch}. Use more data, or a smaller "
-                        "data.train_batch_size.")
-    if val_rows < micro * world:
-        problems.append(f"{val_rows} validation rows are less than {micro * world} (data.micro_batch_size_per_gpu={micro} "
-                        f"x {world} GPUs). Use more data or fewer GPUs.")
-    return problems
+def validation_problems(config: Mapping[str, Any], world: int, rows: int) -> list[str]:
+    """Too few validation rows: verl would crash at the validation, before saving."""
+    micro = config["data"]["micro_batch_size_per_gpu"]
+    return [] if rows >= micro * world else [
+        f"{rows} validation rows are less than {micro * world} (data.micro_batch_size_per_gpu={micro} x {world} GPUs). Use more "
+        "data or fewer GPUs."]

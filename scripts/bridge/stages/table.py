@@ -33,16 +33,13 @@ class Stage:
         return import_module(f"bridge.stages.{self.name}").plan(settings, env)
 
 
-STAGES = {
-    stage.name: stage
-    for stage in (
-        Stage("data", "GSM8K as parquet files (DATA_SOURCE=)"),
-        Stage("model", "the base model (MODEL=)"),
-        Stage("sft", "supervised fine-tuning with verl", trains=True, imports_torch=True),
-        Stage("ppo", "PPO with verl (INIT=base|sft)", trains=True, imports_torch=True),
-        Stage("merge", "checkpoint -> Hugging Face model, verified (STAGE=sft|ppo)", imports_torch=True),
-        Stage("eval", "accuracy on GSM8K of the base, SFT and PPO model (LIMIT=, STAGE=)", imports_torch=True),
-        Stage("upload", "merged model -> HF_REPO, private unless PUBLIC=1", needs=("HF_REPO",)),
-    )
-}
+STAGES = {stage.name: stage for stage in (
+    Stage("data", "GSM8K as parquet files (DATA_SOURCE=)"),
+    Stage("model", "the base model (MODEL=)"),
+    Stage("sft", "supervised fine-tuning with verl", trains=True, imports_torch=True),
+    Stage("ppo", "PPO with verl (INIT=base|sft)", trains=True, imports_torch=True),
+    Stage("merge", "checkpoint -> Hugging Face model, verified (STAGE=sft|ppo)", imports_torch=True),
+    Stage("eval", "accuracy on GSM8K of the base, SFT and PPO model (LIMIT=, STAGE=)", imports_torch=True),
+    Stage("upload", "merged model -> HF_REPO, private unless PUBLIC=1", needs=("HF_REPO",)),
+)}
 

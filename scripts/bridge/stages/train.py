@@ -44,6 +44,8 @@ BY_ROWS = ("tutorial", *ON_CPU)
 # What the users have: shown in a dry run where no GPU is visible.
 ASSUMED_MEMORY = 80
 
+# What verl's configuration asks of the environment, where only its numbers are looked at.
+NAMES = dict.fromkeys(("WORK_DIR", "BRIDGE_MODEL_DIR", "BRIDGE_STAGE_DIR", "BRIDGE_RUN_NAME", "WANDB_PROJECT"), "")
 DATA_KEYS = ("train_files", "val_files")
 # WANDB_MODE with which nothing is sent.
 NOT_SENT = ("offline", "disabled", "dryrun")
@@ -79,7 +81,8 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
         own_env["WANDB_MODE"] = "offline"
         notes.append(f"no WANDB_API_KEY and no wandb login: metrics stay in {stage_dir} "
                      "(send them later with `wandb sync`)")
-    own = [f"profile/{stage}={settings.profile}", *([f"device/{stage}=cpu"] if on_cpu else []), *trainer.overrides(settings)]
+    tp = [f"actor_rollout_ref.rollout.tensor_model_parallel_size={settings.tp}"] if stage == "ppo" and settings.tp else []
+    own = [f"profile/{stage}={settings.profile}", *([f"device/{stage}=cpu"] if on_cpu else []), *tp]
     if settings.profile not in BY_ROWS and not any(text.startswith(f"memory/{stage}=") for text in overrides):
         own.append(f"memory/{stage}={memory_preset(stage, hardware.visible_gpus(env), notes)}")
     if gpus is None:
@@ -126,7 +129,7 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
                         "No number of GPUs goes with these settings: change TP=, or the batch sizes.")
     if rows:
         notes += data_notes(settings)
-        problems += trainer.row_problems(config, gpus, *rows) or step_problems(config, rows[0])
+        problems += step_problems(config, rows[0]) + trainer.validation_problems(config, gpus, rows[1])
     if problems:
         raise UsageError(*problems)
 
@@ -301,9 +304,12 @@ def whole_run_problems(config: Mapping[str, Any]) -> list[str]:
 
 
 def step_problems(config: Mapping[str, Any], rows: int) -> list[str]:
-    """More steps than the epochs have: verl would end with them, and without the last step's checkpoint."""
+    """Too few training rows for a step, or for all steps: verl would end well without any, or without the last checkpoint."""
     asked, epochs = config["trainer"]["total_training_steps"], config["trainer"]["total_epochs"]
-    in_one = rows // config["data"]["train_batch_size"]
+    batch = config["data"]["train_batch_size"]
+    in_one = rows // batch
+    if not in_one:
+        return [f"{rows} training rows are less than one batch of {batch}. Use more data, or a smaller data.train_batch_size."]
     if asked is None or asked <= in_one * epochs:
         return []
     return [f"trainer.total_training_steps={asked} is more than the {in_one * epochs} steps of trainer.total_epochs={epochs}: "
@@ -396,7 +402,9 @@ def check_continuation(stage: str, settings: Settings, planned: Plan,
     if not found and not done:
         # Nothing to continue: a run that failed before its first checkpoint may be started with other settings.
         return None, None
-    lines = [with_setting(line) for line in record.difference(recorded, planned)]
+    # With the setting that a key follows from.
+    lines = [f"{line} ({OWNED[key]})" if (key := line.partition(":")[0]) in OWNED else line
+             for line in record.difference(recorded, planned)]
     if lines:
         shown = lines[:12] + ([f"... and {len(lines) - 12} more"] if len(lines) > 12 else [])
         raise UsageError(
@@ -416,12 +424,6 @@ def check_continuation(stage: str, settings: Settings, planned: Plan,
         raise UsageError(f"{newest.path} does not hold all that continuing needs: verl would begin anew with {', '.join(lost)}, "
                          f"without a word. Merge it as it is, start another run (RUN=NAME), or ask for just that: {wanted}")
     return newest, None
-
-
-def with_setting(line: str) -> str:
-    """A line of record.difference with the setting that its key follows from."""
-    setting = OWNED.get(line.partition(":")[0])
-    return f"{line} ({setting})" if setting else line
 
 
 def check_disk(stage: str, settings: Settings, planned: Plan, parameters: int, notes: list[str]) -> None:

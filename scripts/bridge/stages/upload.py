@@ -71,11 +71,9 @@ def folder_problems(folder: Path, stage: str) -> list[str]:
 
 
 def has_token(env: Mapping[str, str]) -> bool:
-    """Whether there is a token where huggingface_hub looks for one."""
-    if env.get("HF_TOKEN") or env.get("HUGGING_FACE_HUB_TOKEN"):
-        return True
-    cache = env.get("HF_HOME") or os.path.join(env.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    return os.path.isfile(os.path.expanduser(env.get("HF_TOKEN_PATH") or os.path.join(cache, "token")))
+    """Whether there is a token where huggingface_hub looks for one; the door sets HF_TOKEN_PATH, if nobody else did."""
+    return bool(env.get("HF_TOKEN") or env.get("HUGGING_FACE_HUB_TOKEN")) or os.path.isfile(
+        os.path.expanduser(env["HF_TOKEN_PATH"]))
 
 
 @contextmanager

@@ -1,11 +1,11 @@
 """A stand-in for the Hugging Face Hub's server, for tests and rehearsals where no hub can be reached.
 
 It is a fake, and the only fake part: clients talk to it over HTTP with the real `huggingface_hub` (HF_ENDPOINT), which
-asks and transfers as it would with the real hub. It answers the part of the protocol that the upload stage
-uses: accounts, rights, LFS (in one piece or in parts) and commits; the tests add downloads. It does
-not offer Xet. The status codes and X-Error-Code headers are those that huggingface_hub 0.34 looks at.
+asks and transfers as it would with the real hub. It answers the part of the protocol that the upload stage uses: one
+account that may do everything, LFS in one piece, and commits; the tests add rights, parts and downloads. It does not offer
+Xet. The status codes and X-Error-Code headers are those that huggingface_hub 0.34 looks at.
 
-    with StandInHub(folder, tokens={"hf_alice": Account("alice")}) as hub:
+    with StandInHub(folder, "hf_alice") as hub:
         subprocess.run(command, env={**os.environ, **hub.env("hf_alice")})
 """
 
@@ -15,7 +15,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,15 +25,6 @@ from urllib.parse import parse_qs, unquote, urlsplit
 LFS_NAMES = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|model)")
 LFS_SIZE = 10_000_000
 INVALID_TOKEN = "Invalid credentials in Authorization header"
-
-
-@dataclass(frozen=True)
-class Account:
-    """Whom a token belongs to, and what it may do there."""
-
-    name: str
-    may_write: bool = True
-    organisations: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,11 +44,9 @@ class StoredFile:
 
 @dataclass
 class Repository:
-    """A model repository: its rights, and its commits, oldest first."""
+    """A model repository: who sees it, and its commits, oldest first."""
 
     private: bool = False
-    gated: bool = False
-    granted: set[str] = field(default_factory=set)
     commits: list[tuple[str, dict[str, StoredFile]]] = field(default_factory=list)
 
     def commit(self, files: Mapping[str, StoredFile]) -> str:
@@ -82,28 +71,22 @@ class StandInHub:
 
     Args:
         folder: where the bytes of files are stored, each under its sha256.
-        tokens: the accounts that exist, by token.
-        part_size: larger files are uploaded in parts of this many bytes.
+        token: with which everything may be done.
 
     Attributes:
         requests: (method, path) of every request so far, in order.
         repositories: by OWNER/NAME.
-        transfers_allowed: how many more large files are transferred, either way, before links expire (403); a download
-            that is one too many is cut in the middle first. None: all.
     """
 
     # Of a subclass that answers more.
     handler: type["Handler"] | None = None
 
-    def __init__(self, folder: Path, tokens: Mapping[str, Account], part_size: int = 64_000_000):
+    def __init__(self, folder: Path, token: str):
         self.objects = Path(folder) / "objects"
         self.objects.mkdir(parents=True, exist_ok=True)
-        self.tokens = dict(tokens)
-        self.part_size = part_size
+        self.token = token
         self.requests: list[tuple[str, str]] = []
         self.repositories: dict[str, Repository] = {}
-        self.transfers_allowed: int | None = None
-        self.lock = threading.Lock()
 
     def __enter__(self) -> "StandInHub":
         handler = type("Handler", (self.handler or Handler,), {"hub": self})
@@ -133,14 +116,6 @@ class StandInHub:
         (self.objects / digest).write_bytes(data)
         return StoredFile(digest, len(data), is_lfs(path, len(data)), git_hash(data))
 
-    def may_transfer(self) -> bool:
-        """Count one transfer of a large file."""
-        with self.lock:
-            if self.transfers_allowed is None:
-                return True
-            self.transfers_allowed -= 1
-            return self.transfers_allowed >= 0
-
 
 def is_lfs(path: str, size: int) -> bool:
     """Whether the hub keeps a file outside git."""
@@ -157,7 +132,7 @@ class Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     hub: StandInHub
-    more_routes: list[tuple[str, str, Callable]] = []
+    more_routes: list[tuple[str, str, str]] = []
 
     def log_message(self, *_arguments) -> None:
         """Requests are kept in hub.requests instead of being printed."""
@@ -183,7 +158,7 @@ class Handler(BaseHTTPRequestHandler):
             for method, pattern, route in (*ROUTES, *self.more_routes):
                 match = re.fullmatch(pattern, path)
                 if match and self.command in method.split("|"):
-                    route(self, *match.groups())
+                    getattr(self, route)(*match.groups())
                     return
             raise Refusal(404, f"The stand-in hub knows no {self.command} {path}")
         except Refusal as refusal:
@@ -204,92 +179,56 @@ class Handler(BaseHTTPRequestHandler):
     def body(self) -> bytes:
         return self.read(self.unread)
 
-    # ---- rights
-
-    def account(self) -> Account | None:
-        """Whose token came with the request; None without a token."""
-        given = self.headers.get("Authorization")
-        if given is None:
-            return None
-        if given.removeprefix("Bearer ") not in self.hub.tokens:
-            raise Refusal(401, INVALID_TOKEN)
-        return self.hub.tokens[given.removeprefix("Bearer ")]
-
-    def readable(self, repo_id: str) -> Repository:
-        """The repository, if the caller may know of it. To anyone else a private one does not exist."""
-        account, repository = self.account(), self.hub.repositories.get(repo_id)
-        if repository is None or (repository.private and not (account and owns(account, repo_id))):
-            raise Refusal(404 if account else 401, "Repository not found", "RepoNotFound")
-        return repository
-
-    def writable(self, repo_id: str) -> Repository:
-        """The repository, if the caller may write to it."""
-        repository = self.readable(repo_id)
-        self.check_write(repo_id)
-        return repository
-
-    def check_write(self, repo_id: str) -> Account:
-        account = self.account()
-        if account is None:
-            raise Refusal(401, "Invalid username or password.")
-        if not account.may_write or not owns(account, repo_id):
-            raise Refusal(403, f"You don't have the rights to write to {repo_id}")
-        return account
-
     # ---- information
 
+    def authorize(self, repo_id: str | None = None, write: bool = False) -> None:
+        """Refuse who may not ask this."""
+        if self.headers.get("Authorization") != f"Bearer {self.hub.token}":
+            raise Refusal(401, INVALID_TOKEN)
+
+    def repository(self, repo_id: str, write: bool = False) -> Repository:
+        """The repository, if the caller may know of it and, to `write`, change it."""
+        self.authorize(repo_id, write)
+        if repo_id not in self.hub.repositories:
+            raise Refusal(404, "Repository not found", "RepoNotFound")
+        return self.hub.repositories[repo_id]
+
     def whoami(self) -> None:
-        account = self.account()
-        if account is None:
-            raise Refusal(401, "Invalid username or password.")
-        self.answer(200, {
-            "type": "user", "name": account.name, "orgs": [{"name": name} for name in account.organisations],
-            "auth": {"type": "access_token", "accessToken": {"role": "write" if account.may_write else "read"}},
-        })
+        self.authorize()
+        self.answer(200, {"type": "user", "name": "rehearsal", "orgs": []})
 
     def commit_at(self, repository: Repository, revision: str | None) -> tuple[str, dict[str, StoredFile]]:
-        if not repository.commits:
-            repository.commit({})
-        for identity, files in reversed(repository.commits):
-            if revision in (None, "main", identity):
-                return identity, files
-        raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        # Who uploads asks for no older one.
+        return repository.commits[-1]
 
     def model_info(self, repo_id: str, revision: str | None) -> None:
-        repository = self.readable(repo_id)
+        repository = self.repository(repo_id)
         identity, files = self.commit_at(repository, revision)
         self.answer(200, {
             "_id": identity[:24], "id": repo_id, "modelId": repo_id, "sha": identity, "private": repository.private,
-            "gated": "manual" if repository.gated else False, "xetEnabled": False, "tags": [],
+            "gated": False, "xetEnabled": False, "tags": [],
             "siblings": [{"rfilename": path, "size": file.size, "blobId": file.git_hash, **lfs_details(file, "sha256")}
                          for path, file in sorted(files.items())],
         })
 
-    def tree(self, repo_id: str, revision: str, below: str | None) -> None:
-        _, files = self.commit_at(self.readable(repo_id), revision)
-        start = f"{below}/" if below else ""
-        self.answer(200, [row(path, file) for path, file in sorted(files.items()) if path.startswith(start)])
+    def tree(self, repo_id: str, revision: str) -> None:
+        _, files = self.commit_at(self.repository(repo_id), revision)
+        self.answer(200, [row(path, file) for path, file in sorted(files.items())])
 
     # ---- upload
 
     def create(self) -> None:
         asked = json.loads(self.body())
-        account = self.account()
-        repo_id = f"{asked.get('organization') or (account and account.name)}/{asked['name']}"
-        self.check_write(repo_id)
-        url = f"{self.hub.url}/{repo_id}"
+        repo_id = f"{asked['organization']}/{asked['name']}"
+        self.authorize(repo_id, write=True)
         if repo_id in self.hub.repositories:
-            self.answer(409, {"error": "You already created this model repo", "url": url})
-            return
-        self.hub.repositories[repo_id] = Repository(private=bool(asked.get("private")))
-        self.answer(200, {"url": url, "name": repo_id})
-
-    def validate_yaml(self) -> None:
-        self.body()
-        self.answer(200, {"errors": [], "warnings": []})
+            raise Refusal(409, "You already created this model repo")
+        self.hub.repositories[repo_id] = repository = Repository(private=bool(asked.get("private")))
+        repository.commit({})
+        self.answer(200, {"url": f"{self.hub.url}/{repo_id}", "name": repo_id})
 
     def preupload(self, repo_id: str, revision: str) -> None:
-        _, files = self.commit_at(self.writable(repo_id), revision)
+        _, files = self.commit_at(self.repository(repo_id, write=True), revision)
         self.answer(200, {"files": [
             {"path": file["path"], "shouldIgnore": False,
              "uploadMode": "lfs" if is_lfs(file["path"], file["size"]) else "regular",
@@ -298,65 +237,37 @@ class Handler(BaseHTTPRequestHandler):
         ]})
 
     def lfs_batch(self, repo_id: str) -> None:
-        self.writable(repo_id)
+        self.repository(repo_id, write=True)
         answers = []
         for asked in json.loads(self.body())["objects"]:
             oid, size = asked["oid"], asked["size"]
             link = f"{self.hub.url}/objects/{oid}"
-            upload = {"href": link, "header": {}}
-            if size > self.hub.part_size:
-                parts = -(-size // self.hub.part_size)
-                upload["header"] = {"chunk_size": str(self.hub.part_size),
-                                    **{str(part): f"{link}/{part}" for part in range(1, parts + 1)}}
-            actions = {"upload": upload, "verify": {"href": f"{self.hub.url}/{repo_id}.git/info/lfs/objects/verify"}}
+            upload = {"href": link, "header": self.parts(link, size)}
             # An object that is there already gets no actions: the client skips it.
             stored = (self.hub.objects / oid).exists()
-            answers.append({"oid": oid, "size": size, **({} if stored else {"actions": actions})})
+            answers.append({"oid": oid, "size": size, **({} if stored else {"actions": {"upload": upload}})})
         self.answer(200, {"transfer": "basic", "objects": answers})
 
-    def upload(self, sha256: str, part: str | None) -> None:
-        """Store an object or a part of one. Like the hub's signed links it asks for no token."""
-        if part in (None, "1") and not self.hub.may_transfer():
-            raise Refusal(403, "Request has expired")
-        name = f"{sha256}.{part}" if part else sha256
-        temporary = self.hub.objects / f"{name}.{threading.get_ident()}"
+    def parts(self, link: str, size: int) -> dict[str, str]:
+        """Where the parts of a file go that is not uploaded in one piece; nothing for one that is."""
+        return {}
+
+    def upload(self, sha256: str) -> None:
+        """Store an object. Like the hub's signed links it asks for no token."""
+        temporary = self.hub.objects / f"{sha256}.{threading.get_ident()}"
         digest, size = hashlib.sha256(), self.unread
         with open(temporary, "wb") as stream:
             while piece := self.read(1 << 20):
                 digest.update(piece)
                 stream.write(piece)
-        if temporary.stat().st_size < size or (part is None and digest.hexdigest() != sha256):
+        if temporary.stat().st_size < size or digest.hexdigest() != sha256:
             temporary.unlink()
             raise Refusal(400, "The bytes are not those announced")
-        os.replace(temporary, self.hub.objects / name)
+        os.replace(temporary, self.hub.objects / sha256)
         self.answer(200, None, {"ETag": f'"{digest.hexdigest()}"'})
 
-    def complete_parts(self, sha256: str) -> None:
-        """Join the parts of an object."""
-        digest, whole = hashlib.sha256(), self.hub.objects / f"{sha256}.whole"
-        parts = [self.hub.objects / f"{sha256}.{part['partNumber']}" for part in json.loads(self.body())["parts"]]
-        with open(whole, "wb") as stream:
-            for part in parts:
-                data = part.read_bytes()
-                digest.update(data)
-                stream.write(data)
-                part.unlink()
-        if digest.hexdigest() != sha256:
-            whole.unlink()
-            raise Refusal(400, "The parts are not the object announced")
-        os.replace(whole, self.hub.objects / sha256)
-        self.answer(200, {})
-
-    def verify(self, repo_id: str) -> None:
-        self.writable(repo_id)
-        asked = json.loads(self.body())
-        file = self.hub.objects / asked["oid"]
-        if not file.exists() or file.stat().st_size != asked["size"]:
-            raise Refusal(404, "The object is not there")
-        self.answer(200, {})
-
     def commit(self, repo_id: str, revision: str) -> None:
-        repository = self.writable(repo_id)
+        repository = self.repository(repo_id, write=True)
         files = dict(self.commit_at(repository, revision)[1])
         for line in self.body().decode().splitlines():
             operation = json.loads(line)
@@ -375,11 +286,6 @@ class Handler(BaseHTTPRequestHandler):
                           "commitUrl": f"{self.hub.url}/{repo_id}/commit/{identity}"})
 
 
-def owns(account: Account, repo_id: str) -> bool:
-    """Whether a repository is the account's own or one of its organisations'."""
-    return repo_id.split("/")[0] in (account.name, *account.organisations)
-
-
 def lfs_details(file: StoredFile, key: str) -> dict:
     """What listings say of an LFS file; the name of the hash differs between them."""
     return {"lfs": {key: file.sha256, "size": file.size, "pointerSize": 134}} if file.lfs else {}
@@ -391,16 +297,13 @@ def row(path: str, file: StoredFile) -> dict:
 
 
 ID, REVISION = r"([^/]+/[^/]+)", r"([^/]+)"
-ROUTES: list[tuple[str, str, Callable]] = [
-    ("GET", r"/api/whoami-v2", Handler.whoami),
-    ("POST", r"/api/repos/create", Handler.create),
-    ("POST", r"/api/validate-yaml", Handler.validate_yaml),
-    ("GET", rf"/api/models/{ID}(?:/revision/{REVISION})?", Handler.model_info),
-    ("GET", rf"/api/models/{ID}/tree/{REVISION}(?:/(.+))?", Handler.tree),
-    ("POST", rf"/api/models/{ID}/preupload/{REVISION}", Handler.preupload),
-    ("POST", rf"/api/models/{ID}/commit/{REVISION}", Handler.commit),
-    ("POST", rf"/{ID}\.git/info/lfs/objects/batch", Handler.lfs_batch),
-    ("POST", rf"/{ID}\.git/info/lfs/objects/verify", Handler.verify),
-    ("PUT", r"/objects/([0-9a-f]{64})(?:/(\d+))?", Handler.upload),
-    ("POST", r"/objects/([0-9a-f]{64})", Handler.complete_parts),
+ROUTES: list[tuple[str, str, str]] = [
+    ("GET", r"/api/whoami-v2", "whoami"),
+    ("POST", r"/api/repos/create", "create"),
+    ("GET", rf"/api/models/{ID}(?:/revision/{REVISION})?", "model_info"),
+    ("GET", rf"/api/models/{ID}/tree/{REVISION}", "tree"),
+    ("POST", rf"/api/models/{ID}/preupload/{REVISION}", "preupload"),
+    ("POST", rf"/api/models/{ID}/commit/{REVISION}", "commit"),
+    ("POST", rf"/{ID}\.git/info/lfs/objects/batch", "lfs_batch"),
+    ("PUT", r"/objects/([0-9a-f]{64})", "upload"),
 ]

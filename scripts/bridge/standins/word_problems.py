@@ -42,10 +42,8 @@ def gives_away(random: Random) -> Problem:
     (name, friend), thing = random.sample(NAMES, 2), random.choice(THINGS)
     given, left = random.randint(2, 20), random.randint(2, 20)
     left, text = step(given + left, "-", given)
-    question = (
-        f"{name} has {given + left} {thing} and gives {given} to {friend}. "
-        f"How many {thing} does {name} have left?"
-    )
+    question = (f"{name} has {given + left} {thing} and gives {given} to {friend}. "
+                f"How many {thing} does {name} have left?")
     return question, [f"{name} has {text} {thing} left."], left
 
 
@@ -54,10 +52,8 @@ def boxes(random: Random) -> Problem:
     count, size, loose = random.randint(2, 9), random.randint(2, 12), random.randint(2, 9)
     packed, first = step(count, "*", size)
     total, second = step(packed, "+", loose)
-    question = (
-        f"{name} has {count} boxes of {size} {thing} and {loose} loose {thing}. "
-        f"How many {thing} does {name} have in all?"
-    )
+    question = (f"{name} has {count} boxes of {size} {thing} and {loose} loose {thing}. "
+                f"How many {thing} does {name} have in all?")
     return question, [f"The boxes hold {first} {thing}.", f"In all {name} has {second} {thing}."], total
 
 
@@ -65,10 +61,8 @@ def shares(random: Random) -> Problem:
     name, thing = random.choice(NAMES), random.choice(THINGS)
     friends, each = random.randint(2, 9), random.randint(2, 12)
     each, text = step(friends * each, "/", friends)
-    question = (
-        f"{name} shares {friends * each} {thing} equally among {friends} friends. "
-        f"How many {thing} does each friend get?"
-    )
+    question = (f"{name} shares {friends * each} {thing} equally among {friends} friends. "
+                f"How many {thing} does each friend get?")
     return question, [f"Each friend gets {text} {thing}."], each
 
 
@@ -77,9 +71,7 @@ def change(random: Random) -> Problem:
     count, price, rest = random.randint(2, 9), random.randint(2, 9), random.randint(2, 20)
     cost, first = step(count, "*", price)
     rest, second = step(cost + rest, "-", cost)
-    question = (
-        f"{name} has ${cost + rest} and buys {count} {thing} for ${price} each. How many dollars does {name} have left?"
-    )
+    question = f"{name} has ${cost + rest} and buys {count} {thing} for ${price} each. How many dollars does {name} have left?"
     return question, [f"The {thing} cost ${first}.", f"{name} has ${second} left."], rest
 
 
@@ -88,9 +80,7 @@ def reading(random: Random) -> Problem:
     pages, days, rest = random.randint(2, 12), random.randint(2, 9), random.randint(2, 40)
     read, first = step(pages, "*", days)
     rest, second = step(read + rest, "-", read)
-    question = (
-        f"{name} reads {pages} pages a day of a book of {read + rest} pages. How many pages are left after {days} days?"
-    )
+    question = f"{name} reads {pages} pages a day of a book of {read + rest} pages. How many pages are left after {days} days?"
     return question, [f"{name} reads {first} pages.", f"There are {second} pages left."], rest
 
 
@@ -100,10 +90,8 @@ def wages(random: Random) -> Problem:
     earned, first = step(hours, "*", pay)
     spent = random.randint(2, earned - 2)
     rest, second = step(earned, "-", spent)
-    question = (
-        f"{name} works {hours} hours for ${pay} an hour and spends ${spent} on {thing}. "
-        f"How many dollars does {name} have left?"
-    )
+    question = (f"{name} works {hours} hours for ${pay} an hour and spends ${spent} on {thing}. "
+                f"How many dollars does {name} have left?")
     return question, [f"{name} earns ${first}.", f"{name} has ${second} left."], rest
 
 
@@ -113,27 +101,14 @@ def seats(random: Random) -> Problem:
     total, first = step(rows, "*", chairs)
     taken = random.randint(2, total - 2)
     free, second = step(total, "-", taken)
-    question = (
-        f"{name} sets up {rows} rows of {chairs} chairs. {taken} chairs are taken. How many chairs are free?"
-    )
+    question = f"{name} sets up {rows} rows of {chairs} chairs. {taken} chairs are taken. How many chairs are free?"
     return question, [f"There are {first} chairs.", f"{second} chairs are free."], free
 
 
-TEMPLATES: tuple[Callable[[Random], Problem], ...] = (
-    gets_more,
-    gives_away,
-    boxes,
-    shares,
-    change,
-    reading,
-    wages,
-    seats,
-)
+TEMPLATES: tuple[Callable[[Random], Problem], ...] = (gets_more, gives_away, boxes, shares, change, reading, wages, seats)
 
 
-def problems(
-    train_rows: int = TRAIN_ROWS, test_rows: int = TEST_ROWS, seed: int = SEED
-) -> dict[str, list[dict[str, str]]]:
+def problems(train_rows: int = TRAIN_ROWS, test_rows: int = TEST_ROWS, seed: int = SEED) -> dict[str, list[dict[str, str]]]:
     """Make the rows {"question", "answer"} of both splits; the same arguments give the same rows on every machine.
 
     No question occurs twice, neither within a split nor across them. The templates take turns, so both splits hold
@@ -152,10 +127,8 @@ def problems(
             if question not in asked:
                 asked.add(question)
                 return {"question": question, "answer": "\n".join([*steps, f"#### {result}"])}
-        raise UsageError(
-            f"There are not {train_rows + test_rows} different builtin problems: ended after {len(asked)}. "
-            "Ask for fewer rows."
-        )
+        raise UsageError(f"There are not {train_rows + test_rows} different builtin problems: ended after {len(asked)}. "
+                         "Ask for fewer rows.")
 
     test = [row(index) for index in range(test_rows)]
     return {"train": [row(index) for index in range(train_rows)], "test": test}

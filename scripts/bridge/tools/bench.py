@@ -30,7 +30,7 @@ from bridge.errors import UsageError, nearest, say
 from bridge.runs import metrics, record
 from bridge.settings import CONFIGS, NAME, Settings
 from bridge.stages.table import STAGES
-from bridge.stages.train import ON_CPU, OWNED
+from bridge.stages.train import NAMES, ON_CPU, OWNED
 from bridge.tools import bench_report, trial
 
 # Dense bf16 FLOP/s, from NVIDIA's data sheets. A GPU that is not here gets no MFU of SFT rather than a guessed one.
@@ -158,7 +158,7 @@ def read_cases(file: Path, wanted: str) -> list[Case]:
 def override_problems(case: Case) -> list[str]:
     """What the door would refuse of a case's overrides: told before the first case has taken its minutes."""
     try:
-        compose_checked(case.stage, [f"profile/{case.stage}={case.profile}"], [*ALWAYS, *case.overrides], trial.NAMES, OWNED)
+        compose_checked(case.stage, [f"profile/{case.stage}={case.profile}"], [*ALWAYS, *case.overrides], NAMES, OWNED)
     except UsageError as error:
         return [f"case {case.name}: {problem}" for problem in error.problems]
     return []

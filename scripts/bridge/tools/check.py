@@ -92,8 +92,7 @@ def image(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
 
 def locked_versions() -> dict[str, str]:
     """Package -> version, from requirements.lock; lines with a marker for another platform are left out."""
-    pins = re.findall(r"^([\w.-]+)==([^\s;\\]+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
-    return dict(pins)
+    return dict(re.findall(r"^([\w.-]+)==([^\s;\\]+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE))
 
 
 def imports(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:

@@ -16,11 +16,10 @@ from bridge.errors import UsageError, say
 from bridge.runs import checkpoints, metrics
 from bridge.settings import Settings, is_local
 from bridge.stages.eval import RESULT_FILE
-from bridge.standins.hub import Account, StandInHub
+from bridge.standins.hub import StandInHub
 from bridge.tools import trial
 
 REPOSITORY = "rehearsal/bridge"
-ACCOUNT = Account("rehearsal")
 TOKEN = "token-of-the-stand-in-hub"
 
 # Numbers of ranks. More than two take the tutorial's own batches, which divide by them (profile eight).
@@ -75,7 +74,7 @@ def profile(model_name: str, ranks: int) -> str:
 def run_chain(chain: Settings, chain_env: Mapping[str, str]) -> int:
     """Run the stages and print the table."""
     rows = []
-    with StandInHub(chain.work_dir / "hub", tokens={TOKEN: ACCOUNT}) as hub:
+    with StandInHub(chain.work_dir / "hub", TOKEN) as hub:
         for name, stage, extra in STEPS:
             say(f"--- {name}")
             started = time.monotonic()

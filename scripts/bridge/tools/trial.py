@@ -19,8 +19,6 @@ LEFT_OUT = ("WANDB_API_KEY", "STAGE", "STEP", "CKPT", "TP", "INIT")
 # Lies in every folder that is a tool's own: no other is written to, and nothing in another is removed.
 MARK = ".made-by-bridge"
 PARTS = ("data", "models", "runs", "cache", "hub")
-# What verl's configuration asks of the environment, where only its numbers are looked at.
-NAMES = dict.fromkeys(("WORK_DIR", "BRIDGE_MODEL_DIR", "BRIDGE_STAGE_DIR", "BRIDGE_RUN_NAME", "WANDB_PROJECT"), "")
 LOCK_CURE = "Wait for it, or use another WORK_DIR."
 
 
@@ -75,7 +73,7 @@ def check(settings: Settings, env: Mapping[str, str], removed: list[Path], new_m
     if hardware.visible_gpus(env):
         train.choose_hardware(settings, env, [], problems, dry_run=False)
     for stage in trained:
-        config = compose(stage, [f"profile/{stage}={settings.profile}"], NAMES)
+        config = compose(stage, [f"profile/{stage}={settings.profile}"], train.NAMES)
         faults = train.TRAINERS[stage].divisibility(config, settings.gpus, None)
         problems += [f"GPUS={settings.gpus}: {fault}." for fault in faults]
     for name, source in sources.items():

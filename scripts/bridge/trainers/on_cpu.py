@@ -18,9 +18,7 @@ class _Event:
 
     def record(self, *_args) -> None: ...
 
-    def wait(self, *_args) -> None: ...
-
-    def synchronize(self) -> None: ...
+    wait = synchronize = record
 
     def elapsed_time(self, _other) -> float:
         return 0.0
@@ -58,9 +56,8 @@ def fill_torch_cpu() -> None:
         if not hasattr(torch.cpu, name):
             setattr(torch.cpu, name, call)
     torch.cpu.Stream.record_event = lambda self, event=None: event or _Event()
-    torch.cpu.Stream.wait_event = lambda self, event: None
-    torch.cpu.Stream.wait_stream = lambda self, stream: None
-    torch.cpu.Stream.synchronize = lambda self: None
+    for name in ("wait_event", "wait_stream", "synchronize"):
+        setattr(torch.cpu.Stream, name, lambda self, *_args: None)
 
 
 def use_gloo() -> None:

@@ -1,0 +1,207 @@
+"""The stand-in hub with accounts and their rights, uploads in parts, models to download, and links that expire.
+
+The rehearsal only uploads, as one who may do everything (bridge.standins.hub); this half of the protocol is for the tests of
+the stages model and upload.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import parse_qs
+
+from bridge.standins.hub import ID, INVALID_TOKEN, REVISION, Handler, Refusal, Repository, StandInHub, StoredFile, row
+
+
+@dataclass(frozen=True)
+class Account:
+    """Whom a token belongs to, and what it may do there."""
+
+    name: str
+    may_write: bool = True
+    organisations: tuple[str, ...] = ()
+
+    def owns(self, repo_id: str) -> bool:
+        """Whether a repository is its own or one of its organisations'."""
+        return repo_id.split("/")[0] in (self.name, *self.organisations)
+
+
+@dataclass
+class GatedRepository(Repository):
+    """A repository whose files, if it is gated, only those may have to whom access was granted."""
+
+    gated: bool = False
+    granted: set[str] = field(default_factory=set)
+
+
+class DownloadsHandler(Handler):
+    """The routes of the upload by accounts of all kinds, and those of the download."""
+
+    def account(self) -> Account | None:
+        """Whose token came with the request; None without a token."""
+        given = self.headers.get("Authorization")
+        if given is None:
+            return None
+        if given.removeprefix("Bearer ") not in self.hub.tokens:
+            raise Refusal(401, INVALID_TOKEN)
+        return self.hub.tokens[given.removeprefix("Bearer ")]
+
+    def authorize(self, repo_id: str | None = None, write: bool = False) -> None:
+        account = self.account()
+        if account is None and (write or repo_id is None):
+            raise Refusal(401, "Invalid username or password.")
+        if write and not (account.may_write and account.owns(repo_id)):
+            raise Refusal(403, f"You don't have the rights to write to {repo_id}")
+
+    def repository(self, repo_id: str, write: bool = False) -> Repository:
+        # To anyone else a private one does not exist.
+        account, repository = self.account(), self.hub.repositories.get(repo_id)
+        if repository is None or (repository.private and not (account and account.owns(repo_id))):
+            raise Refusal(404 if account else 401, "Repository not found", "RepoNotFound")
+        return super().repository(repo_id, write)
+
+    def commit_at(self, repository: Repository, revision: str | None) -> tuple[str, dict[str, StoredFile]]:
+        for identity, files in reversed(repository.commits):
+            if revision in (None, "main", identity):
+                return identity, files
+        raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+
+    def whoami(self) -> None:
+        self.authorize()
+        account = self.account()
+        self.answer(200, {
+            "type": "user", "name": account.name, "orgs": [{"name": name} for name in account.organisations],
+            "auth": {"type": "access_token", "accessToken": {"role": "write" if account.may_write else "read"}},
+        })
+
+    def parts(self, link: str, size: int) -> dict[str, str]:
+        count = -(-size // self.hub.part_size)
+        return {} if count == 1 else {"chunk_size": str(self.hub.part_size),
+                                      **{str(part): f"{link}/{part}" for part in range(1, count + 1)}}
+
+    def upload(self, sha256: str, part: str | None = None) -> None:
+        if part in (None, "1") and not self.hub.may_transfer():
+            raise Refusal(403, "Request has expired")
+        if part is None:
+            super().upload(sha256)
+        else:
+            data = self.body()
+            (self.hub.objects / f"{sha256}.{part}").write_bytes(data)
+            self.answer(200, None, {"ETag": f'"{hashlib.sha256(data).hexdigest()}"'})
+
+    def complete_parts(self, sha256: str) -> None:
+        """Join the parts of an object."""
+        parts = [self.hub.objects / f"{sha256}.{part['partNumber']}" for part in json.loads(self.body())["parts"]]
+        whole = self.hub.objects / f"{sha256}.whole"
+        whole.write_bytes(b"".join(part.read_bytes() for part in parts))
+        if hashlib.sha256(whole.read_bytes()).hexdigest() != sha256:
+            raise Refusal(400, "The parts are not the object announced")
+        os.replace(whole, self.hub.objects / sha256)
+        for part in parts:
+            part.unlink()
+        self.answer(200, {})
+
+    def downloadable(self, repo_id: str) -> Repository:
+        """The repository, if the caller may have its files: a gated one's information is public, its files are not."""
+        account, repository = self.account(), self.repository(repo_id)
+        if repository.gated and not (account and (account.name in repository.granted or account.owns(repo_id))):
+            raise Refusal(403 if account else 401, f"Access to model {repo_id} is restricted.", "GatedRepo")
+        return repository
+
+    def validate_yaml(self) -> None:
+        self.body()
+        self.answer(200, {"errors": [], "warnings": []})
+
+    def auth_check(self, repo_id: str) -> None:
+        self.downloadable(repo_id)
+        self.answer(200, {})
+
+    def paths_info(self, repo_id: str, revision: str) -> None:
+        _, files = self.commit_at(self.repository(repo_id), revision)
+        asked = parse_qs(self.body().decode()).get("paths", [])
+        self.answer(200, [row(path, files[path]) for path in asked if path in files])
+
+    def resolve(self, repo_id: str, revision: str, path: str) -> None:
+        repository = self.downloadable(repo_id)
+        identity, files = self.commit_at(repository, revision)
+        if path not in files:
+            raise Refusal(404, "Entry not found", "EntryNotFound")
+        file = files[path]
+        headers = {"X-Repo-Commit": identity, "ETag": f'"{file.oid}"'}
+        if file.lfs:
+            self.answer(302, None, {**headers, "X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(file.size),
+                                    "Location": f"{self.hub.url}/objects/{file.sha256}"})
+        elif self.command == "HEAD":
+            self.answer(200, None, {**headers, "Content-Length": str(file.size)})
+        else:
+            self.answer(200, (self.hub.objects / file.sha256).read_bytes(), headers)
+
+    def download(self, sha256: str) -> None:
+        """What the hub's signed links lead to; like those it asks for no token."""
+        file = self.hub.objects / sha256
+        size = file.stat().st_size
+        start = int((re.match(r"bytes=(\d+)-", self.headers.get("Range", "")) or [0, 0])[1])
+        whole = self.hub.may_transfer()
+        if not whole and self.hub.transfers_allowed < -1:
+            raise Refusal(403, "Request has expired")
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
+        self.send_header("Content-Length", str(size - start))
+        self.end_headers()
+        with open(file, "rb") as stream:
+            stream.seek(start)
+            if whole:
+                shutil.copyfileobj(stream, self.wfile)
+            else:
+                self.wfile.write(stream.read((size - start) // 2))
+                self.close_connection = True
+
+    more_routes = [
+        ("POST", r"/api/validate-yaml", "validate_yaml"),
+        ("PUT", r"/objects/([0-9a-f]{64})/(\d+)", "upload"),
+        ("POST", r"/objects/([0-9a-f]{64})", "complete_parts"),
+        ("GET", rf"/api/models/{ID}/auth-check", "auth_check"),
+        ("POST", rf"/api/models/{ID}/paths-info/{REVISION}", "paths_info"),
+        ("GET|HEAD", r"/objects/([0-9a-f]{64})", "download"),
+        ("GET|HEAD", rf"/{ID}/resolve/{REVISION}/(.+)", "resolve"),
+    ]
+
+
+class DownloadsHub(StandInHub):
+    """The server with several accounts, and with what others have published.
+
+    Args:
+        tokens: the accounts that exist, by token.
+        part_size: larger files are uploaded in parts of this many bytes.
+
+    Attributes:
+        transfers_allowed: how many more large files are transferred, either way, before links expire (403); a download
+            that is one too many is cut in the middle first. None: all.
+    """
+
+    handler = DownloadsHandler
+
+    def __init__(self, folder: Path, tokens: Mapping[str, Account], part_size: int = 64_000_000):
+        super().__init__(folder, "")
+        self.tokens, self.part_size = dict(tokens), part_size
+        self.transfers_allowed: int | None = None
+        self.lock = threading.Lock()
+
+    def may_transfer(self) -> bool:
+        """Count one transfer of a large file."""
+        with self.lock:
+            if self.transfers_allowed is None:
+                return True
+            self.transfers_allowed -= 1
+            return self.transfers_allowed >= 0
+
+    def add_model(self, repo_id: str, files: Mapping[str, bytes], **rights) -> str:
+        """Publish a model with these files, as if someone had uploaded it; `rights` are GatedRepository's fields."""
+        repository = self.repositories.setdefault(repo_id, GatedRepository(**rights))
+        return repository.commit({path: self.store(path, data) for path, data in files.items()})
