@@ -15,7 +15,7 @@ source "$checkout/scripts/host/engine.sh"
 # needs is taken from there.
 machine='WORK_DIR|ENGINE|IMAGE|CUDA_VISIBLE_DEVICES|NCCL_.*|.*_(proxy|PROXY)|SSL_CERT_FILE|REQUESTS_CA_BUNDLE'
 if [[ $1 == rehearse || $1 == bench ]]; then read_settings "$machine"; else read_settings; fi
-settle_paths
+resolve_paths
 choose_engine "$1"
 USER=${USER:-$(id -un 2> /dev/null || id -u)}
 export USER

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Make the settings that name files absolute, and find existing logins. Runs: host, sourced after read_env.sh.
-#   source scripts/host/paths.sh; settle_paths
+#   source scripts/host/paths.sh; resolve_paths
 # Paths are meant from where the user is, and are the same inside and outside a container.
 
 # HOME is not set in some job systems; ~ is then what the system says of the user.
@@ -11,7 +11,7 @@ absolute() { realpath -ms -- "${1/#\~\//$home/}"; }
 # As in scripts/bridge/settings.py: a folder is written with /, ./, ../ or ~, all else is a name on the hub.
 is_local() { [[ $1 == [/~]* || $1 == ./* || $1 == ../* ]]; }
 
-settle_paths() {
+resolve_paths() {
     local login above name
     WORK_DIR=$(absolute "${WORK_DIR:-work}")
     above=${WORK_DIR%/*}/
