@@ -36,7 +36,7 @@ def unpack(values: torch.Tensor, micro_batch: Mapping[str, torch.Tensor]) -> tor
 
 
 def forward_log_probs(actor, micro_batch: Mapping[str, torch.Tensor], temperature: float,
-                    calculate_entropy: bool = False) -> tuple[torch.Tensor | None, torch.Tensor]:
+                      calculate_entropy: bool = False) -> tuple[torch.Tensor | None, torch.Tensor]:
     """What verl's DataParallelPPOActor._forward_micro_batch computes, with logits of the answers' tokens only.
 
     verl computes those of the prompts too, and throws away what it makes of them.
