@@ -9,7 +9,6 @@ import sys
 import pyarrow
 import pyarrow.parquet
 import pytest
-from downloads_hub import Account, DownloadsHub
 from hub_fixture import LLAMA_TEMPLATE, model_files, run_module, write_files
 
 from bridge import model_folder
@@ -17,6 +16,7 @@ from bridge import settings as settings_module
 from bridge.errors import UsageError
 from bridge.stages import model
 from bridge.standins import models
+from downloads_hub import Account, DownloadsHub
 
 LLAMA = "meta-llama/Llama-3.2-1B-Instruct"
 NOT_NEEDED = {"original/consolidated.00.pth": b"x", "original/params.json": b"{}", "model.gguf": b"x",

@@ -1,12 +1,12 @@
 """The upload stage: the real huggingface_hub client against the stand-in hub, over HTTP."""
 
 import pytest
-from downloads_hub import Account, DownloadsHub
 from hub_fixture import model_files, run_module, safetensors, write_files
 
 from bridge import settings as settings_module
 from bridge.errors import UsageError
 from bridge.stages import upload
+from downloads_hub import Account, DownloadsHub
 
 TOKENS = {"hf_writer": Account("alice", organisations=("team",)), "hf_reader": Account("alice", may_write=False),
           "hf_stranger": Account("bob")}
