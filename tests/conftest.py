@@ -9,6 +9,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    # Below xdist only the process that collects the results has one.
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if session.config.getoption("none_skipped") and reporter.stats.get("skipped") and session.exitstatus == pytest.ExitCode.OK:
+    if reporter and session.config.getoption("none_skipped") and reporter.stats.get("skipped") and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
