@@ -24,7 +24,7 @@ class Preloaded:
         self.modules, self.asked = modules, None
 
     def run(self, *program: str, env: dict[str, str], cwd: Path | None = None, timeout: float = 300) -> subprocess.CompletedProcess:
-        """What subprocess.run([sys.executable, *program], ...) would return; program: "-m", module or "-c", script, arguments."""
+        """What subprocess.run([sys.executable, *program], ...) would return; program: ("-m", module | "-c", script | file), arguments."""
         if self.asked is None:
             self.asked, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             # One thread: neither the pools of BLAS and OpenMP, nor the one with which pyarrow's memory is tidied up.
@@ -32,8 +32,9 @@ class Preloaded:
                              stdout=subprocess.DEVNULL, env={
                 **SHELL, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"})
             theirs.close()
+        length = 2 if program[0] in ("-m", "-c") else 1
         with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
-            message = {"program": program[:2], "arguments": program[2:], "env": env, "cwd": str(cwd or Path.cwd())}
+            message = {"program": program[:length], "arguments": program[length:], "env": env, "cwd": str(cwd or Path.cwd())}
             socket.send_fds(self.asked, [json.dumps(message).encode()], [stdout.fileno(), stderr.fileno()])
             self.asked.settimeout(None)
             child = self.asked.recv(64)

@@ -2,8 +2,8 @@
 
     python preloaded.py MODULE...
 
-Its standard input is a socket. Each message asks for one program: {"program": ["-m", module] or ["-c", script], "arguments",
-"env", "cwd"} as JSON, with the descriptors of its stdout and stderr. Answered are its process id and, once it has ended, what
+Its standard input is a socket. Each message asks for one program: {"program": ["-m", module], ["-c", script] or
+[file], "arguments", "env", "cwd"} as JSON, with the descriptors of its stdout and stderr. Answered are its process id and, once it has ended, what
 waitpid says. It has one thread and uses nothing of what it imports, so a fork begins as a new Python would after those imports.
 So it imports nothing of ours, and nothing of which a test chooses at import time what it becomes.
 """
@@ -40,19 +40,22 @@ def serve(asked: socket.socket) -> dict:
 
 
 def become(program: list[str], arguments: list[str], env: dict[str, str], cwd: str) -> None:
-    """Be `python -m module` or `python -c script`."""
+    """Be `python -m module`, `python -c script` or `python file`."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
     sys.path[0] = cwd
-    how, what = program
-    sys.argv = [what if how == "-m" else how, *arguments]
+    how, what = program[0], program[-1]
+    sys.argv = [how, *arguments]
     if how == "-m":
         runpy.run_module(what, run_name="__main__", alter_sys=True)
-    else:
+    elif how == "-c":
         sys.modules["__main__"] = main = ModuleType("__main__")
         exec(compile(what, "<string>", "exec"), main.__dict__)
+    else:
+        sys.path[0] = os.path.dirname(what)
+        runpy.run_path(what, run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 from door import bridge, left_running
 
 # The fixture runs minutes, and longer on a busy machine.
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 
 SECRET = "hf_the_users_own_token_must_not_appear"
 

@@ -9,6 +9,8 @@ import pytest
 from bridge import checkpoints, metrics, runs
 from door import bridge, left_running, stopped_after
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def work_dir(tmp_path_factory) -> Path:

@@ -1,11 +1,10 @@
 """The configuration: equal to the tutorial where it must be, true to verl's tree, checked before the start."""
 
+import functools
 import itertools
 import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from bridge.errors import UsageError
 from bridge.hardware import Gpu
 from bridge.settings import CONFIGS
 from bridge.train import OWNED, memory_preset
-from door import bridge
+from door import DOOR, bridge
 
 # The tutorial's own commands, from `-m MODULE` on, as typed there.
 TUTORIAL = {
@@ -91,12 +90,18 @@ NOT_IN_VERLS_YAML = {"data.response_dict_keys", "bridge.packed_tokens_per_gpu", 
                      "actor_rollout_ref.rollout.engine_kwargs.vllm.compilation_config.cudagraph_capture_sizes"}
 
 
-def compose_as_verl_does(name: str, arguments: list[str], env: dict[str, str]) -> dict:
+@functools.cache
+def composed(name: str, arguments: tuple[str, ...], env: tuple[tuple[str, str], ...]) -> dict:
+    """Composed once for all tests that ask for the same. Not to be changed."""
     script = Path(__file__).with_name("compose_as_verl_does.py")
-    result = subprocess.run([sys.executable, str(script), str(verl_config_dir()), name, "--cfg", "job", "--resolve", *arguments],
-                            env={**os.environ, **env}, capture_output=True, text=True, check=False)
+    result = DOOR.run(str(script), str(verl_config_dir()), name, "--cfg", "job", "--resolve", *arguments,
+                      env={**os.environ, **dict(env)})
     assert result.returncode == 0, result.stderr
-    return flatten(yaml.safe_load(result.stdout))
+    return flatten(yaml.load(result.stdout, yaml.CSafeLoader))
+
+
+def compose_as_verl_does(name: str, arguments: list[str], env: dict[str, str]) -> dict:
+    return composed(name, tuple(arguments), tuple(env.items()))
 
 
 def launched(stage: str, dry_run: str) -> tuple[list[str], dict[str, str]]:

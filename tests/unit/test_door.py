@@ -305,16 +305,10 @@ def test_work_dir_may_have_spaces_and_any_letters(prepared, tmp_path):
 
 def finished_run(env: dict[str, str], **changes) -> Path:
     """A run folder as a finished sft without checkpoints leaves it; `changes` are made to its record."""
-    planned = bridge("sft", "--dry-run", **env)
-    assert planned.returncode == 0, planned.stderr
-    code = ("import os, sys, json; from pathlib import Path; from bridge import runs, settings, stages, main\n"
-            "s = settings.read(os.environ); plan = stages.STAGES['sft'].plan(s, dict(os.environ), [], True)\n"
-            "plan.record_dir.mkdir(parents=True); runs.write(plan.record_dir, runs.begin(plan, os.environ), [])")
-    subprocess.run([sys.executable, "-c", code], env={**SHELL, **env}, check=True, capture_output=True)
-    folder = Path(env["WORK_DIR"]) / "runs" / env.get("RUN", "default") / "sft"
-    record = {**runs.read(folder), "status": "finished", **changes}
-    (folder / "run.json").write_text(json.dumps(record))
-    return folder
+    plan = STAGES["sft"].plan(settings.read(env), {**SHELL, **env}, [], True)
+    plan.record_dir.mkdir(parents=True)
+    runs.write(plan.record_dir, {**runs.begin(plan, {**SHELL, **env}), "status": "finished", **changes}, [])
+    return plan.record_dir
 
 
 def test_a_finished_stage_is_not_started_again(env):

@@ -257,6 +257,52 @@ def test_an_oci_build_keeps_its_layers_and_no_layer_depends_on_the_hosts_certifi
     assert (build.folder / "inputs").read_text().split() == ["flash_attn-1.whl"]
 
 
+# Not the engine: it notes how it is called, a line a call.
+FAKE_ENGINE = """
+printf '%s ' "$(basename "$0")" "$@" >> "$HOME/calls"; echo >> "$HOME/calls"
+case $1 in
+info) echo "$HOME" ;;
+images) [[ $* != *localhost/base* ]] || echo sha256:0a0b; [[ $* != *Size* ]] || echo '9 GB' ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(("engine", "layers", "saved"), [
+    ("podman", True, "podman save --format oci-archive --output {image} localhost/bridge:latest"),
+    ("docker", False, "docker save --output {image} localhost/bridge:latest")])
+def test_podman_and_docker_build_the_same_recipe_and_store_it_where_asked(build, engine, layers, saved):
+    tool(build, engine, FAKE_ENGINE)
+    tool(build, "df", "echo Avail; echo 104857600")
+    image = build.folder / "bridge.oci.tar"
+    (build.folder / "own.crt").write_text("certificates")
+    result = build("oci", IMAGE=str(image), BASE="localhost/base:1", SSL_CERT_FILE=str(build.folder / "own.crt"))
+    assert result.returncode == 0, result.stderr
+    calls = [call.split() for call in (build.folder / "calls").read_text().splitlines()]
+    [made] = [call for call in calls if call[1] == "build"]
+    assert made[:6] == [engine, "build", "--file", "Containerfile", "--tag", "localhost/bridge:latest"] and made[-1] == "."
+    assert {"BASE=localhost/base:1", "BASE_NAME=localhost/base:1@sha256:0a0b",
+            f"id=certificates.crt,src={build.folder}/own.crt"} <= set(made)
+    # Docker keeps layers by itself and does not know the option.
+    assert ("--layers" in made) == layers
+    assert calls[-1] == saved.format(image=image).split()
+    assert f"built {image}: 9 GB" in result.stdout
+
+
+def test_podmans_store_is_asked_for_room_and_dockers_which_may_be_elsewhere_is_not(build):
+    tool(build, "df", "echo Avail; echo 1048576")
+    tool(build, "docker", FAKE_ENGINE)
+    assert build("oci").returncode == 0
+    tool(build, "podman", FAKE_ENGINE)
+    result = build("oci")
+    assert result.returncode == 2 and "podman images --all" in result.stderr
+
+
+def test_an_image_that_is_neither_the_builds_name_nor_an_archive_is_refused(build):
+    tool(build, "docker", FAKE_ENGINE)
+    result = build("oci", IMAGE="registry.example/bridge:1")
+    assert result.returncode == 2 and "IMAGE=FILE.tar stores it too" in result.stderr
+
+
 def test_a_failed_build_leaves_the_old_image_and_nothing_else(build):
     fake_apptainer(build)
     tool(build, "df", "echo Avail; echo 104857600")
