@@ -72,7 +72,7 @@ def variant(name: str, on_gradients: Callable[[], None], on_metrics: Callable[[d
     """The trainer's class, with everything patched that the variant asks for and that has to be seen."""
     from verl.trainer import fsdp_sft_trainer
 
-    from bridge import packed_sft
+    from bridge.trainers import packed_sft
 
     precision, budget, token_mean = VARIANTS[name]
     clip, pack_rows, loader = fsdp_sft_trainer.fsdp2_clip_grad_norm_, packed_sft.pack_rows, fsdp_sft_trainer.StatefulDataLoader
@@ -140,7 +140,7 @@ def work(device: str, work_dir: Path, variants: list[str], out: Path) -> None:
     """What each rank does."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    from bridge import on_cpu
+    from bridge.trainers import on_cpu
 
     if device == "cuda":
         on_cpu.bound_sdpa()
@@ -165,10 +165,10 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, required=True)
     arguments = parser.parse_args()
     if arguments.device == "cpu":
-        from bridge import on_cpu
+        from bridge.trainers import on_cpu
 
         on_cpu.setup()
-        from bridge import packed_sft  # noqa: F401 - once for all ranks
+        from bridge.trainers import packed_sft  # noqa: F401 - once for all ranks
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder))
         in_ranks(arguments.ranks, arguments.device, work, Path(folder), arguments.variants, arguments.out)

@@ -139,7 +139,7 @@ def work(device: str, work_dir: Path, out: Path) -> None:
     from verl.workers.actor.dp_actor import DataParallelPPOActor
     from verl.workers.critic.dp_critic import DataParallelPPOCritic
 
-    from bridge import packed_ppo
+    from bridge.trainers import packed_ppo
 
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     vocabulary = AutoConfig.from_pretrained(work_dir / "models" / "tiny").vocab_size
@@ -149,7 +149,7 @@ def work(device: str, work_dir: Path, out: Path) -> None:
     for name, profile in ((TUTORIAL, ["profile/ppo=tutorial"]), (TUNED, ["profile/ppo=tuned", "memory/ppo=80gb"]),
                           (TOKEN_MEAN, ["profile/ppo=tuned", "memory/ppo=80gb"])):
         if name == TUNED:
-            # What importing bridge.speedups, the profile's external_lib, does where there is a GPU.
+            # What importing bridge.trainers.speedups, the profile's external_lib, does where there is a GPU.
             packed_ppo.apply()
         with ExitStack() as stack:
             for owner, method, update in verls if name == TOKEN_MEAN else ():
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--ranks", type=int, required=True)
     arguments = parser.parse_args()
-    from bridge import on_cpu
+    from bridge.trainers import on_cpu
 
     on_cpu.setup()
     import verl.workers.fsdp_workers  # noqa: F401 - once for all ranks

@@ -1,5 +1,6 @@
 """The door as tests use it: run it like a person would, and see what it leaves running."""
 
+import atexit
 import json
 import os
 import signal
@@ -10,27 +11,36 @@ import tempfile
 import time
 from pathlib import Path
 
-from bridge import metrics, runs
+from bridge.runs import metrics, record
 
 ROOT = Path(__file__).resolve().parents[1]
-# What a person's shell would have, without any setting of the bridge.
-SHELL = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
+# What a person's shell would have, without any setting of the bridge. On a GPU node, too, the tests train on CPU.
+SHELL = {**{name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ},
+         "CUDA_VISIBLE_DEVICES": "-1"}
 
 
 class Preloaded:
     """Runs Python programs as forks of one that has imported these modules (preloaded.py), which starts with the first."""
 
     def __init__(self, *modules: str):
-        self.modules, self.asked = modules, None
+        self.modules, self.asked, self.process = modules, None, None
 
-    def run(self, *program: str, env: dict[str, str], cwd: Path | None = None, timeout: float = 300) -> subprocess.CompletedProcess:
-        """What subprocess.run([sys.executable, *program], ...) would return; program: ("-m", module | "-c", script | file), arguments."""
+    def end(self) -> None:
+        """Let it end, and wait for it."""
+        self.asked.close()
+        self.process.wait()
+
+    def run(self, *program: str, env: dict[str, str], cwd: Path | None = None,
+            timeout: float = 300) -> subprocess.CompletedProcess:
+        """What subprocess.run([sys.executable, *program], ...) would return; `program` begins with "-m", "-c" or a file."""
         if self.asked is None:
             self.asked, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            atexit.register(self.end)
             # One thread: neither the pools of BLAS and OpenMP, nor the one with which pyarrow's memory is tidied up.
-            subprocess.Popen([sys.executable, Path(__file__).with_name("preloaded.py"), *self.modules], stdin=theirs,
-                             stdout=subprocess.DEVNULL, env={
-                **SHELL, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"})
+            env_of_all = {**SHELL, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
+                          "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+            self.process = subprocess.Popen([sys.executable, Path(__file__).with_name("preloaded.py"), *self.modules],
+                                            env=env_of_all, stdin=theirs, stdout=subprocess.DEVNULL)
             theirs.close()
         length = 2 if program[0] in ("-m", "-c") else 1
         with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
@@ -65,7 +75,7 @@ def bridge(*arguments: str, timeout: float = 600, **env: str) -> subprocess.Comp
     return DOOR.run("-m", "bridge", *arguments, env={**SHELL, **env}, timeout=timeout)
 
 
-def record(**changes) -> dict:
+def recorded(**changes) -> dict:
     """A record of a run, as run.json holds it."""
     return {"status": "finished", "last_step": 0, "config": None, "inputs": None, "work_dir": None,
             "attempts": [{"command": ["python"]}], **changes}
@@ -81,7 +91,7 @@ def stopped_after(step: int, work_dir: Path, stage: str, *arguments: str, timeou
         deadline = time.monotonic() + timeout
         while True:
             rows = metrics.read(folder / "metrics.jsonl")
-            saved = [checkpoint.step for checkpoint in runs.saved_checkpoints(folder, stage) if checkpoint.complete]
+            saved = [checkpoint.step for checkpoint in record.saved_checkpoints(folder, stage) if checkpoint.complete]
             if step in saved and rows and rows[-1]["step"] >= step:
                 break
             assert door.poll() is None and time.monotonic() < deadline, said.read_text()[-3000:]

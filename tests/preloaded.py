@@ -2,10 +2,10 @@
 
     python preloaded.py MODULE...
 
-Its standard input is a socket. Each message asks for one program: {"program": ["-m", module], ["-c", script] or
-[file], "arguments", "env", "cwd"} as JSON, with the descriptors of its stdout and stderr. Answered are its process id and, once it has ended, what
-waitpid says. It has one thread and uses nothing of what it imports, so a fork begins as a new Python would after those imports.
-So it imports nothing of ours, and nothing of which a test chooses at import time what it becomes.
+Its standard input is a socket. Each message asks for one program: {"program": ["-m", module], ["-c", script] or [file],
+"arguments", "env", "cwd"} as JSON, with the descriptors of its stdout and stderr. Answered are its process id and, once it has
+ended, what waitpid says. It has one thread and uses nothing of what it imports, so a fork begins as a new Python would after
+those imports. So it imports nothing of ours, and nothing of which a test chooses at import time what it becomes.
 """
 
 import json

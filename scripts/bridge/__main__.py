@@ -2,6 +2,6 @@
 
 import sys
 
-from bridge.main import main
+from bridge.door import main
 
 sys.exit(main())

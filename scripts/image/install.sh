@@ -100,24 +100,24 @@ bridge)
         --disable-pip-version-check --no-index --no-deps --no-build-isolation --editable /opt/bridge
     /opt/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash /opt/bridge/scripts
     # A door for each stage, where Apptainer looks for apps: apptainer run --app ppo bridge.sif
-    for stage in $(/opt/venv/bin/python -c 'from bridge.stages import STAGES, TOOLS; print(*STAGES, *TOOLS)'); do
+    for stage in $(/opt/venv/bin/python -c 'from bridge.door import STAGES, TOOLS; print(*STAGES, *TOOLS)'); do
         mkdir -p "/scif/apps/$stage/scif"
         printf '#!/bin/sh\nexec bridge %s "$@"\n' "$stage" > "/scif/apps/$stage/scif/runscript"
         chmod 755 "/scif/apps/$stage/scif/runscript"
         /opt/venv/bin/bridge --help > "/scif/apps/$stage/scif/runscript.help"
     done
     echo "proved: bridge --help"
-    # Every Python of the image imports from the archive that bridge.read_ahead writes. Before that, since it dates this folder.
-    cp /opt/bridge/scripts/bridge/import_archive.py "$site/bridge_import_archive.py"
+    # Every Python of the image imports from the archive that bridge.image.read_ahead writes. Before that, since it dates this folder.
+    cp /opt/bridge/scripts/bridge/image/import_archive.py "$site/bridge_import_archive.py"
     /opt/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash "$site/bridge_import_archive.py"
     echo 'import bridge_import_archive; bridge_import_archive.install()' > "$site/bridge_import_archive.pth"
-    HOME=/opt/home /opt/venv/bin/python -m bridge.read_ahead > /dev/null
+    HOME=/opt/home /opt/venv/bin/python -m bridge.image.read_ahead > /dev/null
     rm -rf /opt/home
     echo "proved: $(stat -c %s /opt/venv/import_archive.bin) bytes of imports packed," \
         "$(wc -l < /opt/bridge/read_ahead.txt) files and blocks to be read ahead"
     ;;
 manifest)
-    /opt/venv/bin/python -m bridge.manifest "${2:-}" "${3:-}" "${4:-$flash_attn_wheel}" > /opt/bridge/manifest.json
+    /opt/venv/bin/python -m bridge.image.manifest "${2:-}" "${3:-}" "${4:-$flash_attn_wheel}" > /opt/bridge/manifest.json
     echo "proved: $(wc -l < /opt/bridge/manifest.json) lines of manifest"
     ;;
 *)

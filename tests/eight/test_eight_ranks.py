@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bridge import checkpoints, metrics, runs
+from bridge.runs import checkpoints, metrics, record
 from door import bridge, left_running, stopped_after
 
 RANKS = 8
@@ -44,7 +44,7 @@ def work_dir(tmp_path_factory) -> Path:
 def test_a_stopped_sft_goes_on_where_it_was_saved(work_dir):
     rows = metrics.read(work_dir / "sft" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    assert [attempt["from_step"] for attempt in runs.read(work_dir / "sft")["attempts"]] == [0, 2]
+    assert [attempt["from_step"] for attempt in record.read(work_dir / "sft")["attempts"]] == [0, 2]
 
 
 def test_ppo_updates_actor_and_critic(work_dir):
@@ -57,7 +57,7 @@ def test_the_merged_weights_are_the_eight_shards_one_after_the_other(work_dir, s
     import torch
     from safetensors.torch import load_file
 
-    newest = runs.newest_checkpoint(work_dir / stage, stage)
+    newest = record.newest_checkpoint(work_dir / stage, stage)
     assert newest.step == {"sft": 4, "ppo": 1}[stage]
     folder = newest.path / next(iter(checkpoints.mergeable(stage)))
     shards = [torch.load(folder / f"model_world_size_{RANKS}_rank_{rank}.pt", weights_only=False) for rank in range(RANKS)]

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bridge import checkpoints, metrics, runs
-from bridge.standin_hub import Account, StandInHub
+from bridge.runs import checkpoints, metrics, record
+from bridge.standins.hub import Account, StandInHub
 from door import SHELL, bridge, left_running, processes
 
 STEPS, EVERY, LAST = 12, 4, 8
@@ -90,13 +90,13 @@ class Case:
         """Complete checkpoints, byte by byte."""
         return {found.path.name: {str(file.relative_to(found.path)): file.read_bytes()
                                   for file in sorted(found.path.rglob("*")) if file.is_file()}
-                for found in runs.saved_checkpoints(self.stage_dir, self.command[0]) if found.complete}
+                for found in record.saved_checkpoints(self.stage_dir, self.command[0]) if found.complete}
 
     def attempts(self) -> int:
-        return len((runs.read(self.stage_dir) or {"attempts": []})["attempts"])
+        return len((record.read(self.stage_dir) or {"attempts": []})["attempts"])
 
     def has_saved(self, step: int) -> bool:
-        return any(found.step == step and found.complete for found in runs.saved_checkpoints(self.stage_dir, self.command[0]))
+        return any(found.step == step and found.complete for found in record.saved_checkpoints(self.stage_dir, self.command[0]))
 
     def in_step_after(self, step: int, door: subprocess.Popen) -> None:
         """Wait until this step is saved and the next one is under way."""
@@ -217,8 +217,8 @@ def check_end(case: Case, through: Case, kept: dict[str, dict[str, bytes]]) -> s
     assert left.keys() == through.complete().keys() == {f"global_step_{LAST}", f"global_step_{STEPS}"}
     assert {path.name for path in case.folder.glob("global_step_*")} == left.keys()
     check_kept({name: files for name, files in kept.items() if name in left}, case)
-    record = runs.read(case.stage_dir)
-    assert record["status"] == "finished" and record["last_step"] == STEPS
+    recorded = record.read(case.stage_dir)
+    assert recorded["status"] == "finished" and recorded["last_step"] == STEPS
     return f"steps 1 to {STEPS}, losses and weights as without the fault"
 
 
@@ -236,7 +236,7 @@ def test_a_rank_is_killed_during_a_step(case, through, seen):
     with case.started() as door:
         case.in_step_after(LAST, door)
         kept = case.complete()
-        os.kill(case.process("bridge.on_cpu verl.trainer.fsdp_sft_trainer"), signal.SIGKILL)
+        os.kill(case.process("bridge.trainers.on_cpu verl.trainer.fsdp_sft_trainer"), signal.SIGKILL)
     assert door.returncode == 1
     seen(case.said(), ended_as(case, through, kept))
 
@@ -244,7 +244,7 @@ def test_a_rank_is_killed_during_a_step(case, through, seen):
 def test_a_rank_is_killed_during_a_save(case, through, seen):
     with case.started() as door, case.in_save_of(STEPS, ".", door):
         kept = case.complete()
-        os.kill(case.process("bridge.on_cpu verl.trainer.fsdp_sft_trainer"), signal.SIGKILL)
+        os.kill(case.process("bridge.trainers.on_cpu verl.trainer.fsdp_sft_trainer"), signal.SIGKILL)
         door.wait(timeout=PATIENCE)
     assert door.returncode == 1
     seen(case.said(), ended_as(case, through, kept))
@@ -280,7 +280,7 @@ def test_a_Ray_worker_is_killed_during_a_step(ppo, seen):
 def test_the_driver_of_PPO_is_killed_during_a_save(ppo, seen):
     with ppo.started() as door, ppo.in_save_of(2, "actor", door):
         kept = ppo.complete()
-        os.kill(ppo.process("bridge.loopback"), signal.SIGKILL)
+        os.kill(ppo.process("bridge.trainers.loopback"), signal.SIGKILL)
         door.wait(timeout=PATIENCE)
     assert door.returncode == 128 + signal.SIGKILL
     seen(ppo.said(), ppo_will_go_on(ppo, kept))

@@ -30,7 +30,7 @@ stage() { # RUN STAGE ARGUMENTS...: one stage, its output in a log of its own
 
 # Others may use the GPU, too. What the profile changes in the trainer is named with the critic, which is built first.
 run_ppo() { # RUN PROFILE ARGUMENTS...
-    local own=(memory/ppo=80gb critic.model.external_lib=bridge.speedups)
+    local own=(memory/ppo=80gb critic.model.external_lib=bridge.trainers.speedups)
     [[ $2 != tutorial ]] || own=(critic.model.external_lib=null)
     PROFILE=$2 stage "$1" ppo "${own[@]}" actor_rollout_ref.model.external_lib=shared_gpu "${@:3}"
 }

@@ -35,7 +35,7 @@ def main() -> None:
     from transformers import AutoTokenizer
     from vllm import LLM, SamplingParams
 
-    from bridge import speedups
+    from bridge.trainers import speedups
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     rows = pyarrow.parquet.read_table(arguments.data, columns=["prompt"]).slice(0, ROWS).to_pylist()

@@ -1,7 +1,7 @@
 """[image, GPU] What bounds a PPO step: seconds, kernels, allocations and garbage collection of each phase of a real run.
 
     cd tests/gpu; ../../scripts/host/container.sh ppo actor_rollout_ref.model.external_lib=profiled \\
-        critic.model.external_lib=bridge.speedups trainer.total_training_steps=3
+        critic.model.external_lib=bridge.trainers.speedups trainer.total_training_steps=3
 
 Called in this folder, since Ray's workers find modules where the trainer was started. It writes profile/PHASE.txt in the
 stage's folder.

@@ -5,8 +5,8 @@
 
 vLLM finds the size by watching how much memory the whole GPU has free while it tries the model out. What others take meanwhile it
 counts as its own, and where they give some back it stops. verl loads this module before it opens vLLM; `critic`'s is what the
-profile has (bridge.speedups or null): it is loaded first, in the same process. Called in this folder, since Ray's workers
-find modules where the trainer was started. On a machine without a GPU it changes nothing.
+profile has (bridge.trainers.speedups or null): it is loaded first, in the same process. Called in this folder, since Ray's
+workers find modules where the trainer was started. On a machine without a GPU it changes nothing.
 """
 
 import torch

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from bridge import manifest
-from bridge.stages import STAGES, TOOLS
+from bridge.door import TOOLS
+from bridge.image import manifest
+from bridge.stages.table import STAGES
 from door import ROOT, SHELL
 
 # What the environment inside may hold besides what the recipes set and what Apptainer and a shell set themselves.
@@ -169,7 +170,7 @@ def test_what_is_to_be_read_ahead_is_there_and_is_what_an_import_opens(image):
     code = """
 import marshal, os
 from importlib.util import cache_from_source
-from bridge import import_archive, read_ahead
+from bridge.image import import_archive, read_ahead
 lines = [line.partition("\\t") for line in read_ahead.FILE.read_text().splitlines()]
 sizes = {path: os.path.getsize(path) for path, _, _ in lines}
 assert all(int(offset or 0) < max(1, sizes[path]) for path, _, offset in lines)
@@ -244,7 +245,7 @@ def test_no_file_is_stored_in_two_layers(oci):
 SHARD = """
 import torch
 from pathlib import Path
-from bridge import checkpoints
+from bridge.runs import checkpoints
 file = Path("shard.pt")
 torch.save({str(number): torch.zeros(50_000) for number in range(400)}, file)
 whole = checkpoints.is_whole(file), checkpoints.crc_fault(file)

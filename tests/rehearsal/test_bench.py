@@ -5,7 +5,8 @@ from datetime import datetime
 
 import pytest
 
-from bridge import metrics, trial
+from bridge.runs import metrics
+from bridge.tools import trial
 from door import bridge, left_running
 
 # The fixture runs minutes, and longer on a busy machine.

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from bridge import checkpoints, merge, metrics, runs
-from bridge.rehearse import REPOSITORY, STEPS, TOKEN
+from bridge.runs import checkpoints, metrics, record
+from bridge.stages import merge
+from bridge.tools.rehearse import REPOSITORY, STEPS, TOKEN
 from door import SHELL, bridge, left_running
 
 # In 64 steps the random model's loss has to fall to less than half (seen: 6.4 -> 2.3).
@@ -66,28 +67,28 @@ def test_ppo_measures_rewards_and_updates_actor_and_critic(rehearsal):
 
 
 def test_ppo_starts_from_the_merged_sft_model(rehearsal):
-    config = runs.read(rehearsal.stage("ppo"))["config"]
+    config = record.read(rehearsal.stage("ppo"))["config"]
     assert config["actor_rollout_ref"]["model"]["path"] == config["critic"]["model"]["path"]
     assert config["actor_rollout_ref"]["model"]["path"] == str(rehearsal.stage("sft") / "merged")
 
 
 def test_two_ranks_took_part(rehearsal):
     for stage in ("sft", "ppo"):
-        newest = runs.newest_checkpoint(rehearsal.stage(stage), stage)
+        newest = record.newest_checkpoint(rehearsal.stage(stage), stage)
         shards = newest.path / next(iter(checkpoints.mergeable(stage))) / "fsdp_config.json"
         assert json.loads(shards.read_text())["world_size"] == 2
 
 
 def test_every_run_leaves_a_record_and_a_log(rehearsal):
     for stage in ("sft", "ppo", "sft/merge", "ppo/merge", "eval", "ppo/upload"):
-        record = runs.read(rehearsal.stage(stage))
-        assert record["status"] == "finished" and record["attempts"][-1]["exit_status"] == 0
+        recorded = record.read(rehearsal.stage(stage))
+        assert recorded["status"] == "finished" and recorded["attempts"][-1]["exit_status"] == 0
         assert (rehearsal.stage(stage) / "log.txt").stat().st_size > 0
 
 
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
 def test_the_records_tell_how_long_the_start_took_and_how_long_a_step(rehearsal, stage):
-    attempt = runs.read(rehearsal.stage(stage))["attempts"][-1]
+    attempt = record.read(rehearsal.stage(stage))["attempts"][-1]
     started, ended = (datetime.fromisoformat(attempt[name]).timestamp() for name in ("started", "ended"))
     times = [row["time"] for row in metrics.read(rehearsal.stage(stage) / "metrics.jsonl")]
     # Importing verl alone takes seconds. Written to the second, hence the 1.
@@ -117,7 +118,7 @@ def test_the_merged_weights_are_those_of_the_checkpoint(rehearsal):
     import torch
     from safetensors.torch import load_file
 
-    shards = runs.newest_checkpoint(rehearsal.stage("sft"), "sft").path
+    shards = record.newest_checkpoint(rehearsal.stage("sft"), "sft").path
     ranks = [torch.load(shards / f"model_world_size_2_rank_{rank}.pt", weights_only=False) for rank in range(2)]
     merged = load_file(rehearsal.stage("sft") / "merged" / "model.safetensors")
     for name, tensor in merged.items():
@@ -143,7 +144,7 @@ def test_eval_asks_base_sft_and_ppo_the_same_problems_and_keeps_every_answer(reh
     found = json.loads((rehearsal.stage("eval") / "eval.json").read_text())
     answers = [json.loads(line) for line in (rehearsal.stage("eval") / "answers.jsonl").read_text().splitlines()]
     assert list(found["models"]) == ["base", "sft", "ppo"] and len(answers) == 3 * 8
-    assert found["max_response_length"] == runs.read(rehearsal.stage("ppo"))["config"]["data"]["max_response_length"] == 48
+    assert found["max_response_length"] == record.read(rehearsal.stage("ppo"))["config"]["data"]["max_response_length"] == 48
     for name, result in found["models"].items():
         own = [answer for answer in answers if answer["model"] == name]
         assert [answer["prompt"] for answer in own] == [answer["prompt"] for answer in answers[:8]]
@@ -188,7 +189,7 @@ def test_the_trainers_shards_are_compared_with_the_model_that_they_started_from(
     import torch
     from safetensors.torch import load_file
 
-    shards = runs.newest_checkpoint(rehearsal.stage(stage), stage).path / next(iter(checkpoints.mergeable(stage)))
+    shards = record.newest_checkpoint(rehearsal.stage(stage), stage).path / next(iter(checkpoints.mergeable(stage)))
     base = merge.base_of(shards)
     assert base == (rehearsal.folder / "models" / "tiny" if stage == "sft" else rehearsal.stage("sft") / "merged")
     assert merge.equal_to_base(shards, base) is False

@@ -23,7 +23,7 @@ def test_a_package_of_another_version_fails_the_check(tmp_path):
     info = tmp_path / "wandb-0.0.1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: wandb\nVersion: 0.0.1\n")
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from bridge.check import python_environment as check\n" \
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from bridge.tools.check import python_environment as check\n" \
            "print([(r.status, r.seen) for r in check(None, {})][1])"
     result = subprocess.run([sys.executable, "-c", code], env=SHELL, capture_output=True, text=True, check=True)
     assert result.stdout.startswith("('FAIL', 'wandb 0.0.1 instead of ")

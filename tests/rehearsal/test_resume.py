@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bridge import checkpoints, metrics, runs
+from bridge.runs import checkpoints, metrics, record
 from door import bridge, left_running, stopped_after
 
 pytestmark = pytest.mark.long
@@ -53,7 +53,7 @@ def test_an_interrupted_sft_goes_on_and_ends_like_an_uninterrupted_one(work_dir,
     folder = work_dir / "runs" / name / "sft"
     assert status == 128 + signal.SIGTERM
     assert left_running(work_dir) == []
-    assert runs.read(folder)["status"] == "failed"
+    assert record.read(folder)["status"] == "failed"
     result = run(work_dir, "sft", *arguments, RUN=name)
     assert result.returncode == 0, result.stderr[-3000:]
     assert f"continuing from {folder}/checkpoints/global_step_{step} " in result.stderr
@@ -64,9 +64,9 @@ def test_an_interrupted_sft_goes_on_and_ends_like_an_uninterrupted_one(work_dir,
     for row, wanted in zip(rows, uninterrupted, strict=True):
         assert row["train/loss"] == pytest.approx(wanted["train/loss"], rel=2e-2), row["step"]
     assert rows[-1]["val/loss"] == pytest.approx(uninterrupted[-1]["val/loss"], rel=2e-2)
-    record = runs.read(folder)
-    assert record["status"] == "finished"
-    assert [attempt["from_step"] for attempt in record["attempts"]] == [0, step]
+    recorded = record.read(folder)
+    assert recorded["status"] == "finished"
+    assert [attempt["from_step"] for attempt in recorded["attempts"]] == [0, step]
 
 
 def test_a_finished_run_is_left_alone(work_dir, uninterrupted):
@@ -87,7 +87,7 @@ def test_an_interrupted_ppo_goes_on_without_repeating_or_skipping_a_step(work_di
     assert result.returncode == 0, result.stderr[-3000:]
     assert [row["step"] for row in metrics.read(folder / "metrics.jsonl")] == [1, 2, 3]
     # The oldest went when a third was whole.
-    assert [checkpoint.step for checkpoint in runs.saved_checkpoints(folder, "ppo")] == [2, 3]
+    assert [checkpoint.step for checkpoint in record.saved_checkpoints(folder, "ppo")] == [2, 3]
     again = run(work_dir, "ppo", *arguments, RUN="ppo")
     assert "is finished" in again.stderr
 
@@ -96,7 +96,7 @@ def test_a_failing_trainers_exit_status_is_passed_on_and_recorded(work_dir):
     result = run(work_dir, "sft", "data.truncation=error", "data.max_length=8", RUN="fails")
     assert result.returncode == 1
     folder = work_dir / "runs" / "fails" / "sft"
-    assert runs.read(folder)["status"] == "failed" and runs.read(folder)["attempts"][-1]["exit_status"] == 1
+    assert record.read(folder)["status"] == "failed" and record.read(folder)["attempts"][-1]["exit_status"] == 1
     # The cause and its place, above the log's path.
     *_, why, where = result.stderr.splitlines()
     assert "is larger than self.max_length=8 (sft_dataset.py, line " in why and "NotImplementedError" in why

@@ -1,6 +1,6 @@
 """The stand-in hub with models to download: gated ones, links that expire, transfers that are cut and continued.
 
-The rehearsal only uploads (bridge.standin_hub); this half of the protocol is for the tests of the model stage.
+The rehearsal only uploads (bridge.standins.hub); this half of the protocol is for the tests of the model stage.
 """
 
 import re
@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Mapping
 from urllib.parse import parse_qs
 
-from bridge.standin_hub import ID, REVISION, Handler, Refusal, Repository, StandInHub, owns, row
+from bridge.standins.hub import ID, REVISION, Handler, Refusal, Repository, StandInHub, owns, row
 
 
 class DownloadsHandler(Handler):

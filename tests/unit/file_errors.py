@@ -24,10 +24,14 @@ from pathlib import Path
 
 from shards import plan, started, write_checkpoint
 
-from bridge import checkpoints, main, merge, metrics, read_ahead, runs, settings, train
+import bridge
+from bridge import door, settings
 from bridge.errors import Tolerance, UsageError
+from bridge.image import read_ahead
+from bridge.runs import checkpoints, metrics, record
+from bridge.stages import merge, train
 
-CODE = str(Path(main.__file__).parent)
+CODE = str(Path(bridge.__file__).parent)
 STEPS, KEEP = 4, 2
 # An epoch has one step: a run that goes on does so at an epoch's end, where data.pt is put aside.
 OVERRIDES = ["trainer.save_freq=1", f"trainer.total_epochs={STEPS}", "data.train_batch_size=512"]
@@ -37,7 +41,7 @@ ERRORS = {"open": errno.ESTALE, "read": errno.ESTALE,
           "close": errno.EIO, "lockf": errno.EIO, "unlink": errno.EBUSY, "rmdir": errno.ENOTEMPTY}
 
 # The parts of a run: an operation in what several of them call is another operation in each.
-PARTS = ("main.", "merge.plan", "metrics.add", "metrics.close", "checkpoints.close", "launch.copy_output", "launch.reason")
+PARTS = ("door.", "merge.plan", "metrics.add", "metrics.close", "checkpoints.close", "launch.copy_output", "launch.reason")
 # What is done, the part and the line.
 Place = tuple[str, tuple[str, str]]
 
@@ -110,10 +114,10 @@ class Disk:
         while frame:
             file = frame.f_code.co_filename
             if file.startswith(CODE):
-                chain.append(f"{file[len(CODE) + 1:-3]}.{frame.f_code.co_name}:{frame.f_lineno}")
+                chain.append(f"{os.path.basename(file)[:-3]}.{frame.f_code.co_name}:{frame.f_lineno}")
             frame = frame.f_back
         # The lock goes with the process, whatever closing it answers; what size() cannot see takes no room in the disk's budget.
-        if not chain or chain[0].startswith("checkpoints.size") or (name == "close" and chain[0].startswith("runs.locked")):
+        if not chain or chain[0].startswith("checkpoints.size") or (name == "close" and chain[0].startswith("record.locked")):
             return
         # A thread of damage() has none of them on its stack.
         part = next((call.partition(":")[0] for call in chain if call.startswith(PARTS)), "checkpoints.damage")
@@ -187,7 +191,7 @@ def failing(env: dict[str, str], saved: Path) -> None:
 SCENARIOS = {"fresh": fresh, "resumed": resumed, "failing": failing}
 # What cannot be as without the fault where one of these parts of the door fails for good: what it keeps, or has to put in order.
 FOR_GOOD = {"metrics.": {"metrics"}, "checkpoints.close": {"older checkpoints", "files"},
-            "main.end": {"status", "last step", "files"}}
+            "door.end": {"status", "last step", "files"}}
 
 
 class Scenario:
@@ -209,9 +213,9 @@ class Scenario:
     def cheapen(self) -> None:
         """What costs time and touches no file of a run is done once; housekeeping looks when the run ends, not every 5 s."""
         self.restore()
-        planned, machine, config = train.plan, runs.machine(self.env), plan(self.env, "sft", *OVERRIDES).config
+        planned, machine, config = train.plan, record.machine(self.env), plan(self.env, "sft", *OVERRIDES).config
         train.compose_checked = lambda *_: deepcopy(config)
-        runs.machine = lambda _env: machine
+        record.machine = lambda _env: machine
         read_ahead.start = lambda: None
         checkpoints.Housekeeping.SECONDS = 3600
         Tolerance.PAUSES = (0, 0)
@@ -233,7 +237,7 @@ class Scenario:
         self.diary.unlink(missing_ok=True)
 
     def door(self) -> int:
-        return main.run_stage("sft", self.env, OVERRIDES, False)
+        return door.run_stage("sft", self.env, OVERRIDES, False)
 
     def did(self) -> list[str]:
         """What the trainer wrote into its diary."""
@@ -244,17 +248,17 @@ class Scenario:
         found = {}
         for checkpoint in checkpoints.list_checkpoints(self.folder / "checkpoints", {".": checkpoints.ALL}):
             files = {name: data for name, data in contents(checkpoint.path).items() if name != f"{checkpoints.CHECKSUMS}.tmp"}
-            record = files.pop(checkpoints.CHECKSUMS, None)
+            recorded = files.pop(checkpoints.CHECKSUMS, None)
             files["data.pt"] = files.pop(checkpoints.EPOCH_END, None) or files.get("data.pt")
-            if checkpoint.complete and (record is None or not checkpoints.damage(checkpoint.path)):
+            if checkpoint.complete and (recorded is None or not checkpoints.damage(checkpoint.path)):
                 found[checkpoint.path.name] = files
         return found
 
     def state(self) -> dict[str, object]:
         """What a run left, less the times."""
-        record = runs.read(self.folder)
+        recorded = record.read(self.folder)
         return {"checkpoints": self.complete(), "metrics": [row["step"] for row in metrics.read(self.folder / "metrics.jsonl")],
-                "status": record["status"], "last step": record["last_step"],
+                "status": recorded["status"], "last step": recorded["last_step"],
                 "files": sorted(str(file.relative_to(self.runs)) for file in self.runs.rglob("*") if file.is_file())}
 
 
@@ -305,7 +309,7 @@ def judge(scenario: Scenario, disk: Disk, fault: Fault, wanted: dict[str, object
             wrong.append(f"not a word of it: {said}")
     if any(before[name] != files for name, files in scenario.complete().items() if name in before and not did):
         wrong.append("a checkpoint is not what it was")
-    runs.read(scenario.folder)
+    record.read(scenario.folder)
     if outcome == "refused" and scenario.name == "failing":
         attempt(disk, scenario.door, None)
     result, said = attempt(disk, scenario.door, None)
@@ -326,7 +330,7 @@ def run(work_dir: Path, name: str, report: Path) -> None:
     with disk:
         scenario.restore()
         # All but the end is as in a fresh run that does not fail.
-        trying = faults(disk, scenario.door, ("main.end", "main.run_plan", "launch.reason") if name == "failing" else ("",))
+        trying = faults(disk, scenario.door, ("door.end", "door.run_plan", "launch.reason") if name == "failing" else ("",))
         assert scenario.door() == 0 and scenario.did()[-1] == "ended"
         wanted = scenario.state()
         for once, for_good in trying:

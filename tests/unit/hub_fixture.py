@@ -55,7 +55,7 @@ def write_files(folder, files: dict[str, bytes]):
 
 
 def run_module(module: str, *arguments, env: dict[str, str]) -> subprocess.CompletedProcess:
-    """Run `python -m bridge.MODULE` with nothing of this machine's logins in its environment."""
+    """Run `python -m bridge.stages.MODULE` with nothing of this machine's logins in its environment."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    return subprocess.run([sys.executable, "-m", f"bridge.{module}", *map(str, arguments)], capture_output=True, text=True,
+    return subprocess.run([sys.executable, "-m", f"bridge.stages.{module}", *map(str, arguments)], capture_output=True, text=True,
                           timeout=120, env={**ours, "HF_TOKEN_PATH": "/nonexistent/token", **env})

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 
-from bridge import checkpoints, runs, settings
-from bridge.stages import STAGES, Plan
+from bridge import settings
+from bridge.plan import Plan
+from bridge.runs import checkpoints, record
+from bridge.stages.table import STAGES
 
 SAVED = {"sft": {".": checkpoints.ALL}, "ppo": {"actor": checkpoints.ALL, "critic": checkpoints.ALL},
          "grpo": {"actor": checkpoints.ALL}}
@@ -38,7 +40,7 @@ def started(env: Mapping[str, str], stage: str, *overrides: str, steps: tuple[in
     """A run that was ended by a signal after it had saved these steps; returns its checkpoints' folder."""
     planned = plan(env, stage, *overrides)
     planned.record_dir.mkdir(parents=True)
-    runs.write(planned.record_dir, runs.end(runs.begin(planned, env), 137, max(steps, default=0)), [])
+    record.write(planned.record_dir, record.end(record.begin(planned, env), 137, max(steps, default=0)), [])
     (planned.record_dir / "log.txt").write_text("the log\n")
     rows = range(1, max(steps, default=0) + 1)
     (planned.record_dir / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in rows))

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from bridge import accept, runs, settings
+from bridge import settings
 from bridge.errors import UsageError
-from door import bridge, record
+from bridge.runs import record
+from bridge.tools import accept
+from door import bridge, recorded
 
 
 @pytest.mark.parametrize(("gpus", "heads", "tp"), [(8, 32, 8), (8, 12, 4), (6, 32, 2), (1, 32, 1), (8, None, 1), (3, 4, 1)])
@@ -67,7 +69,7 @@ def test_the_report_names_neither_host_nor_person_nor_place_nor_secret(tmp_path)
     hidden = accept.to_hide(settings.read(env), env)
     value = {"log": [f"{tmp_path}/x on {socket.gethostname()}", "/scratch/alice/env",
                      "malice of alice at 10.1.22.3:80, 127.0.0.1", {"a": "hf_secret"}], "number": 3}
-    shown = runs.masked(value, hidden)
+    shown = record.masked(value, hidden)
     assert shown == {"log": ["WORK_DIR/x on HOST", "/scratch/USER/env", "malice of USER at ADDRESS:80, 127.0.0.1", {"a": "***"}],
                      "number": 3}
 
@@ -117,7 +119,7 @@ def test_the_page_shows_the_nccl_that_is_loaded_and_not_a_variable_of_that_name(
     def stage(name, env, *arguments, log=None, **_named) -> int:
         folder = Path(env["WORK_DIR"])
         if name in ("data", "model"):
-            made_with = record(attempts=[{"command": ["builtin"]}])
+            made_with = recorded(attempts=[{"command": ["builtin"]}])
             made = settings.read(env).data_dir if name == "data" else settings.read(env).model_dir
             made.mkdir(parents=True)
             (made / "run.json").write_text(json.dumps(made_with))
@@ -174,7 +176,8 @@ def test_a_run_that_starts_anew_instead_of_being_continued_fails(trial, tmp_path
 
 
 @pytest.mark.parametrize(("status", "lines", "said"), [
-    (1, "ok    python  3.11\nwarn  user  running as root\nFAIL  GPUs visible  none\n", "warn user running as root; FAIL GPUs visible none"),
+    (1, "ok    python  3.11\nwarn  user  running as root\nFAIL  GPUs visible  none\n",
+     "warn user running as root; FAIL GPUs visible none"),
     # It ended before it could report.
     (1, "Traceback\n", "exit status 1"),
 ])

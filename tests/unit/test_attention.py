@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from bridge import attention
+from bridge.tools import attention
 
 
 @pytest.fixture(autouse=True, scope="module")

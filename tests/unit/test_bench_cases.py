@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from bridge import bench, bench_report, data, metrics, runs, settings
+from bridge import settings
 from bridge.errors import UsageError
 from bridge.hardware import Gpu
+from bridge.runs import metrics, record
 from bridge.settings import CONFIGS
-from door import bridge, record
+from bridge.stages import data
+from bridge.tools import bench, bench_report
+from door import bridge, recorded
 
 CAPTURED = Path(__file__).with_name("captured")
 PPO = {"data": {"train_batch_size": 8, "max_prompt_length": 384, "max_response_length": 48},
@@ -216,11 +219,11 @@ def test_another_data_source_replaces_the_benchmarks_own_data(tmp_path, monkeypa
         wanted = settings.read(env)
         assert data.plan(wanted, env).command if name == "data" else True
         made.append((name, wanted.data_source))
-        command = ["python", "-m", "bridge.data", wanted.data_source] if name == "data" else ["python"]
+        command = ["python", "-m", "bridge.stages.data", wanted.data_source] if name == "data" else ["python"]
         folder = wanted.data_dir if name == "data" else wanted.model_dir
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "train.parquet").write_text("")
-        runs.write(folder, record(attempts=[{"command": [*command, "--output"]}]), [])
+        record.write(folder, recorded(attempts=[{"command": [*command, "--output"]}]), [])
         return 0
 
     monkeypatch.setattr(bench.trial, "stage", stage)

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from bridge import check, hardware, manifest, settings
+from bridge import hardware, settings
+from bridge.image import manifest
+from bridge.tools import check
 
 
 def statuses(results) -> dict[str, tuple[str, str]]:
@@ -105,7 +107,7 @@ def test_kernels_that_do_not_run_on_the_gpu_fail_with_torchs_own_words(monkeypat
     def kernel(*arguments, **options):
         raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore")
 
-    from bridge import attention
+    from bridge.tools import attention
     cases = attention.comparisons
     monkeypatch.setattr(attention, "comparisons", lambda one, other: cases(one, other, device="cpu"))
     flash_attn(monkeypatch, kernel)

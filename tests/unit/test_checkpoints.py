@@ -6,7 +6,9 @@ import pytest
 import torch
 from shards import SAVED, write_checkpoint, write_shards
 
-from bridge import checkpoints, merge, settings
+from bridge import settings
+from bridge.runs import checkpoints
+from bridge.stages import merge
 
 
 @pytest.mark.parametrize("stage", ["sft", "ppo"])

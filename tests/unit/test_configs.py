@@ -11,12 +11,12 @@ import pytest
 import yaml
 from torch.utils.data import DistributedSampler
 
-from bridge import ppo, sft
 from bridge.compose import compose, compose_checked, flatten, verl_config_dir
 from bridge.errors import UsageError
 from bridge.hardware import Gpu
 from bridge.settings import CONFIGS
-from bridge.train import OWNED, memory_preset
+from bridge.stages import ppo, sft
+from bridge.stages.train import OWNED, memory_preset
 from door import DOOR, bridge
 
 # The tutorial's own commands, from `-m MODULE` on, as typed there.
@@ -69,7 +69,7 @@ TUTORIAL = {
         trainer.total_epochs=15""",
 }
 # PPO's Ray is kept to the node; the trainer is verl's.
-TUTORIAL_MODULE = {"sft": "verl.trainer.fsdp_sft_trainer", "ppo": "bridge.loopback verl.trainer.main_ppo"}
+TUTORIAL_MODULE = {"sft": "verl.trainer.fsdp_sft_trainer", "ppo": "bridge.trainers.loopback verl.trainer.main_ppo"}
 # All that may differ: where things lie, what they are called, resuming, retention, and what depends on the machine.
 MAY_DIFFER = {
     "sft": {"data.train_files", "data.val_files", "model.partial_pretrain", "trainer.default_local_dir",
@@ -245,7 +245,7 @@ def test_rows_of_the_losss_groups_are_taken_with_a_word_of_what_they_are(stage, 
 
 def test_rows_mean_something_as_well_where_the_speedups_come_with_the_critic():
     own = ["profile/ppo=tuned", "memory/ppo=80gb"]
-    also = ["actor_rollout_ref.model.external_lib=shared_gpu", "critic.model.external_lib=bridge.speedups"]
+    also = ["actor_rollout_ref.model.external_lib=shared_gpu", "critic.model.external_lib=bridge.trainers.speedups"]
     override = "++critic.ppo_micro_batch_size_per_gpu=8"
     config = compose_checked("ppo", own, [override, *also], NAMES, OWNED)
     assert ppo.setting_problems(config, [override]) == [] and len(ppo.setting_notes(config, [override])) == 1
@@ -273,7 +273,7 @@ def test_vllm_has_to_hold_the_weights_in_its_share(parameters, tp, problem):
 
 def test_the_tuned_sft_packs_in_the_order_of_the_tutorial():
     config = compose("sft", ["profile/sft=tuned", "memory/sft=80gb"], NAMES)
-    assert sft.module(config) == "bridge.packed_sft" and sft.setting_problems(config) == []
+    assert sft.module(config) == "bridge.trainers.packed_sft" and sft.setting_problems(config) == []
     # verl's sampler is made without a seed.
     assert config["trainer"]["seed"] == DistributedSampler([], num_replicas=1, rank=0).seed
 
@@ -293,7 +293,7 @@ def test_a_wrong_budget_and_what_packing_cannot_are_refused_at_once(env):
 def test_the_budget_on_the_command_line_chooses_the_packed_trainer(env):
     result = bridge("sft", "--dry-run", "bridge.packed_tokens_per_gpu=256", **env)
     assert result.returncode == 0, result.stderr
-    assert "-m bridge.on_cpu bridge.packed_sft --config-dir " in result.stdout
+    assert "-m bridge.trainers.on_cpu bridge.trainers.packed_sft --config-dir " in result.stdout
 
 
 def test_no_file_of_ours_has_the_name_of_one_of_verls():

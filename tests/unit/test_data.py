@@ -10,10 +10,12 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 
-from bridge import data, runs, settings
+from bridge import settings
 from bridge.errors import UsageError, exit_status
-from bridge.problems import TEMPLATES, problems
-from door import record
+from bridge.runs import record
+from bridge.stages import data
+from bridge.standins.word_problems import TEMPLATES, problems
+from door import recorded
 
 GSM8K_DIR = Path(os.environ.get("GSM8K_DIR") or settings.ROOT.parent / "shared" / "data" / "gsm8k")
 GOOD = {"question": "Two and 1,000?", "answer": "2+1000=<<2+1000=1002>>1002\n#### 1,002"}
@@ -65,7 +67,7 @@ def written_as_verl_does(rows: list[dict], split: str, file: Path) -> None:
     """Write with `datasets` and a map over the rows, as verl 0.5.0's preprocessing does."""
     import datasets
 
-    def record(row, index):
+    def as_verl_has_it(row, index):
         question, answer = row.pop("question"), row.pop("answer")
         found = re.search("#### (\\-?[0-9\\.\\,]+)", answer)
         return {
@@ -81,7 +83,7 @@ def written_as_verl_does(rows: list[dict], split: str, file: Path) -> None:
             "extra_info": {"split": split, "index": index, "answer": answer, "question": question},
         }
 
-    made = datasets.Dataset.from_list(rows).map(record, with_indices=True, load_from_cache_file=False)
+    made = datasets.Dataset.from_list(rows).map(as_verl_has_it, with_indices=True, load_from_cache_file=False)
     made.to_parquet(str(file))
 
 
@@ -191,7 +193,7 @@ def test_builtin_problems_are_the_same_on_every_machine(builtin):
         "answer": "David has 21+8=<<21+8=29>>29 books.\n#### 29",
     }
     # Python's hash seed, which differs from process to process, plays no part.
-    code = "import json; from bridge.problems import problems; print(json.dumps(problems()))"
+    code = "import json; from bridge.standins.word_problems import problems; print(json.dumps(problems()))"
     child = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": "1"}, capture_output=True, check=True
     )
@@ -215,7 +217,7 @@ def test_builtin_test_rows_do_not_depend_on_the_number_of_train_rows(builtin):
 
 def test_more_builtin_rows_than_there_are_problems_are_refused(monkeypatch):
     fixed = ("How many?", ["1+1=<<1+1=2>>2"], 2)
-    monkeypatch.setattr("bridge.problems.TEMPLATES", (lambda random: fixed,))
+    monkeypatch.setattr("bridge.standins.word_problems.TEMPLATES", (lambda random: fixed,))
     with pytest.raises(UsageError, match="not 3 different builtin problems"):
         problems(train_rows=2, test_rows=1)
 
@@ -412,7 +414,7 @@ def test_new_files_replace_old_ones(source, tmp_path):
 def test_unreachable_hub_names_the_cures(tmp_path, surroundings):
     # A process of its own, because the hub's libraries read the environment when they are imported.
     child = subprocess.run(
-        [sys.executable, "-m", "bridge.data", "hub", "--output", str(tmp_path / "output")],
+        [sys.executable, "-m", "bridge.stages.data", "hub", "--output", str(tmp_path / "output")],
         env={**os.environ, "HF_HOME": str(tmp_path / "cache"), **surroundings},
         capture_output=True,
         text=True,
@@ -446,7 +448,7 @@ def test_rows_of_the_hub_are_checked_and_written_alike(tmp_path, monkeypatch):
 
 def test_builtin_and_folder_do_not_import_datasets(source, tmp_path):
     for name in ("builtin", source):
-        code = "import sys; from bridge.data import main; main(sys.argv[1:]); assert 'datasets' not in sys.modules"
+        code = "import sys; from bridge.stages.data import main; main(sys.argv[1:]); assert 'datasets' not in sys.modules"
         subprocess.run([sys.executable, "-c", code, str(name), "--output", str(tmp_path / "output")], check=True)
 
 
@@ -462,7 +464,7 @@ def test_plan_runs_this_module_with_the_checked_source(source, tmp_path, monkeyp
     env = {"WORK_DIR": str(tmp_path / "work"), "DATA_SOURCE": "source"}
     plan = data.plan(settings.read(env), env)
     folder = tmp_path / "work" / "data" / "gsm8k"
-    assert plan.command == [sys.executable, "-m", "bridge.data", str(source), "--output", str(folder)]
+    assert plan.command == [sys.executable, "-m", "bridge.stages.data", str(source), "--output", str(folder)]
     assert plan.record_dir == folder
     assert not plan.keep_log
     assert not (tmp_path / "work").exists()
@@ -480,7 +482,7 @@ def test_data_of_another_source_are_not_replaced(source, tmp_path):
     # Put there by hand, or left by a `make data` that was killed before its record.
     with pytest.raises(UsageError, match="that `make data` did not make"):
         planned("builtin")
-    runs.write(folder, record(attempts=[{"command": planned_command(source)}]), [])
+    record.write(folder, recorded(attempts=[{"command": planned_command(source)}]), [])
     for wanted in ("builtin", "hub", tmp_path):
         (tmp_path / "train.jsonl").write_bytes(line())
         (tmp_path / "test.jsonl").write_bytes(line())
@@ -496,7 +498,7 @@ def test_data_of_another_source_are_not_replaced(source, tmp_path):
 
 def planned_command(source: object) -> list[str]:
     """What the record of data made from this source has as its command."""
-    return ["python", "-m", "bridge.data", str(source), "--output", "/somewhere"]
+    return ["python", "-m", "bridge.stages.data", str(source), "--output", "/somewhere"]
 
 
 def test_plan_refuses_an_unknown_source(tmp_path):

@@ -14,10 +14,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from bridge import main, runs, settings, train
+from bridge import door, environment, settings
+from bridge.door import TOOLS
 from bridge.errors import UsageError, exit_status
-from bridge.stages import STAGES, TOOLS
-from door import ROOT, SHELL, bridge, record, run_python
+from bridge.runs import record
+from bridge.stages import train
+from bridge.stages.table import STAGES
+from door import ROOT, SHELL, bridge, recorded, run_python
 
 
 def tree(folder: Path) -> set[str]:
@@ -53,7 +56,7 @@ def test_help_lists_every_stage():
 def test_help_and_a_dry_run_import_nothing_slow(env):
     # torch takes seconds; a dry run is to answer at once.
     for arguments in (["--help"], ["ppo", "--dry-run"]):
-        code = ("import sys; from bridge.main import main; sys.argv[1:] = sys.argv[1:]; main(); "
+        code = ("import sys; from bridge.door import main; sys.argv[1:] = sys.argv[1:]; main(); "
                 "print('SLOW', [name for name in ('torch', 'transformers', 'ray', 'vllm', 'verl') if name in sys.modules])")
         result = subprocess.run([sys.executable, "-c", code, *arguments], env={**SHELL, **env}, capture_output=True, text=True,
                                 check=True)
@@ -222,7 +225,7 @@ def test_a_work_folder_that_is_a_dangling_link_is_refused(tmp_path):
     for target in (tmp_path / "gone", tmp_path / "link"):
         (tmp_path / "link").unlink(missing_ok=True)
         (tmp_path / "link").symlink_to(target)
-        [problem] = main.work_dir_problems(tmp_path / "link")
+        [problem] = environment.work_dir_problems(tmp_path / "link")
         assert f"is a symbolic link to {target}, which is not there" in problem
 
 
@@ -266,8 +269,8 @@ def test_what_was_compiled_for_other_packages_is_not_taken(monkeypatch, tmp_path
     found = []
     for content in ("torch==2.6.0", "torch==2.6.1"):
         (tmp_path / "requirements.lock").write_text(content)
-        monkeypatch.setattr(settings, "ROOT", tmp_path)
-        cleaned = main.clean_environment(settings.read({"WORK_DIR": "/w"}), {})
+        monkeypatch.setattr(environment, "ROOT", tmp_path)
+        cleaned = environment.clean_environment(settings.read({"WORK_DIR": "/w"}), {})
         found.append([cleaned[name] for name in names])
     assert all(path.startswith("/w/cache/compiled/") for path in found[0] + found[1])
     assert not set(found[0]) & set(found[1])
@@ -275,7 +278,7 @@ def test_what_was_compiled_for_other_packages_is_not_taken(monkeypatch, tmp_path
 
 @pytest.mark.parametrize(("given", "order"), [({}, "PCI_BUS_ID"), ({"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}, "FASTEST_FIRST")])
 def test_cuda_counts_gpus_as_the_door_does_unless_told_otherwise(given, order):
-    assert main.clean_environment(settings.read({"WORK_DIR": "/w"}), given)["CUDA_DEVICE_ORDER"] == order
+    assert environment.clean_environment(settings.read({"WORK_DIR": "/w"}), given)["CUDA_DEVICE_ORDER"] == order
 
 
 def test_a_network_card_that_is_not_there_is_refused_with_those_that_are(env):
@@ -307,7 +310,7 @@ def finished_run(env: dict[str, str], **changes) -> Path:
     """A run folder as a finished sft without checkpoints leaves it; `changes` are made to its record."""
     plan = STAGES["sft"].plan(settings.read(env), {**SHELL, **env}, [], True)
     plan.record_dir.mkdir(parents=True)
-    runs.write(plan.record_dir, {**runs.begin(plan, {**SHELL, **env}), "status": "finished", **changes}, [])
+    record.write(plan.record_dir, {**record.begin(plan, {**SHELL, **env}), "status": "finished", **changes}, [])
     return plan.record_dir
 
 
@@ -325,9 +328,9 @@ def test_a_run_with_other_settings_is_neither_continued_nor_overwritten(env):
 
 def test_a_run_whose_data_changed_is_not_continued(env):
     folder = finished_run(env)
-    record = runs.read(folder)
-    record["inputs"]["data"]["train_files"] = ["0" * 64]
-    (folder / "run.json").write_text(json.dumps(record))
+    recorded = record.read(folder)
+    recorded["inputs"]["data"]["train_files"] = ["0" * 64]
+    (folder / "run.json").write_text(json.dumps(recorded))
     assert "data.train_files" in refused(env, "sft")
 
 
@@ -350,18 +353,18 @@ def test_a_damaged_record_is_named_without_a_traceback(env):
 
 @pytest.mark.parametrize("content", [
     b"{}", b"[]", b"null", b"\xff\xfe\x00", b'"text"', b"[" * 100_000, b'{"attempts": []}',
-    json.dumps(record(attempts=[])).encode(), json.dumps(record(attempts=[{}])).encode(),
-    json.dumps(record(attempts=[["a"]])).encode(), json.dumps(record(config=[1])).encode(),
-    json.dumps(record(last_step="3")).encode()])
+    json.dumps(recorded(attempts=[])).encode(), json.dumps(recorded(attempts=[{}])).encode(),
+    json.dumps(recorded(attempts=[["a"]])).encode(), json.dumps(recorded(config=[1])).encode(),
+    json.dumps(recorded(last_step="3")).encode()])
 def test_what_is_no_record_is_named_as_such(tmp_path, content):
     (tmp_path / "run.json").write_bytes(content)
     with pytest.raises(UsageError, match="run.json is damaged"):
-        runs.read(tmp_path)
+        record.read(tmp_path)
 
 
 def test_a_whole_record_is_read(tmp_path):
-    (tmp_path / "run.json").write_text(json.dumps(record(config={"a": "ü"})))
-    assert runs.read(tmp_path) == record(config={"a": "ü"})
+    (tmp_path / "run.json").write_text(json.dumps(recorded(config={"a": "ü"})))
+    assert record.read(tmp_path) == recorded(config={"a": "ü"})
 
 
 # ---- what the file system refuses
@@ -394,7 +397,7 @@ def test_a_disk_that_is_full_at_a_write_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError, match="run.json") as caught:
-        runs.write(tmp_path, record(), [])
+        record.write(tmp_path, recorded(), [])
     assert caught.value.errno == errno.ENOSPC
 
 
@@ -416,11 +419,11 @@ def test_a_user_without_a_home_gets_one_below_the_work_folder(env, monkeypatch, 
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setattr(sys, "argv", ["bridge", "sft", "--dry-run"])
-    assert main.main() == 0, capsys.readouterr().err
+    assert door.main() == 0, capsys.readouterr().err
     assert os.environ["HOME"] == f"{env['WORK_DIR']}/cache/home" and os.environ["USER"] == str(os.getuid())
     monkeypatch.delenv("HOME")
     monkeypatch.setenv("WORK_DIR", "~/work")
-    assert main.main() == 2
+    assert door.main() == 2
     assert "WORK_DIR='~/work': it is not known here which folder ~ is" in capsys.readouterr().err
 
 
@@ -447,8 +450,9 @@ def test_a_work_folder_that_moved_is_no_difference(env, tmp_path_factory):
 def test_two_runs_in_one_folder_at_once_are_refused(env):
     folder = Path(env["WORK_DIR"]) / "runs" / "default" / "sft"
     folder.mkdir(parents=True)
-    holder = subprocess.Popen([sys.executable, "-c", "import sys, time; from pathlib import Path; from bridge import runs\n"
-                               "with runs.locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)", str(folder)],
+    code = ("import sys, time\nfrom pathlib import Path\nfrom bridge.runs import record\n"
+            "with record.locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)")
+    holder = subprocess.Popen([sys.executable, "-c", code, str(folder)],
                               stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
@@ -458,12 +462,12 @@ def test_two_runs_in_one_folder_at_once_are_refused(env):
         holder.kill()
         holder.communicate()
     # The lock goes with its process, however that ended.
-    with runs.locked(folder):
+    with record.locked(folder):
         pass
 
 
 def test_the_record_masks_a_secret_that_slipped_into_a_value(tmp_path):
-    runs.write(tmp_path, {"config": {"x": "abc-s3cret"}}, ["s3cret"])
+    record.write(tmp_path, {"config": {"x": "abc-s3cret"}}, ["s3cret"])
     assert json.loads((tmp_path / "run.json").read_text()) == {"config": {"x": "abc-***"}}
 
 
@@ -471,19 +475,19 @@ def test_masking_leaves_keys_numbers_and_structure_as_they_are(tmp_path):
     kept = {"trainer.test_freq": 10, "status": "x", "list": [1, None, True, {"test": 0.5}], "ü": "say \"hello\""}
     # What JSON itself consists of, too: a digit, a quote, a bracket.
     for secret in ("test", "0", '"', "{", "\\"):
-        runs.write_json(tmp_path / "x.json", {**kept, "text": f"a{secret}b"}, [secret])
+        record.write_json(tmp_path / "x.json", {**kept, "text": f"a{secret}b"}, [secret])
         read = json.loads((tmp_path / "x.json").read_text())
         assert read.pop("text") == "a***b" and read.pop("ü").replace("***", '"') == kept["ü"]
         assert read == {key: value for key, value in kept.items() if key != "ü"}
 
 
 def test_the_record_says_what_was_run_with_what(env):
-    record = runs.read(finished_run(env))
-    [attempt] = record["attempts"]
-    assert attempt["lock_sha256"] == runs.sha256(ROOT / "requirements.lock")
+    recorded = record.read(finished_run(env))
+    [attempt] = recorded["attempts"]
+    assert attempt["lock_sha256"] == record.sha256(ROOT / "requirements.lock")
     assert attempt["command"][0] == sys.executable
     assert {"host", "python", "gpus", "driver", "git_commit", "configs_sha256", "started", "from_step"} <= attempt.keys()
-    assert record["config"]["trainer"]["n_gpus_per_node"] == 2
+    assert recorded["config"]["trainer"]["n_gpus_per_node"] == 2
 
 
 @pytest.mark.parametrize("trial", [False, True])
@@ -492,12 +496,12 @@ def test_only_a_run_that_is_not_a_trial_says_that_the_same_command_continues_it(
     said = run_python(f"""
 import contextlib, io
 from pathlib import Path
-from bridge import main
-from bridge.stages import Plan
+from bridge import door
+from bridge.plan import Plan
 folder = Path({str(tmp_path)!r})
 plan = Plan(["sh", "-c", "kill -TERM $$"], {{}}, folder, True, checkpoints=folder / "checkpoints")
 with contextlib.redirect_stderr(io.StringIO()) as said:
-    status = main.run_plan("sft", plan, {{"PATH": "/bin:/usr/bin", **({{"BRIDGE_TRIAL": "1"}} if {trial} else {{}})}})
+    status = door.run_plan("sft", plan, {{"PATH": "/bin:/usr/bin", **({{"BRIDGE_TRIAL": "1"}} if {trial} else {{}})}})
 print(status, said.getvalue().replace(chr(10), " "))""")
     assert said.startswith("143 ") and "sft was ended by a signal" in said
     assert ("the same command continues it" in said) is not trial

@@ -9,11 +9,12 @@ import pyarrow.parquet
 import pytest
 from hub_fixture import run_module
 
-from bridge import eval as evaluation
-from bridge import hardware, runs
+from bridge import hardware
 from bridge import settings as settings_module
 from bridge.errors import UsageError
-from door import bridge, record
+from bridge.runs import record
+from bridge.stages import eval as evaluation
+from door import bridge, recorded
 
 LIMITS = {"max_prompt_length": 384, "max_response_length": 12, "truncation": "error"}
 
@@ -218,8 +219,8 @@ def merged(env: dict[str, str], stage: str, made_from: str = "/somewhere/global_
     folder = Path(env["WORK_DIR"]) / "runs" / "default" / stage
     shutil.copytree(Path(env["WORK_DIR"]) / "models" / "tiny", folder / "merged")
     (folder / "merge").mkdir()
-    command = ["python", "-m", "bridge.merge", made_from, str(folder / "merged")]
-    runs.write(folder / "merge", record(attempts=[{"command": command}]), [])
+    command = ["python", "-m", "bridge.stages.merge", made_from, str(folder / "merged")]
+    record.write(folder / "merge", recorded(attempts=[{"command": command}]), [])
     return folder / "merged"
 
 
@@ -240,7 +241,7 @@ def test_the_lengths_are_those_of_the_profile_or_of_the_ppo_run_that_is_there(en
     folder = Path(env["WORK_DIR"]) / "runs" / "default" / "ppo"
     folder.mkdir(parents=True)
     config = {**evaluation.ppo_data_config(settings_module.read(env)), "max_response_length": 99}
-    runs.write(folder, record(config={"data": config}), [])
+    record.write(folder, recorded(config={"data": config}), [])
     assert "--max-response-length=99" in planned(env, PROFILE="tutorial").command
 
 

@@ -30,5 +30,5 @@ def test_whichever_file_operation_fails_the_same_command_ends_as_without_the_fau
     # Before the start and after it, in every part of the code there is.
     outcomes = [row["outcome"] for row in rows]
     assert outcomes.count("refused") > 20 and outcomes.count("went on") > 30
-    for code in ("checkpoints.", "runs.", "metrics.", "launch.", "main.", "merge: "):
+    for code in ("checkpoints.", "record.", "metrics.", "launch.", "door.", "merge: "):
         assert any(code in row["fault"] for row in rows), code

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import pynvml
 import pytest
 
-from bridge import hardware, settings, train
+from bridge import hardware, settings
 from bridge.errors import UsageError
 from bridge.hardware import Gpu
-from bridge.stages import STAGES
+from bridge.stages import train
+from bridge.stages.table import STAGES
 
 EIGHT = {key: Gpu(str(i), "NVIDIA H100 80GB HBM3", 85 * 10**9, 0) for i in range(8) for key in (str(i), f"GPU-{i}{i}{i}{i}")}
 

@@ -11,12 +11,12 @@ from importlib.util import cache_from_source, spec_from_file_location
 
 import pytest
 
-from bridge import import_archive
+from bridge.image import import_archive
 
 IMPORT = """
 import gc, importlib.resources, inspect, json, os, pkgutil, sys
 sys.path.insert(0, sys.argv[1])
-from bridge import import_archive
+from bridge.image import import_archive
 import_archive.install(sys.argv[2])
 said = {"before": gc.isenabled()}
 try:

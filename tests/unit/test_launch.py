@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from bridge import launch, metrics
+from bridge.runs import launch, metrics
 from door import SHELL
 
 # The door's part around the child; the child's program is the argument after the log's folder.
 DOOR = """
 import sys, os
 from pathlib import Path
-from bridge import launch
-from bridge.metrics import Metrics
+from bridge.runs import launch
+from bridge.runs.metrics import Metrics
 folder = Path(sys.argv[1])
 sys.exit(launch.run([sys.executable, "-u", "-c", sys.argv[2]], os.environ, folder / "log.txt",
                     Metrics(folder / "metrics.jsonl", 0), ["s3cret"]))

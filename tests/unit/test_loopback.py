@@ -23,15 +23,15 @@ print(sys.argv[1:], said, repr(started.dashboard_url), addresses, 52365 in {port
 
 def test_the_module_runs_with_its_arguments_and_its_ray_listens_on_the_loopback_address_only(tmp_path):
     (tmp_path / "trainer.py").write_text(TRAINER)
-    result = subprocess.run([sys.executable, "-m", "bridge.loopback", "trainer", "a=b c"], capture_output=True, text=True,
-                            check=False, timeout=120, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    result = subprocess.run([sys.executable, "-m", "bridge.trainers.loopback", "trainer", "a=b c"], capture_output=True,
+                            text=True, check=False, timeout=120, env={**os.environ, "PYTHONPATH": str(tmp_path)})
     # 52365: where the dashboard's agent takes jobs.
     assert result.stdout.strip().endswith("['a=b c'] works '' {'127.0.0.1'} False"), result.stdout + result.stderr
 
 
 STORES = """
 import os, psutil, socket
-from bridge import loopback
+from bridge.trainers import loopback
 loopback.close()
 import torch.distributed as dist
 from torch.distributed.elastic.rendezvous import RendezvousParameters, c10d_rendezvous_backend

@@ -17,9 +17,11 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from bridge import merge, runs, settings, upload
+from bridge import settings
 from bridge.errors import UsageError
-from door import record
+from bridge.runs import record
+from bridge.stages import merge, upload
+from door import recorded
 
 RANKS = 2
 
@@ -164,7 +166,7 @@ def test_the_plan_names_the_model_that_the_training_started_from(env, base, stag
     run = work_dir / "runs" / "default" / stage
     shards = run / "checkpoints" / "global_step_1" / ("actor" if stage == "ppo" else ".")
     write_shards(shards, {"model.norm.weight": torch.zeros(2)}, base, None)
-    (run / "run.json").write_text(json.dumps(record(
+    (run / "run.json").write_text(json.dumps(recorded(
         config=json.loads(json.dumps(config).replace("WORK", "/somewhere/else")), work_dir="/somewhere/else")))
     for ckpt in (run / "checkpoints" / "global_step_1", shards):
         planned = merge.plan(settings.read({"WORK_DIR": "/another", "CKPT": str(ckpt)}), {})
@@ -260,7 +262,7 @@ def test_a_failure_of_verls_merger_is_passed_on_without_a_second_traceback(tmp_p
 
 def record_merge(folder: Path, status: str) -> None:
     folder.mkdir(parents=True)
-    runs.write(folder, record(status=status), [])
+    record.write(folder, recorded(status=status), [])
 
 
 @pytest.mark.parametrize("status", ["failed", "running"])

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from shards import started
 
-from bridge import merge, settings
+from bridge import settings
 from bridge.errors import UsageError
+from bridge.stages import merge
 
 
 def refused(env: dict[str, str], **changes: str) -> str:

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import pytest
 
-from bridge import metrics
+from bridge.runs import metrics
 
 
 @pytest.mark.parametrize(("line", "step", "values"), [

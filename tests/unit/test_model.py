@@ -12,10 +12,12 @@ import pytest
 from downloads_hub import DownloadsHub
 from hub_fixture import LLAMA_TEMPLATE, model_files, run_module, write_files
 
-from bridge import model
+from bridge import model_folder
 from bridge import settings as settings_module
 from bridge.errors import UsageError
-from bridge.standin_hub import Account
+from bridge.stages import model
+from bridge.standins import models
+from bridge.standins.hub import Account
 
 LLAMA = "meta-llama/Llama-3.2-1B-Instruct"
 NOT_NEEDED = {"original/consolidated.00.pth": b"x", "original/params.json": b"{}", "model.gguf": b"x",
@@ -131,8 +133,9 @@ def test_interrupted_download_is_continued(hub, folder):
 def test_two_at_once_do_not_get_into_each_others_way(hub, folder):
     partial = folder.with_name(f".{folder.name}.partial")
     write_files(partial, {"half": b"of the first one's download"})
-    holder = subprocess.Popen([sys.executable, "-c", "import sys; from pathlib import Path; from bridge import runs\n"
-                               "with runs.locked(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()", str(partial)],
+    code = ("import sys\nfrom pathlib import Path\nfrom bridge.runs import record\n"
+            "with record.locked(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()")
+    holder = subprocess.Popen([sys.executable, "-c", code, str(partial)],
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
@@ -309,26 +312,26 @@ def test_missing_local_folder_is_named(tmp_path):
 ])
 def test_damaged_files_are_recognised(tmp_path, name, data, said):
     folder = write_files(tmp_path / "mine", {**model_files(), name: data})
-    [problem] = model.check_model_folder(folder)
+    [problem] = model_folder.check_model_folder(folder)
     assert said in problem
 
 
 def test_parameters_are_counted_once_where_embeddings_are_tied(tmp_path):
     files = model_files()
     folder = write_files(tmp_path / "tied", files)
-    assert model.parameter_count(folder) == 8 * 4 + 4 * 4
+    assert model_folder.parameter_count(folder) == 8 * 4 + 4 * 4
     untied = write_files(tmp_path / "untied", {**files, "config.json": b'{"model_type": "llama"}'})
-    assert model.parameter_count(untied) == 2 * 8 * 4 + 4 * 4
-    assert (model.attention_heads(folder), model.attention_heads(untied)) == (4, None)
+    assert model_folder.parameter_count(untied) == 2 * 8 * 4 + 4 * 4
+    assert (model_folder.attention_heads(folder), model_folder.attention_heads(untied)) == (4, None)
     odd = write_files(tmp_path / "odd", {**files, "config.json": b'{"model_type": "x", "num_attention_heads": "8"}'})
-    assert model.attention_heads(odd) is None
+    assert model_folder.attention_heads(odd) is None
 
 
 # ---- what the door asks before the start
 
 def test_plan_of_a_hub_model(tmp_path):
     plan = planned(tmp_path, LLAMA)
-    assert plan.command[1:] == ["-m", "bridge.model", LLAMA, str(tmp_path / "models" / "Llama-3.2-1B-Instruct")]
+    assert plan.command[1:] == ["-m", "bridge.stages.model", LLAMA, str(tmp_path / "models" / "Llama-3.2-1B-Instruct")]
     assert plan.record_dir == tmp_path / "models" / "Llama-3.2-1B-Instruct" and plan.finished is None
     assert not list(tmp_path.iterdir())
 
@@ -376,9 +379,9 @@ def test_tiny_is_the_same_every_time(tiny):
 
 
 def test_tiny_is_a_whole_small_model(tiny):
-    assert model.check_model_folder(tiny / "one") == []
-    assert model.attention_heads(tiny / "one") == 4
-    assert 100_000 < model.parameter_count(tiny / "one") < 200_000
+    assert model_folder.check_model_folder(tiny / "one") == []
+    assert model_folder.attention_heads(tiny / "one") == 4
+    assert 100_000 < model_folder.parameter_count(tiny / "one") < 200_000
     assert "is there and whole" in model.already_there("tiny", tiny / "one")
 
 
@@ -387,7 +390,7 @@ def test_tiny_writes_any_text_and_ends_its_answers(tiny):
 
     tokenizer = AutoTokenizer.from_pretrained(tiny / "one")
     network = AutoModelForCausalLM.from_pretrained(tiny / "one")
-    assert sum(weight.numel() for weight in network.parameters()) == model.parameter_count(tiny / "one")
+    assert sum(weight.numel() for weight in network.parameters()) == model_folder.parameter_count(tiny / "one")
     text = "Tom has 12,345 apples.\n日本語 too"
     assert tokenizer.decode(tokenizer(text).input_ids) == text
     assert len({tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}) == 3
@@ -411,9 +414,9 @@ def smollm2(tmp_path_factory):
 
 @pytest.mark.long
 def test_smollm2_is_a_whole_bf16_model(smollm2):
-    assert model.check_model_folder(smollm2) == []
-    assert model.parameter_count(smollm2) == 134_515_008
-    assert model.attention_heads(smollm2) == 9
+    assert model_folder.check_model_folder(smollm2) == []
+    assert model_folder.parameter_count(smollm2) == 134_515_008
+    assert model_folder.attention_heads(smollm2) == 9
     assert not (smollm2 / "tokenizer.model").exists()
     assert sum(file.stat().st_size for file in smollm2.iterdir()) < 280e6
 
@@ -451,22 +454,22 @@ def test_smollm2_answers_and_stops(smollm2):
     # Those of the models on the hub.
     ("llama-3.2-1b", 1_235_814_400), ("llama-3.2-3b", 3_212_749_824), ("qwen2.5-0.5b", 494_032_768)])
 def test_a_shape_has_the_parameters_of_the_real_model(shape, count):
-    assert model.empty_model(model.SHAPES[shape]).num_parameters() == count
+    assert models.empty_model(models.SHAPES[shape]).num_parameters() == count
 
 
 def test_every_shape_has_its_parameters_tested():
     [counted] = [mark for mark in test_a_shape_has_the_parameters_of_the_real_model.pytestmark if mark.name == "parametrize"]
-    assert {shape for shape, _ in counted.args[1]} == set(model.SHAPES)
+    assert {shape for shape, _ in counted.args[1]} == set(models.SHAPES)
 
 
 @pytest.fixture(scope="module")
 def random_models(tmp_path_factory):
     """The same small shape made twice; its vocabulary is larger than the tokenizer's, as with the real shapes."""
-    small = {**model.LLAMA_3_2, "vocab_size": 50000, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+    small = {**models.LLAMA_3_2, "vocab_size": 50000, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
              "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
     folders = [tmp_path_factory.mktemp("random") / "random-small" for _ in range(2)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(model.SHAPES, "small", small)
+        patch.setitem(models.SHAPES, "small", small)
         for folder in folders:
             model.make("random:small", folder, folder / "none.parquet")
     return folders
@@ -474,7 +477,7 @@ def random_models(tmp_path_factory):
 
 def test_a_random_model_is_whole_and_the_same_every_time(random_models):
     one, two = random_models
-    assert model.check_model_folder(one) == []
+    assert model_folder.check_model_folder(one) == []
     assert "is there and whole" in model.already_there("random:small", one)
     assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 from shards import SAVED, plan, started, write_checkpoint
 
-from bridge import checkpoints, main, merge, runs, settings
+from bridge import door, settings
 from bridge.errors import UsageError
+from bridge.runs import checkpoints, record
+from bridge.stages import merge
 from door import bridge
 
 WEIGHTS_ONLY = ["trainer.checkpoint.save_contents=[model]"]
@@ -212,8 +214,8 @@ def test_the_door_itself_looks_before_it_continues_and_says_from_where(env, monk
     folder = started(env, "sft", steps=(5, 9))
     flip_a_bit(folder / "global_step_9" / "model_world_size_2_rank_1.pt")
     ran = []
-    monkeypatch.setattr(main, "run_plan", lambda name, planned, _env: ran.append(planned) or 0)
-    assert main.run(["sft"], env) == 0
+    monkeypatch.setattr(door, "run_plan", lambda name, planned, _env: ran.append(planned) or 0)
+    assert door.run(["sft"], env) == 0
     assert ran[0].resume_step == 5 and (folder / "global_step_9.set-aside").is_dir()
     assert "bridge: continuing from step 5\n" in capsys.readouterr().err
 
@@ -295,9 +297,9 @@ def test_a_reward_that_was_edited_is_another_run(env, tmp_path):
     with pytest.raises(UsageError, match=r"code\.custom_reward_function\.path: .* -> "):
         plan(env, "ppo", *mine)
     # A run of before such hashes were recorded goes on.
-    record = runs.read(folder.parent)
-    del record["inputs"]["code"]
-    runs.write(folder.parent, record, [])
+    recorded = record.read(folder.parent)
+    del recorded["inputs"]["code"]
+    record.write(folder.parent, recorded, [])
     assert plan(env, "ppo", *mine).resume_step == 4
 
 
@@ -307,9 +309,9 @@ def test_a_reward_that_was_edited_is_another_run(env, tmp_path):
 def test_a_fresh_start_keeps_the_log_and_metrics_of_the_try_before(tmp_path):
     for name in ("log.txt", "metrics.jsonl"):
         (tmp_path / name).write_text(f"{name} of before")
-    runs.keep_previous(tmp_path)
+    record.keep_previous(tmp_path)
     assert everything(tmp_path) == {f"previous-{name}": f"{name} of before".encode() for name in ("log.txt", "metrics.jsonl")}
-    runs.keep_previous(tmp_path)
+    record.keep_previous(tmp_path)
     assert len(everything(tmp_path)) == 2
 
 
@@ -418,8 +420,8 @@ def test_a_file_system_without_locks_is_said_and_the_run_goes_on(tmp_path, monke
     def without_locks(*_arguments):
         raise OSError(error, "no locks")
 
-    monkeypatch.setattr(runs.fcntl, "lockf", without_locks)
-    with runs.locked(tmp_path):
+    monkeypatch.setattr(record.fcntl, "lockf", without_locks)
+    with record.locked(tmp_path):
         assert (tmp_path / ".lock").read_text().startswith("process ")
     assert f"{tmp_path} is on a file system without locks" in capsys.readouterr().err
 
@@ -428,6 +430,6 @@ def test_another_error_of_a_lock_is_no_file_system_without_locks(tmp_path, monke
     def fails(*_arguments):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(runs.fcntl, "lockf", fails)
-    with pytest.raises(OSError, match="Input/output error"), runs.locked(tmp_path):
+    monkeypatch.setattr(record.fcntl, "lockf", fails)
+    with pytest.raises(OSError, match="Input/output error"), record.locked(tmp_path):
         raise AssertionError("it was taken for held")

@@ -6,7 +6,7 @@ from door import run_python
 AGAINST_VERL = """
 import torch
 from types import SimpleNamespace
-from bridge import on_cpu, packed_ppo
+from bridge.trainers import on_cpu, packed_ppo
 on_cpu.setup()
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification
 from verl.utils.torch_functional import entropy_from_logits
@@ -95,7 +95,7 @@ FALLBACKS = """
 from types import SimpleNamespace
 from verl.workers.actor.dp_actor import DataParallelPPOActor
 from verl.workers.critic.dp_critic import DataParallelPPOCritic
-from bridge import packed_ppo
+from bridge.trainers import packed_ppo
 for worker in (DataParallelPPOActor, DataParallelPPOCritic):
     worker._forward_micro_batch = lambda *arguments: "verl's"
 packed_ppo.apply()

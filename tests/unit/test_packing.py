@@ -7,8 +7,8 @@ import torch
 from tensordict import TensorDict
 
 from bridge.errors import UsageError
-from bridge.packed_sft import forwards_needed, pack_rows, row_weights, spread
-from bridge.packing import group_weights
+from bridge.trainers.packed_sft import forwards_needed, pack_rows, row_weights, spread
+from bridge.trainers.packing import group_weights
 
 
 def batch_of(rows: list[tuple[int, int]], width: int) -> TensorDict:

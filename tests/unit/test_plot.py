@@ -7,8 +7,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bridge import plot, runs
-from door import bridge, record
+from bridge.runs import record
+from bridge.tools import plot
+from door import bridge, recorded
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -22,7 +23,7 @@ def work_dir(tmp_path: Path) -> Path:
         rows = [{"step": step, "critic/score/mean": 0.01 * step + 0.1 * place, "actor/entropy": 1 / step,
                  **({"val/acc": 0.5} if step in (20, 40) and name != "b1" else {})} for step in range(1, 41)]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        runs.write(folder, record(attempts=[{"command": ["python", f"profile/ppo={profile}", "trainer.x=1"]}]), [])
+        record.write(folder, recorded(attempts=[{"command": ["python", f"profile/ppo={profile}", "trainer.x=1"]}]), [])
     return tmp_path
 
 

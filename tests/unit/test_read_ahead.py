@@ -8,13 +8,14 @@ from contextlib import nullcontext
 
 import pytest
 
-from bridge import main, read_ahead
+from bridge import door
 from bridge.errors import UsageError
+from bridge.image import read_ahead
 
 # Reading is seen from outside the process, as the kernel counts it.
 READ = """
 import sys
-from bridge import read_ahead
+from bridge.image import read_ahead
 read_ahead.FILE = read_ahead.FILE.__class__(sys.argv[1])
 before = int(open("/proc/self/io").read().split()[1])
 read_ahead.start()
@@ -75,7 +76,7 @@ def test_what_an_import_opens_is_recorded_in_order():
     # In a process of its own: an audit hook stays.
     names = subprocess.run([sys.executable, "-c", """
 import sys
-from bridge import read_ahead
+from bridge.image import read_ahead
 for path in read_ahead.opened_by(["wave", "sndhdr"], (sys.base_prefix + "/", "/usr/lib/")):
     print(path)
 """], capture_output=True, text=True, check=True).stdout.splitlines()
@@ -104,5 +105,5 @@ def test_only_a_stage_that_imports_torch_reads_ahead(monkeypatch, tmp_path, argu
     monkeypatch.setattr(read_ahead, "start", lambda: started.append(True))
     # Refused, all but the help: nothing is there to train with, merge or upload.
     with nullcontext() if arguments == ["--help"] else pytest.raises(UsageError):
-        main.run(arguments, {"WORK_DIR": str(tmp_path), "MODEL": "tiny"})
+        door.run(arguments, {"WORK_DIR": str(tmp_path), "MODEL": "tiny"})
     assert len(started) == expected

@@ -2,9 +2,11 @@
 
 import pytest
 
-from bridge import ppo, rehearse, settings, sft
+from bridge import settings
 from bridge.compose import compose
 from bridge.errors import UsageError
+from bridge.stages import ppo, sft
+from bridge.tools import rehearse
 
 NAMES = dict.fromkeys(("WORK_DIR", "BRIDGE_MODEL_DIR", "BRIDGE_STAGE_DIR", "BRIDGE_RUN_NAME", "WANDB_PROJECT"), "x")
 

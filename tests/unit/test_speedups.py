@@ -4,13 +4,13 @@ from door import run_python
 
 
 def test_without_a_gpu_nothing_is_changed():
-    script = "import torch; before = torch.optim.AdamW; import bridge.speedups; print(torch.optim.AdamW is before)"
+    script = "import torch; before = torch.optim.AdamW; import bridge.trainers.speedups; print(torch.optim.AdamW is before)"
     assert run_python(script) == "True"
 
 
 def test_actor_and_critic_are_built_from_the_fused_layers():
     kinds = run_python("""
-from bridge import speedups
+from bridge.trainers import speedups
 speedups.fuse_layers("llama")
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification
 config = LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
@@ -26,7 +26,7 @@ def test_the_norms_backward_kernel_is_compiled_for_few_numbers_of_tokens_and_tak
 import torch
 from types import SimpleNamespace
 from liger_kernel.ops import rms_norm
-from bridge import speedups
+from bridge.trainers import speedups
 started = []
 class Kernel:
     def __getitem__(self, grid):
@@ -53,7 +53,7 @@ def test_the_loss_is_left_to_verl():
     assert run_python("""
 from transformers import LlamaForCausalLM
 before = LlamaForCausalLM.forward
-from bridge import speedups
+from bridge.trainers import speedups
 speedups.fuse_layers("llama")
 print(LlamaForCausalLM.forward is before)
 """) == "True"
@@ -62,7 +62,7 @@ print(LlamaForCausalLM.forward is before)
 def test_adamw_is_fused_unless_the_caller_chooses():
     assert run_python("""
 import torch
-from bridge import speedups
+from bridge.trainers import speedups
 speedups.fuse_adamw()
 layer = torch.nn.Linear(2, 2)
 print([torch.optim.AdamW(layer.parameters(), lr=1, **given).defaults["fused"] for given in ({}, {"fused": False})])
@@ -72,7 +72,7 @@ print([torch.optim.AdamW(layer.parameters(), lr=1, **given).defaults["fused"] fo
 def test_verl_reaches_the_weights_behind_vllms_multi_step_runner():
     assert run_python("""
 from types import SimpleNamespace
-from bridge import speedups
+from bridge.trainers import speedups
 speedups.open_multi_step_runner()
 from vllm.worker.multi_step_model_runner import MultiStepModelRunner
 runner = object.__new__(MultiStepModelRunner)
@@ -85,7 +85,7 @@ def test_verl_gets_a_vllm_that_keeps_no_prompts_of_the_weights_before():
     # The engine itself needs a GPU.
     assert run_python("""
 import gc, torch, vllm
-from bridge import speedups
+from bridge.trainers import speedups
 from verl.workers.rollout.vllm_rollout import vllm_rollout_spmd
 # Frozen before it is opened, too: PyTorch collects before it records each CUDA graph.
 vllm.LLM = lambda **options: {**options, "frozen": gc.get_freeze_count() > 10000}
@@ -102,7 +102,7 @@ def test_vllm_decodes_in_turns_with_the_faster_kernel_unless_the_user_chooses():
     assert run_python("""
 import json, os, tempfile, vllm
 from pathlib import Path
-from bridge import speedups
+from bridge.trainers import speedups
 folder = tempfile.TemporaryDirectory()
 os.environ["BRIDGE_MODEL_DIR"] = folder.name
 def model(**config):
@@ -127,7 +127,7 @@ print(seen)
 def test_vllm_sees_the_same_of_a_model_without_a_second_python():
     assert run_python("""
 import subprocess
-from bridge import speedups
+from bridge.trainers import speedups
 from vllm.model_executor.models import registry
 llama = registry.ModelRegistry.models["LlamaForCausalLM"]
 seen_by_another = llama.inspect_model_cls()

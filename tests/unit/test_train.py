@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from bridge import ppo, runs, settings, sft, train
+from bridge import settings
 from bridge.compose import compose
 from bridge.errors import UsageError
-from bridge.stages import Plan
+from bridge.plan import Plan
+from bridge.runs import record
+from bridge.stages import ppo, sft, train
 from door import SHELL, bridge
 
 NAMES = {"WORK_DIR": "/w", "BRIDGE_MODEL_DIR": "/m", "BRIDGE_STAGE_DIR": "/s", "BRIDGE_RUN_NAME": "r", "WANDB_PROJECT": "p"}
@@ -189,12 +191,12 @@ def test_rays_folder_is_the_users_where_that_is_possible(env, tmp_path_factory, 
 
 RUN = """
 import os, sys, pathlib
-from bridge import main
-from bridge.stages import Plan
+from bridge import door
+from bridge.plan import Plan
 base = pathlib.Path(sys.argv[1])
 look = "import os, stat; print('SEEN', os.environ['RAY_TMPDIR'], oct(os.stat(os.environ['RAY_TMPDIR']).st_mode)[-3:])"
 plan = Plan([sys.executable, "-c", look], {"RAY_TMPDIR": sys.argv[1]}, base / "record", keep_log=False)
-sys.exit(main.run_plan("ppo", plan, dict(os.environ)))
+sys.exit(door.run_plan("ppo", plan, dict(os.environ)))
 """
 
 
@@ -368,7 +370,7 @@ def test_ppo_says_which_model_it_starts_from(env, merged):
 def test_a_run_with_another_init_or_number_of_gpus_is_refused_by_the_settings_name(env, merged):
     plan = planned(env, "ppo")
     plan.record_dir.mkdir(parents=True)
-    runs.write(plan.record_dir, {**runs.begin(plan, env), "status": "finished", "last_step": 0}, [])
+    record.write(plan.record_dir, {**record.begin(plan, env), "status": "finished", "last_step": 0}, [])
     [said] = problems({**env, "INIT": "sft"}, "ppo")
     assert "actor_rollout_ref.model.path: " in said and f"-> {merged} (MODEL= and INIT=)" in said
     [said] = problems({**env, "GPUS": "1"}, "ppo")

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from bridge import accept, bench, rehearse, settings, trial
+from bridge import settings
 from bridge.errors import UsageError
 from bridge.hardware import Gpu
+from bridge.tools import accept, bench, rehearse, trial
 from door import SHELL
 
 # Where a person's own file may lie in a folder that a tool works in.
@@ -182,8 +183,8 @@ def test_a_stage_that_someone_runs_in_the_folder_is_not_removed_under_it(started
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Another process holds the folder's lock."""
-    script = ("import sys\nfrom pathlib import Path\nfrom bridge import runs\n"
-              "with runs.locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()")
+    script = ("import sys\nfrom pathlib import Path\nfrom bridge.runs import record\n"
+              "with record.locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()")
     with subprocess.Popen([sys.executable, "-c", script, str(folder)], env=SHELL, stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"held\n"

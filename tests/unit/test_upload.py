@@ -5,9 +5,9 @@ from downloads_hub import DownloadsHub
 from hub_fixture import model_files, run_module, safetensors, write_files
 
 from bridge import settings as settings_module
-from bridge import upload
 from bridge.errors import UsageError
-from bridge.standin_hub import Account
+from bridge.stages import upload
+from bridge.standins.hub import Account
 
 TOKENS = {"hf_writer": Account("alice", organisations=("team",)), "hf_reader": Account("alice", may_write=False),
           "hf_stranger": Account("bob")}
@@ -160,7 +160,7 @@ def planned(tmp_path, **env):
 
 def test_plan_names_the_repository_and_never_the_token(tmp_path, merged):
     plan = planned(tmp_path)
-    assert plan.command[1:] == ["-m", "bridge.upload", str(merged), "team/ours"]
+    assert plan.command[1:] == ["-m", "bridge.stages.upload", str(merged), "team/ours"]
     assert plan.record_dir == tmp_path / "runs" / "default" / "ppo" / "upload"
     assert "hf_secret" not in repr(plan)
     assert "STAGE is not given: uploading the ppo model" in plan.notes

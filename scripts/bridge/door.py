@@ -1,0 +1,191 @@
+"""The door: `bridge STAGE [--dry-run] [key=value ...]`. Make, Slurm and `apptainer run` all come in here."""
+
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from contextlib import nullcontext
+from importlib import import_module
+from pathlib import Path
+
+from bridge import __version__
+from bridge import settings as settings_module
+from bridge.environment import clean_environment, work_dir_problems
+from bridge.errors import UsageError, exit_status, nearest, say
+from bridge.image import read_ahead
+from bridge.plan import Plan
+from bridge.stages.table import STAGES
+
+# Not stages of the chain: they run in the door's own process and leave no record.
+TOOLS = {
+    "check": "test this environment (--json)",
+    "rehearse": "the whole chain, small, on this machine",
+    "plot": "curves of runs over each other (RUN... --keys=a,b --mean=N --output=FILE)",
+    "bench": "how fast the trainings are (CASES=; --report FILE.json)",
+    "accept": "the acceptance test of a GPU node, about ten minutes",
+}
+
+
+def main() -> int:
+    """Entry of the `bridge` program; returns its exit status."""
+    try:
+        Path.home()
+    except RuntimeError:
+        # A container whose user is a mere number, without HOME: libraries stop at that, too. (A WORK_DIR in the home is refused.)
+        work_dir = os.environ.get("WORK_DIR") or "work"
+        if not work_dir.startswith("~"):
+            os.environ["HOME"] = os.path.join(os.path.abspath(work_dir), "cache", "home")
+        os.environ.setdefault("USER", str(os.getuid()))
+    return exit_status(lambda: run(sys.argv[1:], os.environ))
+
+
+def usage() -> str:
+    """The help text, made from the stage table."""
+    rows = [(stage.name, stage.help) for stage in STAGES.values()] + list(TOOLS.items())
+    return "\n".join([
+        "bridge STAGE [--dry-run] [key=value ...]",
+        "",
+        *(f"  {name:<10}{text}" for name, text in rows),
+        "",
+        "--dry-run shows the command and what would happen. key=value changes verl's configuration (sft, ppo),",
+        "e.g. `bridge ppo trainer.total_epochs=1`. Settings come from the environment: see .env.example.",
+    ])
+
+
+def run(argv: list[str], env: Mapping[str, str]) -> int:
+    """Do what the command line says."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if argv[0] == "--version":
+        print(__version__)
+        return 0
+    name, arguments = argv[0], argv[1:]
+    known = [*STAGES, *TOOLS]
+    if name not in known:
+        raise UsageError(f"{name!r} is no stage. Stages: {', '.join(known)}.{nearest(name, known)}")
+    if "--help" in arguments or "-h" in arguments:
+        print(usage())
+        return 0
+    if name in TOOLS:
+        return import_module(f"bridge.tools.{name}").run(settings_module.read(env), env, arguments)
+    dry_run = "--dry-run" in arguments
+    overrides = [argument for argument in arguments if argument != "--dry-run"]
+    return run_stage(name, env, overrides, dry_run)
+
+
+def run_stage(name: str, env: Mapping[str, str], overrides: list[str], dry_run: bool) -> int:
+    """Check, plan, show and run one stage; returns its command's exit status."""
+    stage = STAGES[name]
+    problems = [f"stage {name!r} needs {setting}. Set it in .env (see .env.example)."
+                for setting in stage.needs if not env.get(setting)]
+    missing = set(problems)
+    if overrides and not stage.trains:
+        problems.append(f"stage {name!r} takes no arguments but --dry-run; got {' '.join(overrides)}. "
+                        "Its settings come from the environment (see .env.example).")
+    try:
+        settings = settings_module.read(env)
+        problems += work_dir_problems(settings.work_dir)
+    except UsageError as error:
+        problems = error.problems + problems
+    # A stage names what it lacks itself, together with all else that is wrong.
+    if set(problems) - missing:
+        raise UsageError(*problems)
+
+    child_env = clean_environment(settings, env)
+    if stage.imports_torch and not dry_run:
+        read_ahead.start()
+    plan = stage.plan(settings, child_env, overrides, dry_run)
+    for note in plan.notes:
+        say(note)
+    if plan.finished:
+        say(plan.finished)
+        return 0
+    if dry_run:
+        show(plan)
+        return 0
+    if plan.keep_log:
+        plan.record_dir.mkdir(parents=True, exist_ok=True)
+    from bridge.runs import checkpoints, record
+
+    announced = plan.resume_step
+    with record.locked(plan.record_dir) if plan.keep_log else nullcontext():
+        while stage.trains:
+            # What another run did here before the lock was ours counts, and so does damage, which only reading shows.
+            plan = stage.plan(settings, child_env, overrides, dry_run)
+            aside = [] if plan.finished else checkpoints.set_aside_damaged(plan.checkpoints, plan.saved)
+            for done in aside:
+                say(done)
+            if not aside:
+                break
+        if plan.finished:
+            say(plan.finished)
+            return 0
+        if plan.resume_step != announced:
+            say(f"continuing from step {plan.resume_step}")
+        show(plan)
+        return run_plan(name, plan, child_env)
+
+
+def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
+    """Run what was planned, keeping the record; returns the exit status."""
+    from bridge.errors import Tolerance
+    from bridge.runs import checkpoints, launch, record
+    from bridge.runs.metrics import Metrics
+
+    secrets = record.secret_values(env)
+    recorded = record.begin(plan, env)
+    log = plan.record_dir / "log.txt" if plan.keep_log else None
+    metrics = housekeeping = None
+    env = {**env, **plan.env}
+    if "RAY_TMPDIR" in plan.env:
+        env["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-", dir=plan.env["RAY_TMPDIR"])
+    if plan.keep_log and not plan.resume_step:
+        record.keep_previous(plan.record_dir)
+    if plan.checkpoints:
+        plan.checkpoints.mkdir(exist_ok=True)
+        newest = checkpoints.newest_complete(plan.checkpoints, plan.saved)
+        for done in checkpoints.prepare_resume(plan.checkpoints, name, plan.saved, newest, plan.steps_per_epoch):
+            say(done)
+        metrics = Metrics(plan.record_dir / "metrics.jsonl", plan.resume_step)
+        housekeeping = checkpoints.Housekeeping(plan.checkpoints, plan.saved, plan.keep)
+    if plan.keep_log:
+        record.write(plan.record_dir, recorded, secrets)
+    start = log.stat().st_size if log and log.is_file() else 0
+    status = 128
+    if housekeeping:
+        housekeeping.start()
+    # From here on no error of the file system ends the run.
+    try:
+        status = launch.run(plan.command, env, log, metrics, secrets)
+    finally:
+        if metrics:
+            Tolerance("writing to metrics.jsonl").at_last(metrics.close)
+            housekeeping.close(hurry=status >= 128)
+        if "RAY_TMPDIR" in plan.env:
+            shutil.rmtree(env["RAY_TMPDIR"], ignore_errors=True)
+
+    def end() -> None:
+        if plan.keep_log or (status == 0 and plan.record_dir.is_dir()):
+            newest = checkpoints.newest_complete(plan.checkpoints, plan.saved) if plan.checkpoints else None
+            record.write(plan.record_dir, record.end(recorded, status, newest.step if newest else 0), secrets)
+
+    Tolerance("writing run.json").at_last(end)
+    if status:
+        why = launch.reason(log, start) if log and status < 128 else None
+        if why:
+            say(why)
+        say(f"{name} {'was ended by a signal' if status > 128 else 'failed'} (exit status {status})"
+            + ("; the same command continues it" if status > 128 and plan.checkpoints and not env.get("BRIDGE_TRIAL") else "")
+            + (f"; the log is {log}" if log else ""))
+    return status
+
+
+def show(plan: Plan) -> None:
+    """Print the command so that it can be pasted into a shell. It holds no secret: those are in the environment."""
+    assignments = [f"{name}={value}" for name, value in plan.env.items()]
+    print("+ " + shlex.join(["env", *assignments, *plan.command]), flush=True)
+
+

@@ -1,0 +1,73 @@
+"""Where a stage works and with which variables: WORK_DIR, the caches below it, what is taken out of the environment."""
+
+import hashlib
+import os
+import resource
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from bridge.errors import say
+from bridge.settings import ROOT, Settings
+
+# A WORK_DIR with less than this (bytes) cannot even keep a log.
+LEAST_FREE = 64 << 20
+
+
+def work_dir_problems(work_dir: Path) -> list[str]:
+    """What keeps WORK_DIR from being written to. Its last folder is made when needed, its parent must be there."""
+    cure = "Set WORK_DIR in .env to a folder on a disk with room."
+    if work_dir.exists() and not work_dir.is_dir():
+        return [f"WORK_DIR={work_dir} is a file. {cure}"]
+    if work_dir.is_symlink() and not work_dir.exists():
+        return [f"WORK_DIR={work_dir} is a symbolic link to {os.readlink(work_dir)}, which is not there. Mend the link. {cure}"]
+    folder = work_dir if work_dir.is_dir() else work_dir.parent
+    if not folder.is_dir():
+        return [f"WORK_DIR={work_dir}: its parent folder {folder} does not exist. Make it, or correct WORK_DIR."]
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return [f"WORK_DIR={work_dir} cannot be written to (read-only or not yours). {cure}"]
+    free = shutil.disk_usage(folder).free
+    if free < LEAST_FREE:
+        return [f"WORK_DIR={work_dir} is full: {free >> 20} MiB are free. {cure}"]
+    return []
+
+
+def clean_environment(settings: Settings, env: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a stage: the user's, without what harms, with all caches below WORK_DIR.
+
+    Says everything that it changes and that a user might have meant. Also raises the limit of virtual memory.
+    """
+    cleaned = dict(env)
+    for name in ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
+        if cleaned.pop(name, None) is not None:
+            say(f"unset {name}: it is for AMD GPUs, and verl stops when it is there beside CUDA_VISIBLE_DEVICES")
+    for name in ("PYTHONPATH", "PYTHONHOME"):
+        if cleaned.pop(name, None):
+            say(f"unset {name}: modules from outside the environment would be taken")
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+        limit = "unlimited" if hard == resource.RLIM_INFINITY else f"{hard >> 10} KiB, the hard limit"
+        say(f"ulimit -v raised from {soft >> 10} KiB to {limit}")
+    hf_home = Path(cleaned.get("HF_HOME") or Path(cleaned.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface")
+    cache = settings.work_dir / "cache"
+    # What was compiled for one set of packages is never taken with another.
+    compiled = cache / "compiled" / hashlib.sha256((ROOT / "requirements.lock").read_bytes()).hexdigest()[:12]
+    cleaned.update(
+        PYTHONNOUSERSITE="1",
+        # As the driver counts GPUs, and so the door. CUDA's own order is by speed, another one where cards are mixed.
+        CUDA_DEVICE_ORDER=cleaned.get("CUDA_DEVICE_ORDER") or "PCI_BUS_ID",
+        # The login of `huggingface-cli login` stays where it is.
+        HF_TOKEN_PATH=cleaned.get("HF_TOKEN_PATH") or str(hf_home / "token"),
+        HF_HOME=str(cache / "huggingface"),
+        XDG_CACHE_HOME=str(cache),
+        TRITON_CACHE_DIR=str(compiled / "triton"),
+        TORCHINDUCTOR_CACHE_DIR=str(compiled / "inductor"),
+        VLLM_CACHE_ROOT=str(compiled / "vllm"),
+        WANDB_CACHE_DIR=str(cache / "wandb"),
+        WANDB_DATA_DIR=str(cache / "wandb"),
+        MPLCONFIGDIR=str(cache / "matplotlib"),
+        VLLM_NO_USAGE_STATS="1",
+        HF_HUB_DISABLE_TELEMETRY="1",
+    )
+    return cleaned

@@ -1,0 +1,1 @@
+"""What the image knows of itself, and how its programs start sooner."""

@@ -1,0 +1,187 @@
+"""Run one command as a child: show and log its output, collect metrics, forward signals, leave no orphan."""
+
+import ctypes
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import psutil
+
+from bridge.errors import Tolerance, say
+from bridge.runs import metrics
+
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+# verl's SFT ranks and Ray's daemons need a moment to stop by themselves.
+GRACE_SECONDS = 20
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def run(command: list[str], env: Mapping[str, str], log: Path | None, metrics_file: metrics.Metrics | None,
+        secrets: list[str], until: Callable[[], bool] = lambda: False) -> int:
+    """Run a command to its end.
+
+    Args:
+        command: the program and its arguments.
+        env: its whole environment.
+        log: file that the output is appended to, beside being shown; None for none.
+        metrics_file: gets what verl's console lines say.
+        secrets: values that are replaced by *** should the program print them.
+        until: asked some times a second; once true, the child is sent SIGTERM, and that it ends so is no failure.
+
+    Returns:
+        the exit status; 0 where `until` ended it, 128 + N if the child (or this program) was ended by signal N.
+    """
+    # First, since an error here must not end a child that has begun.
+    log_file = open(log or os.devnull, "ab", buffering=0)  # noqa: SIM115 - its closing may fail, too
+    # Descendants whose parent dies (Ray's daemons) become ours instead of init's, so that they can be found and ended.
+    LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    child = subprocess.Popen(command, env=dict(env), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=end_with_parent)
+    received: list[int] = []
+    asked: list[int] = []
+
+    def forward(number, _frame):
+        # The second one does not wait: stop_all follows.
+        received.append(number)
+        if child.poll() is None:
+            child.send_signal(number if len(received) == 1 else signal.SIGKILL)
+
+    def is_ending() -> bool:
+        if not received and not asked and child.poll() is None and until():
+            asked.append(signal.SIGTERM)
+            child.terminate()
+        return bool(received or asked)
+
+    # SIGHUP comes when the terminal is closed; under nohup it is ignored, and stays so.
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+              if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN}
+    try:
+        copy_output(child, log_file, metrics_file, secrets, is_ending)
+        if received:
+            say(f"{signal.Signals(received[0]).name} received: passed on to the {Path(command[0]).name} process")
+        status = wait(child, GRACE_SECONDS if received or asked else None)
+    finally:
+        stop_all()
+        Tolerance("writing to log.txt").at_last(log_file.close)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        return 128 + received[0]
+    if asked:
+        return 0
+    return 128 - status if status < 0 else status
+
+
+def wait(child: subprocess.Popen, seconds: float | None) -> int:
+    """Wait for the child; kill it when it takes longer than this (None: as long as it takes)."""
+    try:
+        return child.wait(seconds)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        return child.wait()
+
+
+def end_with_parent() -> None:
+    """In the child: be told to end should the bridge itself be killed."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def copy_output(child: subprocess.Popen, log_file, metrics_file, secrets, is_ending: Callable[[], bool]) -> None:
+    """Copy the child's output to stdout and the log until it ends, line by line (a progress bar's \\r ends a line too).
+
+    A log or metrics that cannot be written (a quota) end no training: that is said, and tried again with the next line.
+    """
+    logging, recording = Tolerance("writing to log.txt"), Tolerance("writing to metrics.jsonl")
+    hidden = [secret.encode() for secret in secrets if secret]
+    pending, stop_at = b"", None
+
+    def emit(data: bytes) -> None:
+        for secret in hidden:
+            data = data.replace(secret, b"***")
+        logging(partial(write_all, log_file, data))
+        try:
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+        except OSError:
+            # Nobody reads any more (the terminal was closed, `| head` has ended): no reason to end a training.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    source = child.stdout.fileno()
+    while True:
+        ready, _, _ = select.select([source], [], [], 0.2)
+        if ready:
+            data = os.read(source, 65536)
+            if not data:
+                break
+            *lines, pending = re.split(rb"(?<=[\r\n])", pending + data)
+            for line in lines:
+                emit(line)
+                row = metrics_file and metrics.parse(line.decode(errors="replace"))
+                if row:
+                    recording(partial(metrics_file.add, *row))
+        elif pending and len(pending) > 8192:
+            # No end of line in sight: show it rather than hold it back.
+            emit(pending)
+            pending = b""
+        if stop_at is None and is_ending():
+            stop_at = time.monotonic() + GRACE_SECONDS
+        if stop_at and time.monotonic() > stop_at:
+            break
+        # Descendants may hold the pipe open after the child has ended: do not wait for them.
+        if not ready and child.poll() is not None:
+            break
+    emit(pending)
+
+
+def write_all(file, data: bytes) -> None:
+    """Write to an unbuffered file, which may take a part at a time."""
+    while data:
+        data = data[file.write(data):]
+
+
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+# An exception's line in a traceback, behind what torchrun and Ray put before each line of a process.
+EXCEPTION = re.compile(r"^(?:\[\w+\]:|\([^()]*pid=[^()]*\)|\s)*((?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit)\b(?:: .*)?)$")
+PLACE = re.compile(r'File "([^"]+)", line (\d+)')
+# What torchrun, Ray and torch's data loader make of a process's exception: its own is the cause.
+CARRIERS = ("RayTaskError", "ChildFailedError", "RayActorError", "ActorDiedError", ": Caught ")
+
+
+def reason(log: Path, start: int) -> str | None:
+    """What ended a program and where, from the first traceback in its log beginning at byte `start`; None if there is none.
+
+    The first, since what other ranks say follows from it.
+    """
+    place = None
+    try:
+        with open(log, "rb") as stream:
+            stream.seek(start)
+            text = stream.read().decode(errors="replace")
+    except OSError as error:
+        return f"the log cannot be read: {error}"
+    for line in COLOUR.sub("", text).splitlines():
+        if found := PLACE.search(line):
+            place = f"{Path(found[1]).name}, line {found[2]}"
+        elif place and (found := EXCEPTION.match(line)) and not any(word in found[1] for word in CARRIERS):
+            return f"{found[1][:300]} ({place})"
+    return None
+
+
+def stop_all() -> None:
+    """End every descendant that is left: ask first, then kill. Those of the killed become ours and follow."""
+    for number, seconds in ((signal.SIGTERM, GRACE_SECONDS / 2), (signal.SIGKILL, GRACE_SECONDS)):
+        deadline, asked = time.monotonic() + seconds, set()
+        while (left := psutil.Process().children()) and time.monotonic() < deadline:
+            for process in left:
+                if process not in asked:
+                    asked.add(process)
+                    process.send_signal(number)
+            # Collects those that have ended.
+            psutil.wait_procs(left, timeout=0.05)

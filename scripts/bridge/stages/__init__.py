@@ -1,0 +1,1 @@
+"""The table of stages, and one module a stage: its plan and its work."""

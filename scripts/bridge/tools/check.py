@@ -1,0 +1,232 @@
+"""bridge check: one self-test of the environment, for people, for the image's %test and for the first line of a job.
+
+Prints one line a check: ok, warn or FAIL, with the value seen. Exit status 1 if any failed. `--json` prints the same as JSON.
+"""
+
+import ctypes
+import importlib
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import socket
+import sys
+import sysconfig
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from bridge import hardware
+from bridge.environment import clean_environment, work_dir_problems
+from bridge.errors import UsageError
+from bridge.image import manifest
+from bridge.settings import ROOT, Settings
+
+IMPORTS = ("torch", "vllm", "verl", "ray", "transformers", "datasets", "wandb", "huggingface_hub")
+# NCCL and vLLM's workers share memory through /dev/shm; a container's default of 64 MiB is too small.
+LEAST_SHM = 1 << 30
+# NCCL opens the first; the second finds peers; both need the driver of the card (here Mellanox's, as H100 nodes have them).
+INFINIBAND = ("libibverbs.so.1", "librdmacm.so.1", "libmlx5.so.1")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the report."""
+
+    check: str
+    status: str
+    seen: str
+
+
+def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int:
+    """Run all checks and report; returns 1 if any failed."""
+    unknown = [argument for argument in arguments if argument != "--json"]
+    if unknown:
+        raise UsageError(f"check takes only --json; got {' '.join(unknown)}.")
+    # Importing vLLM and others makes cache folders: below WORK_DIR, as in a stage.
+    env = clean_environment(settings, env)
+    os.environ.update(env)
+    # vLLM logs to stdout, where the report goes.
+    os.environ["VLLM_CONFIGURE_LOGGING"] = "0"
+    results = [result for check in CHECKS for result in check(settings, env)]
+    count = Counter(result.status for result in results)
+    ok, warnings, failed = count["ok"], count["warn"], count["FAIL"]
+    if "--json" in arguments:
+        print(json.dumps({"passed": not failed, "ok": ok, "warnings": warnings, "failed": failed,
+                          "results": [asdict(result) for result in results]}, indent=1))
+    else:
+        for result in results:
+            print(f"{result.status:<5} {result.check:<22} {result.seen}")
+        print(f"{ok} ok, {warnings} {'warning' if warnings == 1 else 'warnings'}, {failed} failed")
+    return 1 if failed else 0
+
+
+def python_environment(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
+    """Python, and whether every package has the version of requirements.lock."""
+    yield Result("python", "ok" if sys.version_info[:2] == (3, 11) else "FAIL", sys.version.split()[0])
+    wrong = []
+    locked = locked_versions()
+    for name, version in locked.items():
+        try:
+            installed = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            installed = "missing"
+        if installed != version:
+            wrong.append(f"{name} {installed} instead of {version}")
+    yield Result("requirements.lock", "FAIL" if wrong else "ok", "; ".join(wrong) or f"{len(locked)} packages as locked")
+
+
+def image(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
+    """What the image was made of, and whether that is still what is in it."""
+    made = manifest.read()
+    if made is None:
+        yield Result("image", "warn", "not in an image: this is a virtual environment")
+    elif made["requirements_lock_sha256"] != manifest.lock_hash():
+        yield Result("image", "FAIL", f"{ROOT / 'requirements.lock'} is not the one that the image was built from")
+    else:
+        yield Result("image", "ok", f"recipe {made['recipe_commit']}, {len(made['debian'])} Debian packages")
+
+
+def locked_versions() -> dict[str, str]:
+    """Package -> version, from requirements.lock; lines with a marker for another platform are left out."""
+    pins = re.findall(r"^([\w.-]+)==([^\s;\\]+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
+    return dict(pins)
+
+
+def imports(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
+    """Whether the packages import, and from inside the environment."""
+    prefix = Path(sys.prefix).resolve()
+    for name in IMPORTS:
+        try:
+            module = importlib.import_module(name)
+        except ImportError as error:
+            yield Result(f"import {name}", "FAIL", str(error))
+            continue
+        inside = prefix in Path(module.__file__).resolve().parents
+        yield Result(f"import {name}", "ok" if inside else "FAIL", getattr(module, "__version__", "")
+                     if inside else f"comes from {module.__file__}, outside {prefix}")
+    homes = [prefix, ROOT / "scripts", *(Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib"))]
+    # torch writes a module of its own into a new folder below the first, and imports it; in the second is Debian's own hook.
+    homes += [Path(tempfile.gettempdir()).resolve(), Path(f"/etc/python{sys.version_info[0]}.{sys.version_info[1]}")]
+    # Some of torch's are no files, and have a relative name.
+    files = {name: Path(module.__file__).resolve() for name, module in list(sys.modules.items())
+             if os.path.isabs(getattr(module, "__file__", None) or "")}
+    strangers = [f"{name} ({file})" for name, file in sorted(files.items()) if not set(homes) & set(file.parents)]
+    yield Result("modules from outside", "FAIL" if strangers else "ok", ", ".join(strangers) or f"none of {len(files)}")
+
+
+def nccl(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
+    """The NCCL that torch and vLLM really load; torch.cuda.nccl.version() is a compile-time constant and not asked."""
+    wanted = locked_versions()["nvidia-nccl-cu12"]
+    yield Result("cuda of torch", *cuda_build())
+    from vllm.utils import find_nccl_library
+
+    # torch has loaded its library by now: it is the one in this process's memory map.
+    mapped = sorted(set(re.findall(r"\S*/libnccl\.so\S*", Path("/proc/self/maps").read_text())))
+    for owner, path in [("torch", path) for path in mapped] + [("vllm", find_nccl_library())]:
+        number = ctypes.c_int()
+        ctypes.CDLL(path).ncclGetVersion(ctypes.byref(number))
+        found = f"{number.value // 10000}.{number.value // 100 % 100}.{number.value % 100}"
+        yield Result(f"nccl of {owner}", "ok" if found == wanted else "FAIL", f"{found} ({path})")
+    if not mapped:
+        yield Result("nccl of torch", "FAIL", "torch has loaded no libnccl")
+
+
+def cuda_build() -> tuple[str, str]:
+    """Status and CUDA version that torch was built for; the lock's CUDA runtime says which it has to be."""
+    import torch
+
+    wanted = locked_versions()["nvidia-cuda-runtime-cu12"].rpartition(".")[0]
+    return ("ok" if torch.version.cuda == wanted else "FAIL"), str(torch.version.cuda)
+
+
+def flash_attention(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
+    """flash-attn is needed on a GPU; the image has it, a virtual environment does not."""
+    try:
+        version = importlib.metadata.version("flash-attn")
+    except importlib.metadata.PackageNotFoundError:
+        status = "FAIL" if hardware.visible_gpus(env) else "warn"
+        yield Result("flash-attn", status, "not installed: training on a GPU needs the image")
+        return
+    importlib.import_module("flash_attn")
+    yield Result("flash-attn", "ok", version)
+    if hardware.visible_gpus(env):
+        yield flash_attention_kernels()
+
+
+def flash_attention_kernels() -> Result:
+    """Whether flash-attn's kernels run on the first visible GPU and compute attention."""
+    from flash_attn import flash_attn_func, flash_attn_varlen_func
+
+    from bridge.tools import attention
+
+    try:
+        cases = list(attention.comparisons(flash_attn_func, flash_attn_varlen_func))
+    except RuntimeError as error:
+        # What torch says of a kernel that was not built for this GPU, and of a GPU that it cannot use.
+        return Result("flash-attn kernels", "FAIL", f"do not run: {str(error).splitlines()[0]} Was it built for this GPU?")
+    wrong = [f"{case.case}: {case.forward:.2g} forward, {case.backward:.2g} backward" for case in cases if not case.passed]
+    seen = "; ".join(wrong) or f"{len(cases)} cases; off by at most {max(case.forward for case in cases):.2g} forward, " \
+                               f"{max(case.backward for case in cases):.2g} backward"
+    return Result("flash-attn kernels", "FAIL" if wrong else "ok",
+                  f"{seen} (allowed: {attention.MOST_FORWARD}, {attention.MOST_BACKWARD})")
+
+
+def infiniband(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
+    """The libraries without which NCCL falls back to TCP in silence. Only the image promises them."""
+    missing = []
+    for name in INFINIBAND:
+        try:
+            ctypes.CDLL(name)
+        except OSError as error:
+            missing.append(str(error))
+    # libibverbs looks for the cards' drivers by itself: the files here name them.
+    if not Path("/etc/libibverbs.d/mlx5.driver").is_file():
+        missing.append("/etc/libibverbs.d/mlx5.driver is not there")
+    cure = "" if manifest.read() else " (NCCL would use TCP: fine without such a network)"
+    yield Result("InfiniBand libraries", ("FAIL" if manifest.read() else "warn") if missing else "ok",
+                 "; ".join(missing) + cure if missing else ", ".join(INFINIBAND))
+
+
+def caches(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
+    """Whether every cache that the door sets, and the folder for temporary files, can be written to."""
+    if work_dir_problems(settings.work_dir):
+        # Looking makes the folders: a mistyped WORK_DIR would be there, and right, the next time.
+        yield Result("caches", "FAIL", "not looked at, since WORK_DIR is wrong")
+        return
+    folders = {value for value in env.values() if value.startswith(str(settings.work_dir / "cache"))}
+    problems = []
+    for folder in sorted({*folders, tempfile.gettempdir()}):
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            problems.append(f"{folder}: {error.strerror}")
+    yield Result("caches", "FAIL" if problems else "ok", "; ".join(problems) or f"{len(folders)} below WORK_DIR, writable")
+
+
+def machine(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
+    """GPUs, cores, shared memory, names and the folder to work in."""
+    gpus = hardware.visible_gpus(env)
+    yield Result("GPUs visible", "ok" if gpus else "warn", ", ".join(
+        f"{gpu.name} ({gpu.memory / 2**30:.0f} GiB)" for gpu in gpus) or "none: only the rehearsal runs here")
+    cores = hardware.cpu_count()
+    few = hardware.core_problem(cores, settings.gpus or len(gpus)) if gpus else None
+    yield Result("CPU cores", "warn" if few else "ok", few or str(cores))
+    shared = shutil.disk_usage("/dev/shm").total
+    yield Result("/dev/shm", "ok" if shared >= LEAST_SHM else "warn", f"{shared / 2**30:.1f} GiB")
+    try:
+        yield Result("localhost", "ok", socket.gethostbyname("localhost"))
+    except OSError as error:
+        yield Result("localhost", "FAIL", f"does not resolve ({error}): torchrun and Ray need it in /etc/hosts")
+    problems = work_dir_problems(settings.work_dir)
+    yield Result("WORK_DIR", "FAIL" if problems else "ok", "; ".join(problems) or str(settings.work_dir))
+    if os.getuid() == 0:
+        yield Result("user", "warn", "running as root")
+
+
+CHECKS: list[Callable[[Settings, Mapping[str, str]], Iterator[Result]]] = [
+    python_environment, image, imports, nccl, flash_attention, infiniband, machine, caches]

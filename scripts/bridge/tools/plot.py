@@ -1,0 +1,110 @@
+"""Draw the curves of runs over each other, one panel for each metric, coloured by profile.   bridge plot RUN... --keys=a,b
+
+Runs on the development side (.venv): the image has no matplotlib.   make plot STAGE=ppo ARGS='a b --keys=critic/score/mean'
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from bridge.errors import UsageError, nearest, say
+from bridge.runs import metrics, record
+from bridge.settings import Settings, is_local
+
+# Drawn unless --keys names others.
+KEYS = {"sft": "train/loss", "ppo": "critic/score/mean,response_length/mean,actor/entropy,critic/vf_loss"}
+# Runs of one profile have its colour and differ in these.
+STYLES = ("-", "--", ":", "-.")
+# Fewer points than this are marked, because a line between them says little.
+FEW = 30
+
+
+def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int:
+    """Draw what the command line says.
+
+    Raises:
+        UsageError: a run without metrics, a key that no run has, no matplotlib, or a file of another kind.
+    """
+    stage = settings.stage or "ppo"
+    if stage not in KEYS:
+        raise UsageError(f"STAGE={stage} has no curves. Use STAGE=sft or STAGE=ppo.")
+    parser = argparse.ArgumentParser(prog="bridge plot")
+    parser.add_argument("runs", nargs="*", default=[settings.run], help="names, or folders (/..., ./...) like WORK_DIR/runs/RUN")
+    parser.add_argument("--keys", default=KEYS[stage], help="metrics, with commas between")
+    parser.add_argument("--mean", type=int, default=1, help="the mean over so many steps, with the values faintly behind")
+    parser.add_argument("--output", type=Path, default=settings.work_dir / f"{stage}.svg", help="an .svg or a .png")
+    given = parser.parse_args(arguments)
+    problems = [f"--mean={given.mean}: use a whole number of at least 1."] if given.mean < 1 else []
+    if given.output.suffix not in (".svg", ".png"):
+        problems.append(f"--output={given.output}: the name has to end in .svg or .png.")
+    if not given.output.parent.is_dir():
+        problems.append(f"--output={given.output}: there is no folder {given.output.parent}. Make it, or write elsewhere.")
+    if find_spec("matplotlib") is None:
+        problems.append("matplotlib is not installed here. Draw where the development tools are: make plot.")
+    curves = {}
+    for name in dict.fromkeys(given.runs):
+        folder = (Path(name).expanduser() if is_local(name) else settings.work_dir / "runs" / name) / stage
+        rows = metrics.read(folder / "metrics.jsonl")
+        if not rows:
+            problems.append(f"run {name!r} has no metrics in {folder / 'metrics.jsonl'}.")
+        label = f"{Path(name).name} ({profile(folder, stage)})"
+        if label in curves:
+            problems.append(f"two runs are called {label}. Draw one of them from a folder of another name.")
+        curves[label] = rows
+    there = sorted({key for rows in curves.values() for row in rows for key in row} - {"step"})
+    keys = given.keys.split(",")
+    problems += [f"no run has the metric {key!r}.{nearest(key, there)} There are: {', '.join(there)}."
+                 for key in keys if there and key not in there]
+    if problems:
+        raise UsageError(*problems)
+    for name, key in ((name, key) for name in curves for key in keys if not any(key in row for row in curves[name])):
+        say(f"warning: {name} has no {key}: its panel lacks a line")
+    draw(curves, keys, given.mean, given.output)
+    print(given.output)
+    return 0
+
+
+def profile(folder: Path, stage: str) -> str:
+    """The profile that a stage's run was made with, as its record says."""
+    recorded = record.read(folder)
+    words = recorded["attempts"][-1]["command"] if recorded else []
+    return next((word.split("=")[1] for word in words if word.startswith(f"profile/{stage}=")), "profile unknown")
+
+
+def moving_mean(values: Sequence[float], count: int) -> list[float]:
+    """The mean of `count` values around each; of fewer at both ends."""
+    before, after = (count - 1) // 2, count // 2 + 1
+    windows = [values[max(0, place - before):place + after] for place in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
+
+
+def draw(curves: Mapping[str, list[dict[str, Any]]], keys: list[str], mean: int, output: Path) -> None:
+    """Write the figure: curves are {"run (profile)": lines of metrics.jsonl}, mean is the number of steps in a mean."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    profiles: dict[str, list[str]] = {}
+    for name in curves:
+        profiles.setdefault(name.rpartition(" (")[2], []).append(name)
+    looks = {name: {"color": f"C{place}", "linestyle": STYLES[number % len(STYLES)], "linewidth": 1.2}
+             for place, names in enumerate(profiles.values()) for number, name in enumerate(names)}
+    # Text as text (also with a $ in it), and the same file from the same numbers.
+    with matplotlib.rc_context({"text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "bridge", "font.size": 9}):
+        columns, lines = min(2, len(keys)), (len(keys) + 1) // 2
+        figure = Figure(figsize=(5.5 * columns, 3.2 * lines), layout="constrained")
+        panels = figure.subplots(lines, columns, squeeze=False).flat
+        for panel in panels[len(keys):]:
+            panel.remove()
+        for panel, key in zip(panels, keys, strict=False):
+            for name, rows in curves.items():
+                steps, values = [row["step"] for row in rows if key in row], [row[key] for row in rows if key in row]
+                look = {**looks[name], "marker": "." if len(steps) < FEW else None}
+                if mean > 1:
+                    panel.plot(steps, values, **{**look, "alpha": 0.25})
+                panel.plot(steps, moving_mean(values, mean), label=name, **look)
+            panel.set(title=key + (f" (mean of {mean} steps)" if mean > 1 else ""), xlabel="step")
+            panel.grid(alpha=0.3)
+        figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(curves), 3 * columns))
+        figure.savefig(output, metadata={"Date": None} if output.suffix == ".svg" else None, dpi=150)

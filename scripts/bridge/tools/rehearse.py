@@ -1,0 +1,120 @@
+"""bridge rehearse: the whole chain, small, with verl's real trainers, on this machine (CPU or one GPU).
+
+Works in WORK_DIR/rehearsal, where it first removes what an earlier one made. Uploads to a stand-in for the hub on this machine,
+never to the real one.
+"""
+
+import json
+import time
+from collections.abc import Mapping
+
+import pyarrow.parquet
+
+from bridge import hardware, model_folder
+from bridge import settings as settings_module
+from bridge.errors import UsageError, say
+from bridge.runs import checkpoints, metrics
+from bridge.settings import Settings, is_local
+from bridge.stages.eval import RESULT_FILE
+from bridge.standins.hub import Account, StandInHub
+from bridge.tools import trial
+
+REPOSITORY = "rehearsal/bridge"
+ACCOUNT = Account("rehearsal")
+TOKEN = "token-of-the-stand-in-hub"
+
+# Numbers of ranks. More than two take the tutorial's own batches, which divide by them (profile eight).
+RANKS = (1, 2, 4, 8)
+
+# (what the table calls it, stage, settings of this step)
+STEPS = (
+    ("data", "data", {}),
+    ("model", "model", {}),
+    ("sft", "sft", {}),
+    ("merge sft", "merge", {"STAGE": "sft"}),
+    ("ppo", "ppo", {"INIT": "sft"}),
+    ("merge ppo", "merge", {"STAGE": "ppo"}),
+    ("eval", "eval", {"LIMIT": "8"}),
+    ("upload", "upload", {"STAGE": "ppo"}),
+)
+
+
+def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int:
+    """Run the chain; stops at the first stage that fails and returns its exit status."""
+    if arguments:
+        raise UsageError(f"rehearse takes no arguments; got {' '.join(arguments)}. "
+                         "MODEL=, DATA_SOURCE= and GPUS= apply.")
+    gpus = hardware.visible_gpus(env)
+    ranks = settings.gpus or (1 if gpus else 2)
+    problems = [] if ranks in RANKS else [f"GPUS={ranks}: the rehearsal runs on so many ranks that its batches divide by them. "
+                                          f"Possible: GPUS={', '.join(map(str, RANKS))}."]
+    name = env.get("MODEL") or "tiny"
+    chain_env = trial.environment(
+        env, settings.work_dir / "rehearsal", MODEL=name, DATA_SOURCE=env.get("DATA_SOURCE") or "builtin",
+        PROFILE=profile(name, ranks), GPUS=str(ranks), HF_REPO=REPOSITORY)
+    # A relative folder is meant from where the person stands, which stays the same here.
+    chain = settings_module.read(chain_env)
+    made = trial.made(chain, chain.work_dir / "hub")
+    trial.check(chain, env, made, new_model=True, problems=problems)
+    if env.get("MODEL") and not gpus and settings.model not in ("tiny", "smollm2") and not is_local(settings.model):
+        # Exported for the real run, most likely.
+        raise UsageError(f"MODEL={settings.model} is too large to rehearse without a GPU. Use `make rehearse MODEL=tiny "
+                         "DATA_SOURCE=builtin`, MODEL=smollm2 or a folder with a small model.")
+    with trial.own_folder(settings, "rehearsal"):
+        trial.remove(made)
+        return run_chain(chain, chain_env)
+
+
+def profile(model_name: str, ranks: int) -> str:
+    """The file of configs/profile/ that fits this model and so many ranks."""
+    if ranks > 2:
+        return "eight"
+    return "tiny" if model_name == "tiny" else "rehearsal"
+
+
+def run_chain(chain: Settings, chain_env: Mapping[str, str]) -> int:
+    """Run the stages and print the table."""
+    rows = []
+    with StandInHub(chain.work_dir / "hub", tokens={TOKEN: ACCOUNT}) as hub:
+        for name, stage, extra in STEPS:
+            say(f"--- {name}")
+            started = time.monotonic()
+            # Only the upload goes to the stand-in: a MODEL of the real hub may be rehearsed where there is a GPU.
+            # It is on this machine, so a node that is told to stay offline reaches it.
+            step_env = {**chain_env, **extra, **({**hub.env(TOKEN), "HF_HUB_OFFLINE": "0"} if stage == "upload" else {})}
+            status = trial.stage(stage, step_env)
+            if status:
+                say(f"the rehearsal stopped at {name}; the next one begins anew")
+                return status
+            rows.append((name, time.monotonic() - started, outcome(name, chain, hub)))
+    print(trial.table(rows))
+    return 0
+
+
+def outcome(name: str, settings: Settings, hub: StandInHub) -> str:
+    """What a step left behind, read from its files."""
+    if name == "data":
+        counts = [pyarrow.parquet.ParquetFile(settings.data_dir / f"{part}.parquet").metadata.num_rows
+                  for part in ("train", "test")]
+        return f"{counts[0]} + {counts[1]} rows"
+    if name == "model":
+        return f"{settings.model_dir.name}, {model_folder.parameter_count(settings.model_dir) / 1e6:.3g} M parameters"
+    if name in ("sft", "ppo"):
+        return training_outcome(name, metrics.read(settings.stage_dir(name) / "metrics.jsonl"))
+    if name.startswith("merge "):
+        merged = settings.merged_dir(name.split()[1])
+        return f"{checkpoints.size(merged) / 1e6:.3g} MB, {merged}"
+    if name == "eval":
+        found = json.loads((settings.stage_dir("eval") / RESULT_FILE).read_text())
+        return f"{found['rows']} rows, accuracy " + ", ".join(
+            f"{which} {result['accuracy']:.3f}" for which, result in found["models"].items())
+    return f"{len(hub.files(REPOSITORY))} files at {hub.url}/{REPOSITORY}"
+
+
+def training_outcome(stage: str, rows: list[dict]) -> str:
+    """First and last value of what the stage is to improve."""
+    key, word = {"sft": ("train/loss", "loss"), "ppo": ("critic/score/mean", "reward")}[stage]
+    values = [row[key] for row in rows if key in row]
+    text = f"{len(rows)} steps, {word} {values[0]:.3f} -> {values[-1]:.3f}"
+    last = rows[-1].get("val/loss")
+    return text + (f", validation loss {last:.3f}" if last is not None else "")

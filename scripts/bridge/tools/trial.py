@@ -1,0 +1,169 @@
+"""Stages of the door, run one after another in a folder of their own: what rehearse, bench and accept share."""
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+
+from bridge import hardware
+from bridge.compose import compose
+from bridge.environment import work_dir_problems
+from bridge.errors import UsageError
+from bridge.runs import launch, record
+from bridge.settings import Settings, is_local
+from bridge.stages import data, model, train
+
+# Settings of the real run that say nothing here. No metrics of a trial are sent anywhere.
+LEFT_OUT = ("WANDB_API_KEY", "STAGE", "STEP", "CKPT", "TP", "INIT")
+# Lies in every folder that is a tool's own: no other is written to, and nothing in another is removed.
+MARK = ".made-by-bridge"
+PARTS = ("data", "models", "runs", "cache", "hub")
+# What verl's configuration asks of the environment, where only its numbers are looked at.
+NAMES = dict.fromkeys(("WORK_DIR", "BRIDGE_MODEL_DIR", "BRIDGE_STAGE_DIR", "BRIDGE_RUN_NAME", "WANDB_PROJECT"), "")
+LOCK_CURE = "Wait for it, or use another WORK_DIR."
+
+
+@contextmanager
+def own_folder(settings: Settings, name: str) -> Iterator[Path]:
+    """The folder WORK_DIR/NAME, made, marked and locked.
+
+    Raises:
+        UsageError: WORK_DIR cannot be written to, the folder is somebody else's or a link, or another process works in it.
+    """
+    folder = settings.work_dir / name
+    problems = work_dir_problems(settings.work_dir) + [
+        f"{path} is a link, and what lies behind it is not this tool's to change. Remove the link, or use another WORK_DIR."
+        for path in (folder, *(folder / part for part in PARTS)) if path.is_symlink()]
+    if problems:
+        raise UsageError(*problems)
+    if folder.exists() and not (folder / MARK).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UsageError(f"{folder} was not made by this tool, or by an older version (it holds no {MARK}), so nothing in it is "
+                         "changed or removed. Move it away or remove it yourself, or use another WORK_DIR.")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARK).touch()
+    with record.locked(folder, LOCK_CURE):
+        yield folder
+
+
+def check(settings: Settings, env: Mapping[str, str], removed: list[Path], new_model: bool,
+          trained: tuple[str, ...] = (), problems: Sequence[str] = ()) -> None:
+    """Refuse GPUS, DATA_SOURCE and MODEL before anything is removed rather than when a stage needs them.
+
+    Args:
+        settings: those of the stages, in the own folder.
+        removed: what is going to be removed.
+        new_model: whether the model has yet to be made.
+        trained: training stages whose batches are to be shared by all ranks.
+        problems: what was found already.
+
+    Raises:
+        UsageError: with everything found.
+    """
+    problems = list(problems)
+    sources = {"MODEL": settings.model_dir} if is_local(settings.model) else {}
+    try:
+        source = data.checked_source(settings.data_source)
+        sources |= {"DATA_SOURCE": Path(source)} if source not in ("hub", "builtin") else {}
+    except UsageError as error:
+        problems += error.problems
+    try:
+        if new_model:
+            check_model(settings, env)
+    except UsageError as error:
+        problems += error.problems
+    if hardware.visible_gpus(env):
+        train.choose_hardware(settings, env, [], problems, dry_run=False)
+    for stage in trained:
+        config = compose(stage, [f"profile/{stage}={settings.profile}"], NAMES)
+        faults = import_module(f"bridge.stages.{stage}").divisibility(config, settings.gpus, None)
+        problems += [f"GPUS={settings.gpus}: {fault}." for fault in faults]
+    for name, source in sources.items():
+        problems += [f"{name}={source} lies in {path}, which is removed first. Copy it elsewhere."
+                     for path in removed if source.resolve().is_relative_to(path.resolve())]
+    if problems:
+        raise UsageError(*problems)
+
+
+def check_model(settings: Settings, env: Mapping[str, str]) -> None:
+    """Look at MODEL as the model stage will, but for tiny, which is made from the data."""
+    if is_local(settings.model):
+        model.already_there(settings.model, settings.model_dir)
+    elif settings.model != "tiny":
+        model.check_source(settings.model, Path(), env)
+
+
+def made(settings: Settings, *more: Path) -> list[Path]:
+    """What stages with these settings make, and `more`: nothing else in the own folder is ever removed."""
+    own = [] if is_local(settings.model) else [settings.model_dir]
+    return [settings.data_dir, *own, settings.run_dir, settings.work_dir / "cache", *more]
+
+
+def remove(paths: list[Path]) -> None:
+    """Remove these folders. A link is removed as such: what it leads to stays.
+
+    Raises:
+        UsageError: a stage works in one of them, or one cannot be removed.
+    """
+    for lock in [lock for path in paths if not path.is_symlink() for lock in path.glob("*/.lock")]:
+        if not lock.parent.is_symlink():
+            # Only tried: on NFS what is open here could not be removed.
+            with record.locked(lock.parent, LOCK_CURE):
+                pass
+    for path in paths:
+        try:
+            if path.is_symlink():
+                path.unlink()
+            elif path.exists():
+                shutil.rmtree(path)
+        except OSError as error:
+            raise UsageError(f"{path}, left by an earlier run, cannot be removed ({error.filename}: {error.strerror}). End what "
+                             "still uses it, or remove it yourself.") from error
+
+
+def environment(env: Mapping[str, str], folder: Path, **changes: str) -> dict[str, str]:
+    """The environment of stages that run in this folder."""
+    return {**{name: value for name, value in env.items() if name not in LEFT_OUT}, "WORK_DIR": str(folder),
+            "RUN": "default", "PUBLIC": "0", "WANDB_MODE": "offline",
+            # The tool begins anew next time: a stage that is ended must not promise that it goes on.
+            "BRIDGE_TRIAL": "1", **changes}
+
+
+def stage(name: str, env: Mapping[str, str], arguments: list[str] | None = None, log: Path | None = None,
+          until: Callable[[], bool] = lambda: False) -> int:
+    """Run a stage through the door, as a person would; returns its exit status. `log` and `until` as in launch.run."""
+    return launch.run([sys.executable, "-m", "bridge", name, *(arguments or [])], env, log, None, record.secret_values(env),
+                      until=until)
+
+
+def borrow(settings: Settings, folder: Path, data: bool) -> None:
+    """Show the model of WORK_DIR, and if `data` its data, in this folder too, where they are there and it has none."""
+    shown = [(settings.data_dir, data), *([] if is_local(settings.model) else [(settings.model_dir, True)])]
+    for path, wanted in shown:
+        link = folder / path.relative_to(settings.work_dir)
+        if link.is_symlink():
+            link.unlink()
+        if wanted and (path / "run.json").is_file() and not link.exists():
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path)
+
+
+def interrupted(status: int) -> bool:
+    """Whether an exit status says that a person or Slurm ended the work, so that nothing is to follow."""
+    return status in (129, 130, 143)
+
+
+def last_lines(file: Path, count: int) -> list[str]:
+    """The end of a log, without the intermediate states of progress bars."""
+    text = file.read_bytes().decode(errors="replace") if file.is_file() else ""
+    return [line.rsplit("\r", 1)[-1][:500] for line in text.rstrip().split("\n")[-count:]]
+
+
+def table(rows: list[tuple[str, float, str]]) -> str:
+    """A closing table: what, seconds, what came out; the last line sums up."""
+    total = sum(seconds for _, seconds, _ in rows)
+    width = max(11, *(len(name) + 2 for name, _, _ in rows))
+    lines = [f"{'stage':<{width}}{'seconds':>8}  what came out"]
+    lines += [f"{name:<{width}}{seconds:>8.1f}  {text}" for name, seconds, text in [*rows, ("all", total, "")]]
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,70 @@
+"""Run a trainer that listens on the loopback address only:  python -m bridge.trainers.loopback verl.trainer.main_ppo OVERRIDES...
+
+Ray takes work from whoever reaches its ports, the dashboard's and its agent's among them, and does it as the owner of the
+trainer: so they are closed, and the others listen on 127.0.0.1 (other users of the node still reach that: docs/security.md).
+torch's store would listen on all addresses, gloo and NCCL on the network's. And ray.init() waits seconds for the dashboard.
+verl 0.5.0 has no settings for this; its module runs unchanged. For one node.
+"""
+
+import os
+import runpy
+import socket
+import sys
+
+ADDRESS = "127.0.0.1"
+# For gloo, NCCL and vLLM. Within a node NCCL's ranks only find each other over sockets: data go through NVLink or memory.
+ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": ADDRESS}
+
+
+def close() -> None:
+    """Let this process, and those it starts, find each other over the loopback address; what the user has set wins."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    close_store()
+
+
+def close_store() -> None:
+    """Let torch's TCPStore listen on the loopback address: it has no setting for that, but takes a socket that listens."""
+    from torch.distributed import TCPStore
+
+    init = TCPStore.__init__
+
+    def listen(self, host_name, port, world_size=None, is_master=False, **options) -> None:
+        if is_master and "master_listen_fd" not in options:
+            listener = socket.create_server((ADDRESS, port))
+            host_name, port = listener.getsockname()
+            # The store closes it. Its newer backend, libuv's, takes no socket.
+            options.update(master_listen_fd=listener.detach(), use_libuv=False)
+        init(self, host_name, port, world_size, is_master, **options)
+
+    TCPStore.__init__ = listen
+
+
+def close_ray() -> None:
+    """Let Ray, once started here, listen on the loopback address, without its dashboard, and call close() in its workers."""
+    import ray
+    from ray._private import utils
+
+    ray_init = ray.init
+
+    def init(*args, runtime_env=None, **options):
+        # A hook that is there (on_cpu's) calls it itself.
+        runtime_env = {"worker_process_setup_hook": "bridge.trainers.loopback.close", **(runtime_env or {})}
+        return ray_init(*args, runtime_env=runtime_env, include_dashboard=False, _node_ip_address=ADDRESS, **options)
+
+    ray.init = init
+    # Or the dashboard's agent would start whole, with a port for jobs.
+    utils.check_dashboard_dependencies_installed = lambda: False
+
+
+def main() -> None:
+    """Become the module (sys.argv[1]) with the rest of the arguments."""
+    sys.argv = sys.argv[1:]
+    close()
+    if sys.argv[0] != "torch.distributed.run":
+        close_ray()
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

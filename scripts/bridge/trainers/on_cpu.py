@@ -1,0 +1,173 @@
+"""Run one of verl's trainers where there is no GPU:  python -m bridge.trainers.on_cpu verl.trainer.main_ppo OVERRIDES...
+
+verl 0.5.0 takes `trainer.device=cpu`, but assumes CUDA (or NPU) in a few places. This module fills exactly those, in the
+trainer's own process and in every Ray worker, and then runs verl's module unchanged. For rehearsals only: slow, and the
+numbers differ slightly (float32 instead of bf16, other attention kernels).
+"""
+
+import contextlib
+import os
+import runpy
+import sys
+
+from bridge.trainers import loopback
+
+
+class _Event:
+    """CPU work is done when its call returns: an event has nothing to wait for."""
+
+    def record(self, *_args) -> None: ...
+
+    def wait(self, *_args) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, _other) -> float:
+        return 0.0
+
+
+def fill_torch_cpu() -> None:
+    """Give torch.cpu the calls that verl makes on torch.cuda. Memory figures are this process's."""
+    import psutil
+    import torch
+
+    def memory_used(*_args, **_kwargs) -> int:
+        return psutil.Process().memory_info().rss
+
+    def memory_info(*_args, **_kwargs) -> tuple[int, int]:
+        memory = psutil.virtual_memory()
+        return memory.available, memory.total
+
+    calls = {
+        "memory_allocated": memory_used,
+        "memory_reserved": memory_used,
+        "max_memory_allocated": memory_used,
+        "max_memory_reserved": memory_used,
+        "reset_peak_memory_stats": lambda *_: None,
+        "mem_get_info": memory_info,
+        "empty_cache": lambda: None,
+        "get_rng_state": lambda *_: torch.get_rng_state(),
+        "set_rng_state": lambda state, *_: torch.set_rng_state(state),
+        "manual_seed": torch.manual_seed,
+        "manual_seed_all": torch.manual_seed,
+        "get_device_name": lambda *_: "cpu",
+        "Event": _Event,
+        "current_device": lambda: "cpu",
+    }
+    for name, call in calls.items():
+        if not hasattr(torch.cpu, name):
+            setattr(torch.cpu, name, call)
+    torch.cpu.Stream.record_event = lambda self, event=None: event or _Event()
+    torch.cpu.Stream.wait_event = lambda self, event: None
+    torch.cpu.Stream.wait_stream = lambda self, stream: None
+    torch.cpu.Stream.synchronize = lambda self: None
+
+
+def use_gloo() -> None:
+    """Let torch.distributed run over gloo: verl asks for "cpu:gloo,cpu:gloo", and gloo has no ReduceOp.AVG."""
+    import torch.distributed as dist
+    import verl.utils.device
+    import verl.utils.distributed
+
+    verl.utils.device.get_nccl_backend = lambda: "gloo"
+    verl.utils.distributed.get_nccl_backend = lambda: "gloo"
+    init_process_group, all_reduce = dist.init_process_group, dist.all_reduce
+
+    def init(backend=None, **options):
+        return init_process_group("gloo" if backend and "gloo" in backend else backend, **options)
+
+    def reduce(tensor, op=dist.ReduceOp.SUM, group=None, async_op=False):
+        if op != dist.ReduceOp.AVG:
+            return all_reduce(tensor, op=op, group=group, async_op=async_op)
+        work = all_reduce(tensor, op=dist.ReduceOp.SUM, group=group)
+        tensor /= dist.get_world_size(group)
+        return work
+
+    dist.init_process_group, dist.all_reduce = init, reduce
+
+
+def use_sdpa() -> None:
+    """Load models with PyTorch's attention: verl asks for flash_attention_2, which needs a GPU."""
+    import transformers
+
+    for owner in (transformers.AutoConfig, transformers.AutoModelForCausalLM,
+                  transformers.AutoModelForTokenClassification):
+        def load(*args, _load=owner.from_pretrained, **options):
+            if options.get("attn_implementation") == "flash_attention_2":
+                options["attn_implementation"] = "sdpa"
+            return _load(*args, **options)
+
+        owner.from_pretrained = load
+    # Where flash-attn is installed (the image), verl would take its Triton cross entropy. verl's own spelling.
+    import verl.utils.torch_functional
+
+    verl.utils.torch_functional.FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE = False
+
+
+def bound_sdpa() -> None:
+    """Let PyTorch's attention know where packed rows begin and end, which transformers tells flash attention only."""
+    import torch
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    def bounded(module, query, key, value, attention_mask, cu_seq_lens_q=None, **options):
+        if cu_seq_lens_q is None:
+            return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        bounds = cu_seq_lens_q.tolist()
+        rows = [sdpa_attention_forward(module, *(states[:, :, start:end] for states in (query, key, value)), None, **options)[0]
+                for start, end in zip(bounds, bounds[1:], strict=False)]
+        return torch.cat(rows, dim=1), None
+
+    AttentionInterface.register("sdpa", bounded)
+
+
+def use_float32() -> None:
+    """Compute in float32: verl asks FSDP2 and autocast for bf16, ten times as slow on a CPU that has no instructions for it.
+
+    Without gradient checkpointing FSDP2 cannot: it gathers float32 weights into the memory that backward has remembered.
+    """
+    import torch
+    from torch.distributed import fsdp
+
+    policy = fsdp.MixedPrecisionPolicy
+    fsdp.MixedPrecisionPolicy = lambda **options: policy(**{**options, "param_dtype": torch.float32})
+    torch.autocast = lambda *_args, **_options: contextlib.nullcontext()
+
+
+def setup() -> None:
+    """Everything of the above; called in the trainer's process and, by Ray, in every worker."""
+    fill_torch_cpu()
+    use_gloo()
+    use_sdpa()
+    bound_sdpa()
+    use_float32()
+    loopback.close()
+
+
+def tell_ray(ranks: int) -> None:
+    """Let Ray place `ranks` workers, one per pretended GPU, and call setup() in each of them."""
+    import ray
+
+    # As many as are pretended, or Ray refuses; and CUDA sees none of that number, should there be a GPU that was hidden.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(["-1"] * ranks)
+    ray_init = ray.init
+
+    def init(*args, runtime_env=None, **options):
+        runtime_env = dict(runtime_env or {}, worker_process_setup_hook="bridge.trainers.on_cpu.setup")
+        return ray_init(*args, runtime_env=runtime_env, num_gpus=ranks, resources={"cpu": ranks}, **options)
+
+    ray.init = init
+
+
+def main() -> None:
+    """Set up, then become verl's module (sys.argv[1]) with the rest of the arguments."""
+    module = sys.argv[1]
+    setup()
+    if module == "verl.trainer.main_ppo":
+        tell_ray(int(os.environ["BRIDGE_CPU_RANKS"]))
+    sys.argv = sys.argv[1:]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

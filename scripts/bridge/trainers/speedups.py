@@ -1,0 +1,134 @@
+"""[image] What the tuned profile changes inside the trainer's processes: the same arithmetic with fewer kernels and less waiting.
+
+verl imports this module in every process that trains before it builds a model (its own hook, `model.external_lib`); importing
+it applies everything. On a machine without a GPU it changes nothing.
+"""
+
+import gc
+import json
+import math
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from bridge.trainers import packed_ppo
+
+
+def fuse_layers(model_type: str) -> None:
+    """Let transformers build models of this type from Liger's fused RMSNorm, RoPE and SwiGLU; a type it does not know stays.
+
+    Actor and critic both, which verl's own `use_liger` is not: it reaches the actor only. Liger's loss stays out: verl
+    computes log-probabilities from the logits.
+    """
+    from liger_kernel.transformers.monkey_patch import _apply_liger_kernel
+
+    _apply_liger_kernel(model_type, rope=True, rms_norm=True, swiglu=True, cross_entropy=False,
+                        fused_linear_cross_entropy=False)
+    compile_norms_seldom()
+
+
+def compile_norms_seldom() -> None:
+    """Let Liger compile RMSNorm's backward kernel for a few numbers of tokens, not for nearly each that a micro batch has.
+
+    How many rows one of the kernel's programs takes, ceil(tokens / multiprocessors), is a constant of the kernel. Rounded up to
+    16s it has six values up to 12,288 tokens on an H100. A program that is left without rows adds zero.
+    """
+    from liger_kernel.ops import rms_norm
+
+    # The module needs nothing else of math.
+    rms_norm.math = SimpleNamespace(ceil=lambda rows: 16 * math.ceil(rows / 16))
+
+
+def fuse_adamw() -> None:
+    """Let AdamW be one kernel that reads and writes every value once, unless the caller chooses otherwise."""
+    plain = torch.optim.AdamW
+
+    class FusedAdamW(plain):
+        def __init__(self, params, **options):
+            super().__init__(params, **{"fused": True, **options})
+
+    torch.optim.AdamW = FusedAdamW
+
+
+def open_multi_step_runner() -> None:
+    """Give vLLM's multi-step model runner the attribute through which verl hands over the weights: `model`."""
+    from vllm.worker.multi_step_model_runner import MultiStepModelRunner
+
+    MultiStepModelRunner.model = property(lambda runner: runner._base_model_runner.model)
+
+
+def look_at_models_here() -> None:
+    """Let vLLM look at a model's class in this process, which needs it anyway.
+
+    vLLM's own way is a second Python, so that CUDA stays untouched in the first: it imports torch and vLLM anew.
+    """
+    from vllm.model_executor.models import registry
+
+    registry._run_in_subprocess = lambda look: look()
+
+
+def settle() -> None:
+    """Tell Python's garbage collector that what there is stays: it need not look through it again after every few answers."""
+    gc.collect()
+    gc.freeze()
+
+
+def open_vllm(**options: Any):
+    """vLLM's engine with verl's options, for a process that trains too.
+
+    No cache of prompts' keys and values: GSM8K's prompts share a few tokens only, and no answer can come from those of the
+    weights before. Where several steps are decoded between two turns of the scheduler, flash attention 2 decodes for heads of
+    64 elements: it was seen to be faster at it than 3 (docs/benchmarks.md).
+    """
+    from vllm import LLM
+
+    look_at_models_here()
+    # A collection takes half a second in a process with all this imported, and each CUDA graph is recorded after one.
+    settle()
+    if options.get("num_scheduler_steps", 1) > 1 and head_size(model_config()) == 64:
+        # vLLM 0.8.5 has no option for it.
+        os.environ.setdefault("VLLM_FLASH_ATTN_VERSION", "2")
+    engine = LLM(**{**options, "enable_prefix_caching": False})
+    settle()
+    if not options["enable_sleep_mode"]:
+        # vLLM keeps its memory between the steps (free_cache_engine: false): PyTorch has no one to give its own back to, and
+        # may grow its blocks instead of breaking memory into pieces, which the allocator of a vLLM that sleeps forbids.
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        torch.cuda.empty_cache = lambda: None
+    return engine
+
+
+def let_verl_open_vllm_so() -> None:
+    """Let verl's rollout make its engine by open_vllm."""
+    from verl.workers.rollout.vllm_rollout import vllm_rollout_spmd
+
+    vllm_rollout_spmd.LLM = open_vllm
+
+
+def model_config() -> dict[str, Any]:
+    """config.json of the model that is trained."""
+    return json.loads((Path(os.environ["BRIDGE_MODEL_DIR"]) / "config.json").read_text())
+
+
+def head_size(config: dict[str, Any]) -> int | None:
+    """Elements of one attention head; None where a config.json says it in another way."""
+    if "head_dim" in config:
+        return config["head_dim"]
+    heads = config.get("num_attention_heads")
+    return config["hidden_size"] // heads if heads and "hidden_size" in config else None
+
+
+def apply() -> None:
+    """All of the above."""
+    fuse_layers(model_config()["model_type"])
+    fuse_adamw()
+    packed_ppo.apply()
+    open_multi_step_runner()
+    let_verl_open_vllm_so()
+
+
+if torch.cuda.is_available():
+    apply()
