@@ -1,4 +1,4 @@
-"""Where the tests run, and an option for who wants to know that all of them did: pytest itself ends well where all were skipped."""
+"""Where the tests run, and an option for who wants to know that all ran: pytest ends well where every one was skipped."""
 
 import os
 from pathlib import Path
