@@ -8,6 +8,8 @@ ended, what waitpid says. It has one thread and uses nothing of what it imports,
 those imports. So it imports nothing of ours, and nothing of which a test chooses at import time what it becomes.
 """
 
+import atexit
+import gc
 import json
 import os
 import runpy
@@ -42,6 +44,8 @@ def serve(asked: socket.socket) -> dict:
 def become(program: list[str], arguments: list[str], env: dict[str, str], cwd: str) -> None:
     """Be `python -m module`, `python -c script` or `python file`."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # At its end it would look through all that was imported, and so copy it, for garbage: 2 s.
+    atexit.register(gc.freeze)
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
