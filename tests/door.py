@@ -118,11 +118,11 @@ def processes(work_dir: Path) -> dict[int, str]:
     return found
 
 
-def run_python(script: str, folder: Path = ROOT) -> str:
+def run_python(script: str, folder: Path = ROOT, preloaded: Preloaded = TRAINER) -> str:
     """The last line that a script prints in a process of its own: what it changes for good, it changes there.
 
-    With torch, transformers, verl and vLLM imported already, and nothing of ours.
+    With torch, transformers, verl and vLLM imported already, unless it has to be another's imports, and nothing of ours.
     """
-    result = TRAINER.run("-c", script, env=dict(os.environ), cwd=folder)
+    result = preloaded.run("-c", script, env=dict(os.environ), cwd=folder)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip().splitlines()[-1]

@@ -20,7 +20,7 @@ from bridge.errors import UsageError, exit_status
 from bridge.runs import record
 from bridge.stages import train
 from bridge.stages.table import STAGES
-from door import ROOT, SHELL, bridge, recorded, run_python
+from door import DOOR, ROOT, SHELL, bridge, recorded, run_python
 
 
 def tree(folder: Path) -> set[str]:
@@ -502,6 +502,6 @@ folder = Path({str(tmp_path)!r})
 plan = Plan(["sh", "-c", "kill -TERM $$"], {{}}, folder, True, checkpoints=folder / "checkpoints")
 with contextlib.redirect_stderr(io.StringIO()) as said:
     status = door.run_plan("sft", plan, {{"PATH": "/bin:/usr/bin", **({{"BRIDGE_TRIAL": "1"}} if {trial} else {{}})}})
-print(status, said.getvalue().replace(chr(10), " "))""")
+print(status, said.getvalue().replace(chr(10), " "))""", preloaded=DOOR)
     assert said.startswith("143 ") and "sft was ended by a signal" in said
     assert ("the same command continues it" in said) is not trial

@@ -56,8 +56,11 @@ def test_the_tests_themselves_see_no_gpu_where_there_are_some(node):
         assert look({**env, "LD_LIBRARY_PATH": node["LD_LIBRARY_PATH"]}) == ["570.00.fake", []]
 
 
-def test_pytest_alone_starts_nothing_of_what_needs_a_gpu():
-    found = subprocess.run([sys.executable, "-m", "pytest", "--collect-only", "-q", "-n", "0", "-m", ""], capture_output=True,
-                           text=True, check=False, cwd=SOURCE.parents[2], env=dict(os.environ))
-    assert found.returncode == 0, found.stdout[-3000:] + found.stderr
-    assert "tests/unit/" in found.stdout and "tests/gpu/" not in found.stdout
+@pytest.mark.parametrize(("asked", "collected"), [([], False), (["tests/gpu"], True)])
+def test_pytest_alone_starts_nothing_of_what_needs_a_gpu(asked, collected):
+    # All other folders are left out only because collecting them takes seconds.
+    others = [f"--ignore=tests/{folder}" for folder in ("unit", "rehearsal")]
+    found = subprocess.run([sys.executable, "-m", "pytest", "--collect-only", "-q", "-n", "0", "-m", "", *others, *asked],
+                           capture_output=True, text=True, check=False, cwd=SOURCE.parents[2], env=dict(os.environ))
+    assert ("tests/gpu/test_" in found.stdout) == collected, found.stdout + found.stderr
+    assert found.returncode == (pytest.ExitCode.OK if collected else pytest.ExitCode.NO_TESTS_COLLECTED)
