@@ -1,29 +1,86 @@
 """The door as tests use it: run it like a person would, and see what it leaves running."""
 
+import atexit
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 from bridge.runs import metrics, record
 
 ROOT = Path(__file__).resolve().parents[1]
-# What a person's shell would have, without any setting of the bridge.
-SHELL = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
+# What a person's shell would have, without any setting of the bridge. On a GPU node, too, the tests train on CPU.
+SHELL = {**{name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ},
+         "CUDA_VISIBLE_DEVICES": "-1"}
+
+
+class Preloaded:
+    """Runs Python programs as forks of one that has imported these modules (preloaded.py), which starts with the first."""
+
+    def __init__(self, *modules: str):
+        self.modules, self.asked, self.process = modules, None, None
+
+    def end(self) -> None:
+        """Let it end, and wait for it."""
+        self.asked.close()
+        self.process.wait()
+
+    def run(self, *program: str, env: dict[str, str], cwd: Path | None = None,
+            timeout: float = 300) -> subprocess.CompletedProcess:
+        """What subprocess.run([sys.executable, *program], ...) would return; `program` begins with "-m", "-c" or a file."""
+        if self.asked is None:
+            self.asked, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            atexit.register(self.end)
+            # One thread: neither the pools of BLAS and OpenMP, nor the one with which pyarrow's memory is tidied up.
+            env_of_all = {**SHELL, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
+                          "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+            self.process = subprocess.Popen([sys.executable, Path(__file__).with_name("preloaded.py"), *self.modules],
+                                            env=env_of_all, stdin=theirs, stdout=subprocess.DEVNULL)
+            theirs.close()
+        length = 2 if program[0] in ("-m", "-c") else 1
+        with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+            message = {"program": program[:length], "arguments": program[length:], "env": env, "cwd": str(cwd or Path.cwd())}
+            socket.send_fds(self.asked, [json.dumps(message).encode()], [stdout.fileno(), stderr.fileno()])
+            self.asked.settimeout(None)
+            child = self.asked.recv(64)
+            assert child, f"no Python with {self.modules}: what it said is above"
+            self.asked.settimeout(timeout)
+            try:
+                status = self.asked.recv(64)
+            except TimeoutError:
+                os.kill(int(child), signal.SIGKILL)
+                self.asked.settimeout(None)
+                self.asked.recv(64)
+                raise
+            said = []
+            for file in (stdout, stderr):
+                file.seek(0)
+                said.append(file.read().decode())
+        return subprocess.CompletedProcess(program, os.waitstatus_to_exitcode(int(status)), *said)
+
+
+# What the door imports, and what the trainers do.
+DOOR = Preloaded("hydra", "omegaconf", "psutil", "pyarrow.parquet", "pynvml", "requests", "yaml")
+TRAINER = Preloaded("torch", "transformers.models.llama.modeling_llama", "verl.trainer.fsdp_sft_trainer", "vllm",
+                    "verl.workers.fsdp_workers", "verl.trainer.main_ppo")
 
 
 def bridge(*arguments: str, timeout: float = 600, **env: str) -> subprocess.CompletedProcess:
     """Run the door to its end; returns what it printed and its exit status."""
-    return subprocess.run([sys.executable, "-m", "bridge", *arguments], env={**SHELL, **env}, capture_output=True, text=True,
-                          check=False, timeout=timeout)
+    return DOOR.run("-m", "bridge", *arguments, env={**SHELL, **env}, timeout=timeout)
 
 
 def recorded(**changes) -> dict:
     """A record of a run, as run.json holds it."""
     return {"status": "finished", "last_step": 0, "config": None, "inputs": None, "work_dir": None,
             "attempts": [{"command": ["python"]}], **changes}
+
+
 def stopped_after(step: int, work_dir: Path, stage: str, *arguments: str, timeout: float = 300, **env: str) -> int:
     """Start a stage, end it with SIGTERM once it has gone past `step`, whose checkpoint is whole; returns its status."""
     folder = work_dir / "runs" / env["RUN"] / stage
@@ -61,8 +118,11 @@ def processes(work_dir: Path) -> dict[int, str]:
     return found
 
 
-def run_python(script: str, folder: Path = ROOT) -> str:
-    """The last line that a script prints in a process of its own: what it changes for good, it changes there."""
-    result = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=False, timeout=300)
+def run_python(script: str, folder: Path = ROOT, preloaded: Preloaded = TRAINER) -> str:
+    """The last line that a script prints in a process of its own: what it changes for good, it changes there.
+
+    With torch, transformers, verl and vLLM imported already, unless it has to be another's imports, and nothing of ours.
+    """
+    result = preloaded.run("-c", script, env=dict(os.environ), cwd=folder)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip().splitlines()[-1]

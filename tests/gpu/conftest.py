@@ -1,4 +1,10 @@
-"""What is in this folder needs a GPU, and is skipped, by name, where there is none."""
+"""What is in this folder needs a GPU, and is skipped, by name, where there is none.
+
+It runs in the image alone, which has flash-attn, and which has no pytest. On the GPU node, in the checkout, with Apptainer:
+
+    python3.11 -m pip install --no-deps --require-hashes --target work/pytest -r requirements-dev.lock
+    scripts/host/container.sh shell -c 'PYTHONPATH=work/pytest python -m pytest tests/gpu --none-skipped'
+"""
 
 import os
 

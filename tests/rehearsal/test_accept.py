@@ -8,7 +8,7 @@ import pytest
 from door import bridge, left_running
 
 # The fixture runs minutes, and longer on a busy machine.
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 
 SECRET = "hf_the_users_own_token_must_not_appear"
 
@@ -24,7 +24,7 @@ def accepted(tmp_path_factory) -> dict:
 
 def test_every_step_passes(accepted):
     assert {name: row["status"] for name, row in accepted["steps"].items()} == dict.fromkeys(
-        ("check", "all-reduce", "sft", "sft resumed", "merge sft", "ppo", "ppo resumed", "merge ppo", "ppo TP=2"), "ok")
+        ("check", "all-reduce", "sft", "sft resumed", "merge sft", "ppo", "ppo resumed", "merge ppo"), "ok")
     assert accepted["result"].returncode == 0
 
 
@@ -45,7 +45,7 @@ def test_a_stopped_training_is_continued_from_its_checkpoint(accepted):
 
 def test_the_page_says_the_same_and_neither_names_the_host_the_place_or_a_secret(accepted):
     page = (accepted["folder"] / "accept/accept.txt").read_text()
-    assert page.startswith("bridge accept: 9 steps passed, 0 failed")
+    assert page.startswith("bridge accept: 8 steps passed, 0 failed")
     assert page.strip() in accepted["result"].stdout
     both = page + json.dumps(accepted["report"])
     for hidden in (SECRET, str(accepted["folder"])):

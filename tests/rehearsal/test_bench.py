@@ -10,7 +10,7 @@ from bridge.tools import trial
 from door import bridge, left_running
 
 # The fixture runs minutes, and longer on a busy machine.
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 
 CASES = """
 steps: {sft: 4, ppo: 2}

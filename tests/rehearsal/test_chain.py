@@ -12,7 +12,7 @@ import pytest
 from bridge.runs import checkpoints, metrics, record
 from bridge.stages import merge
 from bridge.tools.rehearse import REPOSITORY, STEPS, TOKEN
-from door import SHELL, bridge, left_running
+from door import SHELL, left_running
 
 # In 64 steps the random model's loss has to fall to less than half (seen: 6.4 -> 2.3).
 LOSS_FALLS_BY = 2.0
@@ -61,6 +61,7 @@ def test_ppo_measures_rewards_and_updates_actor_and_critic(rehearsal):
     rows = metrics.read(rehearsal.stage("ppo") / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2]
     for row in rows:
+        # A random model earns nothing, so this says no more than that answers are scored: test_resume.py has a reward that moves.
         assert 0 <= row["critic/score/mean"] <= 1
         assert row["actor/grad_norm"] > 0 and row["critic/grad_norm"] > 0
         assert row["actor/lr"] == pytest.approx(1e-6) and row["critic/lr"] == pytest.approx(1e-5)
@@ -202,16 +203,3 @@ def test_the_trainers_shards_are_compared_with_the_model_that_they_started_from(
             tensors[key].to_local().copy_(weights[key].chunk(2)[rank])
         torch.save(tensors, tmp_path / name)
     assert merge.equal_to_base(tmp_path, base) is True
-
-
-# Last, because it replaces what the others look at.
-def test_an_older_step_and_any_folder_that_verl_wrote_can_be_merged(rehearsal):
-    env = {"WORK_DIR": str(rehearsal.folder), "MODEL": "tiny"}
-    for settings, stage, step in (({"STAGE": "sft", "STEP": "32"}, "sft", "global_step_32"),
-                                  ({"CKPT": str(rehearsal.stage("ppo") / "checkpoints" / "global_step_1")}, "ckpt", "actor")):
-        result = bridge("merge", **env, **settings)
-        assert result.returncode == 0, result.stderr
-        assert (rehearsal.stage(stage) / "merged" / "model.safetensors").is_file()
-        assert f"/{step} " in result.stderr.splitlines()[0]
-    critic = str(rehearsal.stage("ppo") / "checkpoints" / "global_step_1" / "critic")
-    assert "writes no text" in bridge("merge", **env, CKPT=critic).stderr

@@ -11,7 +11,9 @@ PADDED, ONE, MANY, TOKEN_MEAN = ("padded float32", "packed float32, one forward"
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(scope="module", params=[1, 2, 8], ids=["one_rank", "two_ranks", "eight_ranks"])
+@pytest.fixture(scope="module", params=[
+    pytest.param(1, id="one_rank", marks=pytest.mark.long), pytest.param(2, id="two_ranks"),
+    pytest.param(8, id="eight_ranks", marks=pytest.mark.long)])
 def results(request) -> dict[str, dict]:
     return both_trainers("cpu", request.param, [PADDED, ONE, MANY, TOKEN_MEAN])
 

@@ -17,6 +17,8 @@ PROGRAMS = {r"-m bridge\.loopback torch\.distributed\.run": "torchrun", r"-m bri
             r"/runtime_env/agent/main\.py": "runtime_env agent", r"/_private/monitor\.py": "monitor",
             r"/dashboard/agent\.py": "metrics agent", r"-m (bridge\.on_cpu|verl\.|bridge\.packed)": "torchrun's rank"}
 
+pytestmark = pytest.mark.long
+
 
 def program(command_line: str) -> str:
     """Which program of docs/security.md this is."""

@@ -12,7 +12,8 @@ from ranks import apart, in_a_process
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(scope="module", params=[2, 8], ids=["two_ranks", "eight_ranks"])
+@pytest.fixture(scope="module", params=[
+    pytest.param(2, id="two_ranks"), pytest.param(8, id="eight_ranks", marks=pytest.mark.long)])
 def results(request) -> dict[str, dict]:
     found = in_a_process(Path(both_updates.__file__), "--ranks", str(request.param))
     assert len(found[TUNED]["actor"]["forwards"]) == request.param

@@ -9,6 +9,8 @@ import pytest
 from bridge.runs import checkpoints, metrics, record
 from door import bridge, left_running, stopped_after
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def work_dir(tmp_path_factory) -> Path:
@@ -73,8 +75,16 @@ def test_a_finished_run_is_left_alone(work_dir, uninterrupted):
     assert "torch.distributed" not in result.stdout
 
 
+# The made-up problems' own score is 0 for each answer of a random model. This one differs between its answers.
+REWARD = """
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    return len(set(solution_str)) / max(1, len(solution_str))
+"""
+
+
 def test_an_interrupted_ppo_goes_on_without_repeating_or_skipping_a_step(work_dir):
-    arguments = ["trainer.total_training_steps=3"]
+    (work_dir / "reward.py").write_text(REWARD)
+    arguments = ["trainer.total_training_steps=3", f"custom_reward_function.path={work_dir / 'reward.py'}"]
     status = interrupted(work_dir, "ppo", 1, *arguments, RUN="ppo")
     assert status == 128 + signal.SIGTERM
     assert left_running(work_dir) == [], "Ray's daemons must end with the run"
@@ -83,7 +93,13 @@ def test_an_interrupted_ppo_goes_on_without_repeating_or_skipping_a_step(work_di
     (folder / "checkpoints" / checkpoints.TRACKER).write_text("")
     result = run(work_dir, "ppo", *arguments, RUN="ppo")
     assert result.returncode == 0, result.stderr[-3000:]
-    assert [row["step"] for row in metrics.read(folder / "metrics.jsonl")] == [1, 2, 3]
+    rows = metrics.read(folder / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    for row in rows:
+        assert 0 < row["critic/score/min"] < row["critic/score/mean"] < row["critic/score/max"] <= 1
+        # What is learned from: better and worse answers than the critic expected.
+        assert row["critic/advantages/min"] < 0 < row["critic/advantages/max"] and row["actor/pg_loss"] != 0
+    assert len({row["critic/score/mean"] for row in rows}) == 3
     # The oldest went when a third was whole.
     assert [checkpoint.step for checkpoint in record.saved_checkpoints(folder, "ppo")] == [2, 3]
     again = run(work_dir, "ppo", *arguments, RUN="ppo")
@@ -101,3 +117,16 @@ def test_a_failing_trainers_exit_status_is_passed_on_and_recorded(work_dir):
     assert where.endswith(f"the log is {folder / 'log.txt'}")
     # It saved nothing, so it may be started with other settings.
     assert run(work_dir, "sft", "--dry-run", RUN="fails").returncode == 0
+
+
+def test_an_older_step_and_any_folder_that_verl_wrote_can_be_merged(work_dir, uninterrupted):
+    # The checkpoints of the runs above.
+    sft, ppo = work_dir / "runs" / "through" / "sft", work_dir / "runs" / "ppo" / "ppo"
+    newest = record.newest_checkpoint(ppo, "ppo").path
+    for settings, merged, shards in (({"STAGE": "sft", "STEP": "32"}, sft, sft / "checkpoints" / "global_step_32"),
+                                     ({"CKPT": str(newest)}, work_dir / "runs" / "through" / "ckpt", newest / "actor")):
+        result = run(work_dir, "merge", RUN="through", **settings)
+        assert result.returncode == 0, result.stderr
+        assert (merged / "merged" / "model.safetensors").is_file()
+        assert f" {shards} -> {merged / 'merged'}" in result.stderr.splitlines()[0]
+    assert "writes no text" in run(work_dir, "merge", CKPT=str(newest / "critic")).stderr

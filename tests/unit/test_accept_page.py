@@ -136,3 +136,70 @@ def test_the_page_shows_the_nccl_that_is_loaded_and_not_a_variable_of_that_name(
     page, report = (tmp_path / "accept/accept.txt").read_text(), json.loads((tmp_path / "accept/accept.json").read_text())
     assert report["nccl"] == "2.22.3" and report["settings"] == {"NCCL_DEBUG": "WARN"}
     assert "2.99.9" not in page and any(line.split() == ["nccl", "2.22.3"] for line in page.splitlines())
+
+
+# ---- what a training may do wrong
+
+
+def row(step: int, time: float) -> dict:
+    return {"step": step, "time": time}
+
+
+@pytest.mark.parametrize(("rows", "options", "message"), [
+    ([1, 3], {}, r"made the steps \[1, 3\] of 3"),
+    ([1, 2], {}, r"made the steps \[1, 2\] of 3$"),
+    ([], {}, r"made the steps \[\] of 3"),
+    ([1, 2, 3], {"stop": True}, r"made the steps \[1, 2, 3\] of 3, though it was to be stopped"),
+])
+def test_a_training_that_makes_other_steps_than_it_should_fails(trial, tmp_path, monkeypatch, rows, options, message):
+    monkeypatch.setattr(accept.trial, "stage", lambda *_arguments: 0)
+    monkeypatch.setattr(accept.metrics, "read", lambda _file: [row(step, 2e9) for step in rows])
+    with pytest.raises(accept.StepFailed, match=message):
+        trial.train("sft", tmp_path / "log", [], to=3, **options)
+
+
+def test_a_training_that_had_nothing_left_to_do_fails(trial, tmp_path, monkeypatch):
+    monkeypatch.setattr(accept.trial, "stage", lambda *_arguments: 0)
+    # Of an earlier run.
+    monkeypatch.setattr(accept.metrics, "read", lambda _file: [row(step, 1.0) for step in (1, 2, 3)])
+    with pytest.raises(accept.StepFailed, match="nothing was left to do"):
+        trial.train("sft", tmp_path / "log", [], to=3)
+
+
+def test_a_run_that_starts_anew_instead_of_being_continued_fails(trial, tmp_path, monkeypatch):
+    monkeypatch.setattr(trial, "train", lambda stage, log, arguments: "step 1 after 9 s")
+    (tmp_path / "log").write_text("bridge: nothing of before\n")
+    with pytest.raises(accept.StepFailed, match="was not continued, but started anew"):
+        trial.resume("sft", tmp_path / "log")
+    (tmp_path / "log").write_text("bridge: continuing from /x/global_step_2 (step 2)\n")
+    assert trial.resume("sft", tmp_path / "log") == "continued from step 2; step 1 after 9 s"
+
+
+@pytest.mark.parametrize(("status", "lines", "said"), [
+    (1, "ok    python  3.11\nwarn  user  running as root\nFAIL  GPUs visible  none\n",
+     "warn user running as root; FAIL GPUs visible none"),
+    # It ended before it could report.
+    (1, "Traceback\n", "exit status 1"),
+])
+def test_a_failed_check_says_what_failed(trial, tmp_path, monkeypatch, status, lines, said):
+    def checked(_stage, _env, log: Path) -> int:
+        log.write_text(lines)
+        return status
+
+    monkeypatch.setattr(accept.trial, "stage", checked)
+    with pytest.raises(accept.StepFailed) as error:
+        trial.check(tmp_path / "log")
+    assert str(error.value) == said
+
+
+@pytest.mark.parametrize(("visible", "last"), [(2, "ppo TP=2"), (0, "merge ppo")])
+def test_vllm_over_several_gpus_is_tried_where_there_is_a_vllm(trial, monkeypatch, visible, last):
+    monkeypatch.setattr(accept.hardware, "visible_gpus", lambda _env: [accept.hardware.Gpu("0", "a GPU", 1, 0)] * visible)
+    monkeypatch.setattr(accept.model_folder, "attention_heads", lambda _folder: 4)
+    asked = {}
+    monkeypatch.setattr(trial, "step", asked.__setitem__)
+    trial.run()
+    assert list(asked) == ["check", "all-reduce", "sft", "sft resumed", "merge sft", "ppo", "ppo resumed", "merge ppo",
+                           "ppo TP=2"][:8 + (visible > 0)] and list(asked)[-1] == last
+    if visible:
+        assert asked[last].args == ("ppo",) and asked[last].keywords["TP"] == "2"

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import types
+from pathlib import Path
 
 import pytest
 
@@ -112,3 +113,52 @@ def test_kernels_that_do_not_run_on_the_gpu_fail_with_torchs_own_words(monkeypat
     flash_attn(monkeypatch, kernel)
     status, seen = statuses(check.flash_attention(some_settings, dict(os.environ)))["flash-attn kernels"]
     assert status == "FAIL" and "no kernel image is available" in seen and "more" not in seen
+
+
+@pytest.fixture
+def loaded_nccl(monkeypatch, tmp_path):
+    """Libraries with a version of our own: torch's in this process's memory map, and the one that vLLM would open."""
+    versions = {"torch": 22203, "vllm": 22203}
+    files = {owner: tmp_path / owner / "libnccl.so.2" for owner in versions}
+    maps = tmp_path / "maps"
+    maps.write_text(f"7f00-7f01 r-xp 0 fe:00 1    {files['torch']}\n")
+
+    class Library:
+        def __init__(self, path):
+            self.version = versions[Path(path).parent.name]
+
+        def ncclGetVersion(self, number):
+            number._obj.value = self.version
+
+    monkeypatch.setattr(check.ctypes, "CDLL", Library)
+    monkeypatch.setattr(check, "Path", lambda path: maps if path == "/proc/self/maps" else Path(path))
+    monkeypatch.setattr(check, "cuda_build", lambda: ("ok", "12.4"))
+    monkeypatch.setitem(check.sys.modules, "vllm.utils", types.SimpleNamespace(find_nccl_library=lambda: str(files["vllm"])))
+    return versions, maps
+
+
+@pytest.mark.parametrize("owner", ["torch", "vllm"])
+def test_another_nccl_than_the_lock_has_fails_whoever_loads_it(loaded_nccl, some_settings, owner):
+    versions, _ = loaded_nccl
+    names = {f"nccl of {name}" for name in versions}
+    assert {name: status for name, (status, _) in statuses(check.nccl(some_settings, {})).items() if name in names} \
+        == dict.fromkeys(names, "ok")
+    # What torch 2.6.0 itself would bring.
+    versions[owner] = 22105
+    found = statuses(check.nccl(some_settings, {}))
+    assert found[f"nccl of {owner}"][0] == "FAIL" and found[f"nccl of {owner}"][1].startswith("2.21.5 (")
+    assert [found[name][0] for name in names - {f"nccl of {owner}"}] == ["ok"]
+
+
+def test_a_torch_that_has_loaded_no_nccl_fails(loaded_nccl, some_settings):
+    loaded_nccl[1].write_text("7f00-7f01 r-xp 0 fe:00 1    /usr/lib/libc.so.6\n")
+    assert statuses(check.nccl(some_settings, {}))["nccl of torch"] == ("FAIL", "torch has loaded no libnccl")
+
+
+@pytest.mark.parametrize(("size", "status"), [(64 << 20, "warn"), (1 << 30, "ok")])
+def test_little_shared_memory_is_a_warning(monkeypatch, some_settings, size, status):
+    usage = check.shutil.disk_usage
+    monkeypatch.setattr(check.shutil, "disk_usage", lambda path: (
+        usage(path)._replace(total=size) if path == "/dev/shm" else usage(path)))
+    found = statuses(check.machine(some_settings, {}))["/dev/shm"]
+    assert found == (status, f"{size / 2**30:.1f} GiB")

@@ -20,7 +20,7 @@ from bridge.errors import UsageError, exit_status
 from bridge.runs import record
 from bridge.stages import train
 from bridge.stages.table import STAGES
-from door import ROOT, SHELL, bridge, recorded, run_python
+from door import DOOR, ROOT, SHELL, bridge, recorded, run_python
 
 
 def tree(folder: Path) -> set[str]:
@@ -308,16 +308,10 @@ def test_work_dir_may_have_spaces_and_any_letters(prepared, tmp_path):
 
 def finished_run(env: dict[str, str], **changes) -> Path:
     """A run folder as a finished sft without checkpoints leaves it; `changes` are made to its record."""
-    planned = bridge("sft", "--dry-run", **env)
-    assert planned.returncode == 0, planned.stderr
-    code = ("import os; from bridge import settings; from bridge.runs import record; from bridge.stages import table\n"
-            "s = settings.read(os.environ); plan = table.STAGES['sft'].plan(s, dict(os.environ), [], True)\n"
-            "plan.record_dir.mkdir(parents=True); record.write(plan.record_dir, record.begin(plan, os.environ), [])")
-    subprocess.run([sys.executable, "-c", code], env={**SHELL, **env}, check=True, capture_output=True)
-    folder = Path(env["WORK_DIR"]) / "runs" / env.get("RUN", "default") / "sft"
-    recorded = {**record.read(folder), "status": "finished", **changes}
-    (folder / "run.json").write_text(json.dumps(recorded))
-    return folder
+    plan = STAGES["sft"].plan(settings.read(env), {**SHELL, **env}, [], True)
+    plan.record_dir.mkdir(parents=True)
+    record.write(plan.record_dir, {**record.begin(plan, {**SHELL, **env}), "status": "finished", **changes}, [])
+    return plan.record_dir
 
 
 def test_a_finished_stage_is_not_started_again(env):
@@ -508,6 +502,6 @@ folder = Path({str(tmp_path)!r})
 plan = Plan(["sh", "-c", "kill -TERM $$"], {{}}, folder, True, checkpoints=folder / "checkpoints")
 with contextlib.redirect_stderr(io.StringIO()) as said:
     status = door.run_plan("sft", plan, {{"PATH": "/bin:/usr/bin", **({{"BRIDGE_TRIAL": "1"}} if {trial} else {{}})}})
-print(status, said.getvalue().replace(chr(10), " "))""")
+print(status, said.getvalue().replace(chr(10), " "))""", preloaded=DOOR)
     assert said.startswith("143 ") and "sft was ended by a signal" in said
     assert ("the same command continues it" in said) is not trial

@@ -14,6 +14,7 @@ PROGRAM = Path(__file__).with_name("file_errors.py")
 
 
 # A process of its own: the door ends every child of the process that it is in.
+@pytest.mark.long
 @pytest.mark.parametrize("scenario", ["fresh", "resumed", "failing"])
 def test_whichever_file_operation_fails_the_same_command_ends_as_without_the_fault(prepared, tmp_path, scenario):
     for name in ("data", "models"):

@@ -411,6 +411,7 @@ def smollm2(tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 def test_smollm2_is_a_whole_bf16_model(smollm2):
     assert model_folder.check_model_folder(smollm2) == []
     assert model_folder.parameter_count(smollm2) == 134_515_008
@@ -419,6 +420,7 @@ def test_smollm2_is_a_whole_bf16_model(smollm2):
     assert sum(file.stat().st_size for file in smollm2.iterdir()) < 280e6
 
 
+@pytest.mark.long
 def test_smollm2_has_the_tokenizer_of_the_hub(smollm2):
     from transformers import AutoTokenizer
 
@@ -432,6 +434,7 @@ def test_smollm2_has_the_tokenizer_of_the_hub(smollm2):
     assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
+@pytest.mark.long
 def test_smollm2_answers_and_stops(smollm2):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

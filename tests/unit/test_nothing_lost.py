@@ -395,3 +395,41 @@ def test_a_run_that_ends_in_a_hurry_does_not_wait_for_checksums(tmp_path, monkey
     release.set()
     housekeeping.join(10)
     assert not housekeeping.is_alive()
+
+
+def test_keep_all_keeps_every_checkpoint_and_asks_the_disk_for_all_of_them(env, tmp_path):
+    kept = plan({**env, "KEEP": "all"}, "sft", "trainer.save_freq=4")
+    assert kept.keep is None
+    # 64 steps, one checkpoint in 4.
+    [said] = [note for note in kept.notes if note.startswith("checkpoints: ")]
+    assert "kept: all" in said, said
+    folder = tmp_path / "checkpoints"
+    housekeeping = checkpoints.Housekeeping(folder, SAVED["sft"], kept.keep)
+    for step in (1, 2, 3, 4):
+        write_checkpoint(folder, step)
+        housekeeping.look()
+    assert list(checkpoints.prune(folder, SAVED["sft"], kept.keep)) == []
+    assert [found.step for found in checkpoints.list_checkpoints(folder, SAVED["sft"])] == [1, 2, 3, 4]
+
+
+# ---- a file system without locks
+
+
+@pytest.mark.parametrize("error", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_said_and_the_run_goes_on(tmp_path, monkeypatch, capsys, error):
+    def without_locks(*_arguments):
+        raise OSError(error, "no locks")
+
+    monkeypatch.setattr(record.fcntl, "lockf", without_locks)
+    with record.locked(tmp_path):
+        assert (tmp_path / ".lock").read_text().startswith("process ")
+    assert f"{tmp_path} is on a file system without locks" in capsys.readouterr().err
+
+
+def test_another_error_of_a_lock_is_no_file_system_without_locks(tmp_path, monkeypatch):
+    def fails(*_arguments):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(record.fcntl, "lockf", fails)
+    with pytest.raises(OSError, match="Input/output error"), record.locked(tmp_path):
+        raise AssertionError("it was taken for held")

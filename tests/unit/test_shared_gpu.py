@@ -2,6 +2,9 @@
 own have these methods is read."""
 
 import ast
+import os
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,5 +44,7 @@ print(newer().determine_available_memory(), older().determine_num_available_bloc
 
 
 def test_without_a_gpu_nothing_is_changed():
-    assert run_python("import os\nos.environ['CUDA_VISIBLE_DEVICES'] = '-1'\n"
-                      "import sys, shared_gpu; print('vllm' in sys.modules)", HERE) == "False"
+    # In a Python that has imported nothing yet.
+    found = subprocess.run([sys.executable, "-c", "import sys, shared_gpu; print('vllm' in sys.modules)"], cwd=HERE, check=True,
+                           env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1"}, capture_output=True, text=True)
+    assert found.stdout == "False\n"

@@ -133,7 +133,8 @@ class Acceptance:
             self.step(f"{stage} resumed", partial(self.resume, stage))
             self.step(f"merge {stage}", partial(self.merge, stage))
         tp = widest_tp(self.settings.gpus, model_folder.attention_heads(self.settings.model_dir))
-        if tp > 1:
+        # Without a GPU there is no vLLM: what generates there has the whole model on each rank, whatever TP= says.
+        if tp > 1 and hardware.visible_gpus(self.env):
             self.step(f"ppo TP={tp}", partial(self.train, "ppo", arguments=NOT_SAVING, to=SAVED, RUN=f"tp{tp}", TP=str(tp)))
 
 

@@ -1,0 +1,66 @@
+"""A GPU node, as far as NVML goes: pynvml is the real one, the library of the driver behind it is fake_nvml.c."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from door import SHELL
+
+SOURCE = Path(__file__).with_name("fake_nvml.c")
+LOOK = """
+import json, os
+from bridge import hardware
+gpus = hardware.visible_gpus(os.environ)
+print(json.dumps([hardware.driver_version(), [[gpu.device, gpu.name, gpu.memory, gpu.memory_used] for gpu in gpus]]))
+"""
+GPUS = [[device, "a fake GPU", 80 << 30, 1 << 30] for device in ("0", "1")]
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory) -> dict[str, str]:
+    """The environment of a node with two GPUs."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if not compiler:
+        pytest.skip("the fake of NVML has to be compiled: no cc or gcc on PATH")
+    folder = tmp_path_factory.mktemp("fake-nvml")
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", folder / "libnvidia-ml.so.1", SOURCE], check=True)
+    return {**{name: value for name, value in SHELL.items() if name != "CUDA_VISIBLE_DEVICES"}, "LD_LIBRARY_PATH": str(folder)}
+
+
+def look(env: dict[str, str]) -> list:
+    found = subprocess.run([sys.executable, "-c", LOOK], env=env, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    return json.loads(found.stdout)
+
+
+@pytest.mark.parametrize(("visible", "gpus"), [
+    (None, GPUS), ("1", GPUS[1:]), ("GPU-fake-1,0", GPUS[::-1]), ("-1", []), ("2,0", [])])
+def test_nvml_is_asked_for_the_gpus_and_the_driver(node, visible, gpus):
+    assert look(node if visible is None else {**node, "CUDA_VISIBLE_DEVICES": visible}) == ["570.00.fake", gpus]
+
+
+def test_without_the_drivers_library_there_is_no_gpu(node):
+    if look({**node, "LD_LIBRARY_PATH": ""})[0] is not None:
+        pytest.skip("this machine has the driver's library")
+    assert look({**node, "LD_LIBRARY_PATH": ""}) == [None, []]
+
+
+def test_the_tests_themselves_see_no_gpu_where_there_are_some(node):
+    # What a test hands to the door, and what it has itself.
+    for env in (SHELL, os.environ):
+        assert look({**env, "LD_LIBRARY_PATH": node["LD_LIBRARY_PATH"]}) == ["570.00.fake", []]
+
+
+@pytest.mark.parametrize(("asked", "collected"), [([], False), (["tests/gpu"], True)])
+def test_pytest_alone_starts_nothing_of_what_needs_a_gpu(asked, collected):
+    # All other folders are left out only because collecting them takes seconds.
+    others = [f"--ignore=tests/{folder}" for folder in ("unit", "rehearsal")]
+    found = subprocess.run([sys.executable, "-m", "pytest", "--collect-only", "-q", "-n", "0", "-m", "", *others, *asked],
+                           capture_output=True, text=True, check=False, cwd=SOURCE.parents[2], env=dict(os.environ))
+    assert ("tests/gpu/test_" in found.stdout) == collected, found.stdout + found.stderr
+    assert found.returncode == (pytest.ExitCode.OK if collected else pytest.ExitCode.NO_TESTS_COLLECTED)
