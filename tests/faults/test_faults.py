@@ -45,7 +45,8 @@ class Case:
 
     @contextmanager
     def started(self, *command: str, **settings: str) -> Iterator[subprocess.Popen]:
-        """The door while it runs; at the end it has ended, and nothing that it started."""
+        """The door while it runs; at the end it has ended, and all that it started."""
+        self.attempts_before = self.attempts()
         with open(self.out, "wb") as output:
             door = subprocess.Popen([*self.prefix, sys.executable, "-m", "bridge", *(command or self.command)], stdout=output,
                                     stderr=subprocess.STDOUT, env=self.env(**settings))
@@ -116,9 +117,8 @@ class Case:
         Yields what says whether it has come there.
         """
         shard = self.folder / f"global_step_{step}" / part / "optim_world_size_2_rank_1.pt"
-        before = self.attempts()
         # What a run before left there has been put aside by then.
-        self.wait_for(lambda: self.attempts() > before, door)
+        self.wait_for(lambda: self.attempts() > self.attempts_before, door)
         shard.parent.mkdir(parents=True)
         # Whoever writes into it waits until it is read.
         os.mkfifo(shard)
@@ -275,8 +275,11 @@ def test_the_door_is_killed_during_a_save(copy, stopped, through, seen):
 
 # Each of these three goes on with what the one before it left: a start of Ray and two models takes most of a minute.
 @pytest.fixture(scope="module")
-def ppo(tmp_path_factory, prepared) -> Case:
-    return new_case(tmp_path_factory, prepared, PPO)
+def ppo(tmp_path_factory, prepared) -> Iterator[Case]:
+    case = new_case(tmp_path_factory, prepared, PPO)
+    yield case
+    # What of Ray's outlives a door that was killed has ended by itself, while the other tests ran.
+    case.wait_for(lambda: not left_running(case.work_dir))
 
 
 def test_a_Ray_worker_is_killed_during_a_step(ppo, seen):
@@ -311,7 +314,6 @@ def test_the_door_of_PPO_is_killed_during_a_save(ppo, seen):
     assert left.keys() == {"global_step_1", "global_step_2"} == {path.name for path in ppo.folder.glob("global_step_*")}
     check_kept(kept, ppo)
     assert runs.read(ppo.stage_dir)["status"] == "finished"
-    ppo.wait_for(lambda: not left_running(ppo.work_dir))
     seen("(killed; two agents of Ray's may outlive it by a minute or two, and end by themselves)",
          f"{told}; steps 1 and 2, both checkpoints")
 
