@@ -22,7 +22,7 @@ SFT = ["sft", f"trainer.total_training_steps={STEPS}", f"trainer.save_freq={EVER
        "data.max_length=128"]
 PPO = ["ppo", "trainer.total_training_steps=2", "trainer.save_freq=1"]
 # Words of the command lines of the processes that are killed.
-RANK, DRIVER, RAY_WORKER = "bridge.on_cpu verl.trainer.fsdp_sft_trainer", "bridge.loopback", "WorkerDict"
+RANK, DRIVER, RAY_WORKER = "on_cpu verl.trainer.fsdp_sft_trainer", ".loopback ", "WorkerDict"
 # How long one wait for an event may take, on a busy machine too. (Undisturbed nothing takes longer than two minutes.)
 PATIENCE = 300
 # These of Ray's outlive a door that was killed. They see at once that their daemon is gone, and try to tell that to another which
