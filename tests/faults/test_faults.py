@@ -38,6 +38,7 @@ class Case:
         self.stage_dir = (seen_at or work_dir) / "runs" / "default" / command[0]
         self.folder = self.stage_dir / "checkpoints"
         self.out = work_dir.with_name(work_dir.name + ".out")
+        self.attempts_before = 0
 
     def env(self, **settings: str) -> dict[str, str]:
         return {**SHELL, "WORK_DIR": str(self.work_dir), "MODEL": "tiny", "PROFILE": "tiny", "GPUS": "2",
