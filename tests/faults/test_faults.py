@@ -17,15 +17,16 @@ from bridge.runs import checkpoints, metrics, record
 from door import SHELL, bridge, left_running, processes
 from downloads_hub import Account, DownloadsHub
 
-STEPS, EVERY, LAST = 12, 4, 8
+STEPS, EVERY, LAST = 9, 3, 6
 SFT = ["sft", f"trainer.total_training_steps={STEPS}", f"trainer.save_freq={EVERY}", "data.train_batch_size=8",
        "data.max_length=128"]
 PPO = ["ppo", "trainer.total_training_steps=2", "trainer.save_freq=1"]
-# How long one wait may take, on a busy machine too. (Undisturbed nothing takes longer than two minutes.)
+# Words of the command lines of the processes that are killed.
+RANK, DRIVER, RAY_WORKER = "on_cpu verl.trainer.fsdp_sft_trainer", ".loopback ", "WorkerDict"
+# How long one wait for an event may take, on a busy machine too. (Undisturbed nothing takes longer than two minutes.)
 PATIENCE = 300
-# How long processes may outlive a door that was killed: a few seconds, but for these of Ray's. They see at once that their daemon
-# is gone, and try to tell that to another which is gone, too.
-GONE = 20
+# These of Ray's outlive a door that was killed. They see at once that their daemon is gone, and try to tell that to another which
+# is gone, too.
 AGENTS = ("ray/dashboard/agent.py", "ray/_private/runtime_env/agent/main.py")
 
 
@@ -37,6 +38,7 @@ class Case:
         self.stage_dir = (seen_at or work_dir) / "runs" / "default" / command[0]
         self.folder = self.stage_dir / "checkpoints"
         self.out = work_dir.with_name(work_dir.name + ".out")
+        self.attempts_before = 0
 
     def env(self, **settings: str) -> dict[str, str]:
         return {**SHELL, "WORK_DIR": str(self.work_dir), "MODEL": "tiny", "PROFILE": "tiny", "GPUS": "2",
@@ -44,7 +46,8 @@ class Case:
 
     @contextmanager
     def started(self, *command: str, **settings: str) -> Iterator[subprocess.Popen]:
-        """The door while it runs; at the end it has ended, and nothing that it started."""
+        """The door while it runs; at the end it has ended, and all that it started."""
+        self.attempts_before = self.attempts()
         with open(self.out, "wb") as output:
             door = subprocess.Popen([*self.prefix, sys.executable, "-m", "bridge", *(command or self.command)], stdout=output,
                                     stderr=subprocess.STDOUT, env=self.env(**settings))
@@ -57,16 +60,15 @@ class Case:
         self.wait_for_the_rest()
 
     def wait_for_the_rest(self) -> None:
-        """Wait until nothing works here any more, in less time than a person needs to start it again."""
-        self.wait_for(lambda: all(any(agent in command for agent in AGENTS) for command in left_running(self.work_dir)),
-                      seconds=GONE)
+        """Wait until nothing works here any more."""
+        self.wait_for(lambda: all(any(agent in command for agent in AGENTS) for command in left_running(self.work_dir)))
 
-    def wait_for(self, condition: Callable[[], object], door: subprocess.Popen | None = None, seconds: float = PATIENCE) -> None:
-        deadline = time.monotonic() + seconds
+    def wait_for(self, condition: Callable[[], object], door: subprocess.Popen | None = None) -> None:
+        deadline = time.monotonic() + PATIENCE
         while not condition():
             assert door is None or door.poll() is None, self.out.read_text()[-3000:]
             assert time.monotonic() < deadline, f"waited in vain: {left_running(self.work_dir)} {self.out.read_text()[-3000:]}"
-            time.sleep(0.01)
+            time.sleep(0.02)
 
     def again(self, *more: str) -> str:
         """The same command, to its end; returns what it said of how it went on."""
@@ -95,43 +97,59 @@ class Case:
     def attempts(self) -> int:
         return len((record.read(self.stage_dir) or {"attempts": []})["attempts"])
 
-    def has_saved(self, step: int) -> bool:
-        return any(found.step == step and found.complete for found in record.saved_checkpoints(self.stage_dir, self.command[0]))
-
-    def in_step_after(self, step: int, door: subprocess.Popen) -> None:
-        """Wait until this step is saved and the next one is under way."""
-        def under_way() -> bool:
-            rows = metrics.read(self.stage_dir / "metrics.jsonl")
-            return bool(rows) and rows[-1]["step"] >= step and self.has_saved(step)
-
-        self.wait_for(under_way, door)
+    @contextmanager
+    def in_step_after(self, step: int, next_save: int, part: str, door: subprocess.Popen) -> Iterator[None]:
+        """Wait until this step is done and the next one is under way; the run does not get past its next save meanwhile."""
+        with self.stopping_in_save_of(next_save, part, door):
+            self.wait_for(lambda: [row for row in metrics.read(self.stage_dir / "metrics.jsonl") if row["step"] >= step], door)
+            yield
 
     @contextmanager
     def in_save_of(self, step: int, part: str, door: subprocess.Popen) -> Iterator[None]:
-        """Wait until the save of this step is writing rank 1's second shard, and hold it there; it is then cut in the middle."""
+        """Wait until the save of this step is writing rank 1's second shard, and hold it there."""
+        with self.stopping_in_save_of(step, part, door) as has_come_there:
+            self.wait_for(has_come_there, door)
+            yield
+
+    @contextmanager
+    def stopping_in_save_of(self, step: int, part: str, door: subprocess.Popen) -> Iterator[Callable[[], bool]]:
+        """Let the save of this step stop in the middle of rank 1's second shard, which is cut there where the run has ended.
+
+        Yields what says whether it has come there.
+        """
         shard = self.folder / f"global_step_{step}" / part / "optim_world_size_2_rank_1.pt"
-        before = self.attempts()
         # What a run before left there has been put aside by then.
-        self.wait_for(lambda: self.attempts() > before, door)
+        self.wait_for(lambda: self.attempts() > self.attempts_before, door)
         shard.parent.mkdir(parents=True)
         # Whoever writes into it waits until it is read.
         os.mkfifo(shard)
         pipe = os.open(shard, os.O_RDONLY | os.O_NONBLOCK)
         begun = b""
 
-        def writing() -> bool:
+        def has_come_there() -> bool:
             nonlocal begun
-            with open(os.dup(pipe), "rb", buffering=0) as stream:
-                begun = stream.read(1000) or b""
+            with suppress(BlockingIOError):
+                begun = begun or os.read(pipe, 1000)
             return bool(begun)
 
         try:
-            self.wait_for(writing, door)
-            yield
+            yield has_come_there
+            has_come_there()
         finally:
+            shard.unlink()
+            if begun and door.poll() is None:
+                # Who still writes goes on, and what is written is lost.
+                os.set_blocking(pipe, True)
+                while os.read(pipe, 1 << 16):
+                    pass
+            elif begun:
+                shard.write_bytes(begun)
             os.close(pipe)
-        shard.unlink()
-        shard.write_bytes(begun)
+        for folder in (shard.parent, *shard.parent.parents):
+            # What was only made to hold the pipe.
+            if folder == self.folder or any(folder.iterdir()):
+                break
+            folder.rmdir()
 
     def process(self, words: str) -> int:
         """The first process of this run with these words in its command line: a rank, not its data loaders."""
@@ -144,7 +162,9 @@ class Case:
 
 
 def new_case(tmp_path_factory, prepared: Path, command: list[str], copied_from: Case | None = None) -> Case:
-    work_dir = tmp_path_factory.mktemp("case")
+    # Its processes are found by this path: no other may begin with it.
+    work_dir = tmp_path_factory.mktemp("case") / "work"
+    work_dir.mkdir()
     for name in ("data", "models"):
         (work_dir / name).symlink_to(prepared / name)
     if copied_from:
@@ -174,16 +194,11 @@ def through(tmp_path_factory, prepared) -> Case:
 def stopped(tmp_path_factory, prepared) -> Case:
     """An sft whose door was killed in a step. To be copied."""
     case = new_case(tmp_path_factory, prepared, SFT)
-    with case.started() as door:
-        case.in_step_after(LAST, door)
+    with case.started() as door, case.in_step_after(LAST + 1, STEPS, ".", door):
         door.kill()
-    assert metrics.read(case.stage_dir / "metrics.jsonl")[-1]["step"] < STEPS
+        case.wait_for_the_rest()
+    assert case.complete().keys() == {f"global_step_{EVERY}", f"global_step_{LAST}"}
     return case
-
-
-@pytest.fixture
-def case(tmp_path_factory, prepared) -> Case:
-    return new_case(tmp_path_factory, prepared, SFT)
 
 
 @pytest.fixture
@@ -232,47 +247,47 @@ def ended_as(case: Case, through: Case, kept: dict[str, dict[str, bytes]]) -> st
 # ---- killed
 
 
-def test_a_rank_is_killed_during_a_step(case, through, seen):
-    with case.started() as door:
-        case.in_step_after(LAST, door)
-        kept = case.complete()
-        os.kill(case.process("bridge.trainers.on_cpu verl.trainer.fsdp_sft_trainer"), signal.SIGKILL)
-    assert door.returncode == 1
-    seen(case.said(), ended_as(case, through, kept))
-
-
-def test_a_rank_is_killed_during_a_save(case, through, seen):
-    with case.started() as door, case.in_save_of(STEPS, ".", door):
-        kept = case.complete()
-        os.kill(case.process("bridge.trainers.on_cpu verl.trainer.fsdp_sft_trainer"), signal.SIGKILL)
+def test_a_rank_is_killed_during_a_step(copy, stopped, through, seen):
+    with copy.started() as door, copy.in_step_after(LAST + 1, STEPS, ".", door):
+        os.kill(copy.process(RANK), signal.SIGKILL)
         door.wait(timeout=PATIENCE)
     assert door.returncode == 1
-    seen(case.said(), ended_as(case, through, kept))
+    seen(copy.said(), ended_as(copy, through, stopped.complete()))
+
+
+def test_a_rank_is_killed_during_a_save(copy, stopped, through, seen):
+    with copy.started() as door, copy.in_save_of(STEPS, ".", door):
+        os.kill(copy.process(RANK), signal.SIGKILL)
+        door.wait(timeout=PATIENCE)
+    assert door.returncode == 1
+    seen(copy.said(), ended_as(copy, through, stopped.complete()))
 
 
 def test_the_door_is_killed_during_a_step(copy, stopped, through, seen):
     seen("(killed)", ended_as(copy, through, stopped.complete()))
 
 
-def test_the_door_is_killed_during_a_save(case, through, seen):
-    with case.started() as door, case.in_save_of(STEPS, ".", door):
-        kept = case.complete()
+def test_the_door_is_killed_during_a_save(copy, stopped, through, seen):
+    with copy.started() as door, copy.in_save_of(STEPS, ".", door):
         door.kill()
-        case.wait_for_the_rest()
-    seen("(killed)", ended_as(case, through, kept))
+        copy.wait_for_the_rest()
+    seen("(killed)", ended_as(copy, through, stopped.complete()))
 
 
-# The second goes on with what the first left: a start of Ray and two models takes most of a minute.
+# Each of these three goes on with what the one before it left: a start of Ray and two models takes most of a minute.
 @pytest.fixture(scope="module")
-def ppo(tmp_path_factory, prepared) -> Case:
-    return new_case(tmp_path_factory, prepared, PPO)
+def ppo(tmp_path_factory, prepared) -> Iterator[Case]:
+    case = new_case(tmp_path_factory, prepared, PPO)
+    yield case
+    # What of Ray's outlives a door that was killed has ended by itself, while the other tests ran.
+    case.wait_for(lambda: not left_running(case.work_dir))
 
 
 def test_a_Ray_worker_is_killed_during_a_step(ppo, seen):
-    with ppo.started() as door:
-        ppo.in_step_after(1, door)
+    with ppo.started() as door, ppo.in_step_after(1, 2, "actor", door):
         kept = ppo.complete()
-        os.kill(ppo.process("WorkerDict"), signal.SIGKILL)
+        os.kill(ppo.process(RAY_WORKER), signal.SIGKILL)
+        door.wait(timeout=PATIENCE)
     assert door.returncode == 1
     seen(ppo.said(), ppo_will_go_on(ppo, kept))
 
@@ -280,10 +295,28 @@ def test_a_Ray_worker_is_killed_during_a_step(ppo, seen):
 def test_the_driver_of_PPO_is_killed_during_a_save(ppo, seen):
     with ppo.started() as door, ppo.in_save_of(2, "actor", door):
         kept = ppo.complete()
-        os.kill(ppo.process("bridge.trainers.loopback"), signal.SIGKILL)
+        os.kill(ppo.process(DRIVER), signal.SIGKILL)
         door.wait(timeout=PATIENCE)
     assert door.returncode == 128 + signal.SIGKILL
     seen(ppo.said(), ppo_will_go_on(ppo, kept))
+
+
+def test_the_door_of_PPO_is_killed_during_a_save(ppo, seen):
+    with ppo.started() as door, ppo.in_save_of(2, "actor", door):
+        kept = ppo.complete()
+        door.kill()
+        # Ray's daemons follow their driver.
+        ppo.wait_for_the_rest()
+    assert kept.keys() == {"global_step_1"}
+    check_kept(kept, ppo)
+    told = ppo.again()
+    assert [row["step"] for row in metrics.read(ppo.stage_dir / "metrics.jsonl")] == [1, 2]
+    left = ppo.complete()
+    assert left.keys() == {"global_step_1", "global_step_2"} == {path.name for path in ppo.folder.glob("global_step_*")}
+    check_kept(kept, ppo)
+    assert record.read(ppo.stage_dir)["status"] == "finished"
+    seen("(killed; two agents of Ray's may outlive it by a minute or two, and end by themselves)",
+         f"{told}; steps 1 and 2, both checkpoints")
 
 
 def ppo_will_go_on(case: Case, kept: dict[str, dict[str, bytes]]) -> str:
@@ -329,7 +362,7 @@ def test_the_door_is_killed_during_an_upload(tmp_path, through, seen):
 
 
 @pytest.fixture
-def small_disk(tmp_path_factory, prepared) -> Iterator[Case]:
+def small_disk(tmp_path_factory, prepared, stopped) -> Iterator[Case]:
     """A WORK_DIR on a file system of 128 MiB, which only processes of a mount namespace of its own see."""
     work_dir = tmp_path_factory.mktemp("small_disk")
     mount = f"mount -t tmpfs -o size=128m tmpfs {work_dir} && echo && exec cat"
@@ -340,25 +373,29 @@ def small_disk(tmp_path_factory, prepared) -> Iterator[Case]:
         inside = Path(f"/proc/{holder.pid}/root{work_dir}")
         for name in ("data", "models"):
             (inside / name).symlink_to(prepared / name)
+        shutil.copytree(stopped.work_dir / "runs", inside / "runs")
         yield Case(work_dir, SFT, ("nsenter", f"--mount=/proc/{holder.pid}/ns/mnt"), inside)
     finally:
         holder.communicate()
 
 
-def test_the_disk_is_full_during_a_save(small_disk, through, seen):
+def fill_disk_with(file: Path) -> None:
+    for length in (1 << 20, 1 << 12):
+        with open(file, "ab", buffering=0) as stream, suppress(OSError):
+            while True:
+                stream.write(bytes(length))
+
+
+def test_the_disk_is_full_during_a_save(small_disk, stopped, through, seen):
     case = small_disk
     ballast = case.stage_dir.parents[2] / "ballast"
-    with case.started() as door:
-        case.in_step_after(LAST, door)
-        kept = case.complete()
-        with open(ballast, "wb", buffering=0) as file, suppress(OSError):
-            while True:
-                file.write(bytes(1 << 12))
+    with case.started() as door, case.in_step_after(LAST + 1, STEPS, ".", door):
+        fill_disk_with(ballast)
     assert door.returncode == 1
     said = [case.brief(line) for line in case.out.read_text().splitlines() if "bridge: writing to log.txt failed" in line]
     assert len(said) == 1 and "No space left on device" in said[0], said
     ballast.unlink()
-    seen(f"{said[0]}; {case.said()}", ended_as(case, through, kept))
+    seen(f"{said[0]}; {case.said()}", ended_as(case, through, stopped.complete()))
 
 
 def test_a_shard_is_cut_short(copy, through, seen):
@@ -386,21 +423,21 @@ def test_the_tracker_is_gone(copy, stopped, through, seen):
 
 
 def test_the_tracker_names_a_step_that_is_not_there(copy, stopped, through, seen):
-    (copy.folder / checkpoints.TRACKER).write_text("10")
+    (copy.folder / checkpoints.TRACKER).write_text(str(STEPS - 1))
     seen("", ended_as(copy, through, stopped.complete()))
 
 
 # ---- and two at once
 
 
-def test_two_start_the_same_run_at_once(case, through, seen):
-    with open(case.work_dir / "other.out", "wb") as output:
-        other = subprocess.Popen([sys.executable, "-m", "bridge", *SFT], env=case.env(), stdout=output, stderr=subprocess.STDOUT)
-    with case.started() as door:
+def test_two_start_the_same_run_at_once(copy, stopped, through, seen):
+    with open(copy.work_dir / "other.out", "wb") as output:
+        other = subprocess.Popen([sys.executable, "-m", "bridge", *SFT], env=copy.env(), stdout=output, stderr=subprocess.STDOUT)
+    with copy.started() as door:
         other.wait(timeout=PATIENCE)
     assert sorted([door.returncode, other.returncode]) == [0, 2]
-    loser = case.work_dir / "other.out" if other.returncode else case.out
-    said = loser.read_text().splitlines()[-1]
-    assert "another run works in" in said and "Traceback" not in loser.read_text()
+    loser = copy.work_dir / "other.out" if other.returncode else copy.out
+    told = loser.read_text().splitlines()[-1]
+    assert "another run works in" in told and "Traceback" not in loser.read_text()
     seen("to the second: another run works in WORK_DIR/runs/default/sft (process ... on ... since ...). Wait for it, or give "
-         "this one a name of its own: RUN=NAME.", f"the first was not disturbed: {check_end(case, through, {})}")
+         "this one a name of its own: RUN=NAME.", f"the first was not disturbed: {check_end(copy, through, stopped.complete())}")
