@@ -7,7 +7,7 @@ from statistics import mean, stdev
 import pytest
 from test_configs import TUTORIAL
 
-from door import ROOT, bridge
+from door import ROOT, bridge, record
 
 DOCS = ROOT / "docs"
 RESULTS = DOCS / "benchmarks"
@@ -96,6 +96,27 @@ def test_the_tables_and_the_chart_of_the_benchmark_are_those_that_bench_makes(pa
     tables = shown.stdout.split("\n", 2)[2].strip()
     assert tables.count("|") > 100 and tables in page.read_text()
     assert (tmp_path / f"{name}.svg").read_text() == (RESULTS / f"{name}.svg").read_text()
+
+
+@pytest.mark.parametrize(("chart", "name", "stage", "mean_of"), [
+    ("ppo_curves", "ppo_curves", "ppo", 1), ("learned_sft", "learned", "sft", 1), ("learned_ppo", "learned", "ppo", 5)])
+def test_the_curves_are_those_that_plot_draws_from_the_file(chart, name, stage, mean_of, tmp_path):
+    # learned.json has one run's stages, ppo_curves.json a stage's runs, called PROFILE-SEED.
+    curves = {"learned": load(f"{name}.json")[stage]} if name == "learned" else load(f"{name}.json")
+    for run, rows in curves.items():
+        folder = tmp_path / "runs" / run / stage
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        profile = "tuned" if run == "learned" else run.partition("-")[0]
+        (folder / "run.json").write_text(json.dumps(record(attempts=[{"command": [f"profile/{stage}={profile}"]}])))
+    drawn = tmp_path / "drawn.svg"
+    shown = bridge("plot", *curves, f"--mean={mean_of}", f"--output={drawn}", STAGE=stage, WORK_DIR=str(tmp_path))
+    assert shown.returncode == 0, shown.stderr
+    # Texts and numbers in turn, without the names that matplotlib makes up of the numbers.
+    told, found = (re.split(r"(-?\d+\.?\d*)", re.sub(r"\b[mp][0-9a-f]{10}\b", "id", file.read_text()))
+                   for file in (RESULTS / f"{chart}.svg", drawn))
+    assert told[::2] == found[::2]
+    assert list(map(float, told[1::2])) == pytest.approx(list(map(float, found[1::2])), abs=0.01)
 
 
 def test_no_file_of_results_is_left_that_no_page_names():
