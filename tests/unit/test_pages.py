@@ -1,0 +1,175 @@
+"""What the pages say is what the files have: tables of figures, links, paths, commands, settings. The README stays short."""
+
+import json
+import re
+from statistics import mean, stdev
+
+import pytest
+from test_configs import TUTORIAL
+
+from door import ROOT, bridge, record
+
+DOCS = ROOT / "docs"
+RESULTS = DOCS / "benchmarks"
+READMES = [ROOT / "README.md", ROOT / "README.ja.md"]
+PAGES = [*READMES, *DOCS.rglob("*.md")]
+every_page = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+both_readmes = pytest.mark.parametrize("page", READMES, ids=[page.name for page in READMES])
+
+
+def load(name: str) -> dict:
+    """A file of results."""
+    return json.loads((RESULTS / name).read_text())
+
+
+def cells(text: str, head: str) -> list[list[str]]:
+    """The rows of the one Markdown table whose first line begins with `head`, without that line and the rule below it."""
+    (table,) = re.findall(rf"^{re.escape(head)}.*\n((?:\|.*\n)+)", text, re.MULTILINE)
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[1:]]
+
+
+def eighth_rows() -> list[list[str]]:
+    """Seconds a step with both profiles and their ratio, as the tables have them."""
+    results = load("eighth.json")
+    rows = []
+    for stage, share in (("ppo", "eighth"), ("sft", "eighth"), ("ppo", "whole")):
+        seconds = results[stage][share]["seconds_per_step"]
+        rows.append([f"{seconds['tutorial']:.2f}", f"{seconds['tuned']:.2f}", f"{seconds['tutorial'] / seconds['tuned']:.1f} x"])
+    return rows
+
+
+def curve_rows() -> list[list[str]]:
+    """Means of PPO's curves with both profiles, and the mean of what they differ by in a step with its standard error."""
+    curves, rows = load("ppo_curves.json"), []
+    for key, digits in (("critic/score/mean", 3), ("response_length/mean", 1), ("critic/vf_loss", 3), ("actor/entropy", 2)):
+        for seed in "12":
+            tutorial, tuned = ([row[key] for row in curves[f"{profile}-{seed}"]] for profile in ("tutorial", "tuned"))
+            apart = [ours - theirs for ours, theirs in zip(tuned, tutorial, strict=True)]
+            error = stdev(apart) / len(apart) ** 0.5
+            rows.append([f"`{key}`", seed, f"{mean(tutorial):.{digits}f}", f"{mean(tuned):.{digits}f}",
+                         f"{mean(apart):.{digits}f} +- {error:.{digits}f}"])
+    return rows
+
+
+def eval_rows() -> list[list[str]]:
+    """Accuracies with their intervals, in percent."""
+
+    def share(figures: dict, name: str) -> str:
+        low, high = figures[f"{name}_interval"]
+        return f"{100 * figures[name]:.2f} % [{100 * low:.2f}, {100 * high:.2f}]"
+
+    return [[name, share(figures, "accuracy"), share(figures, "last_number_accuracy"), f"{figures['mean_response_tokens']:.1f}",
+             f"{100 * figures['cut_off']:.1f} %"] for name, figures in load("eval.json")["models"].items()]
+
+
+def learned_rows() -> list[list[str]]:
+    """What PPO's sampled answers were like at its begin and at its end."""
+    steps = load("learned.json")["ppo"]
+    rows = []
+    for some in (steps[:10], steps[-10:]):
+        right = [100 * step["critic/score/mean"] for step in some]
+        rows.append([f"{some[0]['step']} to {some[-1]['step']}", f"{mean(right):.1f} % +- {stdev(right) / len(right) ** 0.5:.1f}",
+                     f"{mean(step['response_length/mean'] for step in some):.0f}"])
+    return rows
+
+
+@pytest.mark.parametrize(("head", "rows"), [
+    ("| means of 16 steps |", curve_rows), ("| model | accuracy", eval_rows), ("| PPO's steps |", learned_rows)])
+def test_the_tables_of_learning_are_what_their_files_say(head, rows):
+    assert cells((DOCS / "benchmarks.md").read_text(), head) == rows()
+
+
+@pytest.mark.parametrize(("page", "head"), [
+    (DOCS / "benchmarks.md", "| case | tutorial |"), (READMES[0], "| seconds a step |"), (READMES[1], "| 1 ステップの秒数 |")],
+    ids=["results", "README.md", "README.ja.md"])
+def test_the_speed_of_an_eighth_is_what_its_file_says(page, head):
+    assert [row[1:] for row in cells(page.read_text(), head)] == eighth_rows()
+
+
+@pytest.mark.parametrize(("page", "name"), [(DOCS / "benchmarks.md", "gpu"), (RESULTS / "log.md", "gpu_h100")])
+def test_the_tables_and_the_chart_of_the_benchmark_are_those_that_bench_makes(page, name, tmp_path):
+    copy = tmp_path / f"{name}.json"
+    copy.write_text((RESULTS / copy.name).read_text())
+    shown = bridge("bench", "--report", str(copy), WORK_DIR=str(tmp_path))
+    assert shown.returncode == 0, shown.stderr
+    # Without its first line, which tells the machine.
+    tables = shown.stdout.split("\n", 2)[2].strip()
+    assert tables.count("|") > 100 and tables in page.read_text()
+    assert (tmp_path / f"{name}.svg").read_text() == (RESULTS / f"{name}.svg").read_text()
+
+
+@pytest.mark.parametrize(("chart", "name", "stage", "mean_of"), [
+    ("ppo_curves", "ppo_curves", "ppo", 1), ("learned_sft", "learned", "sft", 1), ("learned_ppo", "learned", "ppo", 5)])
+def test_the_curves_are_those_that_plot_draws_from_the_file(chart, name, stage, mean_of, tmp_path):
+    # learned.json has one run's stages, ppo_curves.json a stage's runs, called PROFILE-SEED.
+    curves = {"learned": load(f"{name}.json")[stage]} if name == "learned" else load(f"{name}.json")
+    for run, rows in curves.items():
+        folder = tmp_path / "runs" / run / stage
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        profile = "tuned" if run == "learned" else run.partition("-")[0]
+        (folder / "run.json").write_text(json.dumps(record(attempts=[{"command": [f"profile/{stage}={profile}"]}])))
+    drawn = tmp_path / "drawn.svg"
+    shown = bridge("plot", *curves, f"--mean={mean_of}", f"--output={drawn}", STAGE=stage, WORK_DIR=str(tmp_path))
+    assert shown.returncode == 0, shown.stderr
+    # Texts and numbers in turn, without the names that matplotlib makes up of the numbers.
+    told, found = (re.split(r"(-?\d+\.?\d*)", re.sub(r"\b[mp][0-9a-f]{10}\b", "id", file.read_text()))
+                   for file in (RESULTS / f"{chart}.svg", drawn))
+    assert told[::2] == found[::2]
+    assert list(map(float, told[1::2])) == pytest.approx(list(map(float, found[1::2])), abs=0.01)
+
+
+def test_no_file_of_results_is_left_that_no_page_names():
+    linked = {target for page in PAGES for target in re.findall(r"\]\((?:benchmarks/)?([\w.]+)\)", page.read_text())}
+    assert {file.name for file in RESULTS.iterdir()} - {"log.md"} <= linked
+
+
+@every_page
+def test_every_link_of_a_page_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        there = page.parent / name if name else page
+        assert there.exists(), target
+        headings = re.findall(r"^#+ (.*)", there.read_text(), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in {re.sub(r"[^\w -]", "", line).lower().replace(" ", "-") for line in headings}, target
+
+
+@every_page
+def test_every_path_command_and_setting_that_a_page_names_is_there(page):
+    text = page.read_text()
+    for path in re.findall(r"(?<![\w/.])((?:scripts|configs|tests|docs|\.ci|\.github)/[\w./-]*\w)", text):
+        assert (ROOT / path).exists(), path
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"(?:`|^|['&] ?)make ([a-z]+)", text, re.MULTILINE)) <= targets
+    shown = re.findall(r"^#([A-Z_]+)(\*?)=", (ROOT / ".env.example").read_text(), re.MULTILINE)
+    # Make's own, and buildah's.
+    names = {name for name, family in shown if not family} | {"ARGS", "BUILDAH_ISOLATION"}
+    families = tuple(name for name, family in shown if family)
+    named = {name for call in re.findall(r"`(make [^`]+|[A-Z_]+=[^`]*)`", text)
+             for name in re.findall(r"(?:^| )([A-Z][A-Z_]+)=", call)}
+    assert {name for name in named - names if not name.startswith(families)} == set()
+
+
+@both_readmes
+def test_the_readme_is_short(page):
+    lines = page.read_text().splitlines()
+    assert len(lines) <= 120 and max(map(len, lines)) <= 120
+
+
+@both_readmes
+def test_the_readme_has_a_line_for_every_page(page):
+    linked = set(re.findall(r"^\* \[[^]]+\]\(docs/(\w+\.md)\)", page.read_text(), re.MULTILINE))
+    assert linked == {file.name for file in DOCS.glob("*.md")}
+
+
+@both_readmes
+def test_the_table_of_the_tutorial_counts_the_tutorials_settings(page):
+    head = "| the tutorial |" if page.name == "README.md" else "| チュートリアル |"
+    rows = {ours: theirs for theirs, ours in cells(page.read_text(), head)}
+    # Lines beside those of settings: `torchrun ...` and `-m ...`; `python -m ...`.
+    for stage, lines in {"sft": 2, "ppo": 1}.items():
+        typed = len(TUTORIAL[stage].split())
+        (told,) = (text for ours, text in rows.items() if ours.startswith(f"`make {stage} "))
+        assert re.findall(r"\d+", told) == [str(typed + lines), str(typed)]
