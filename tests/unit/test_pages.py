@@ -7,7 +7,7 @@ from statistics import mean, stdev
 import pytest
 from test_configs import TUTORIAL
 
-from door import ROOT, bridge, record
+from door import ROOT, bridge, recorded
 
 DOCS = ROOT / "docs"
 RESULTS = DOCS / "benchmarks"
@@ -29,13 +29,22 @@ def cells(text: str, head: str) -> list[list[str]]:
 
 
 def eighth_rows() -> list[list[str]]:
-    """Seconds a step with both profiles and their ratio, as the tables have them."""
-    results = load("eighth.json")
-    rows = []
-    for stage, share in (("ppo", "eighth"), ("sft", "eighth"), ("ppo", "whole")):
-        seconds = results[stage][share]["seconds_per_step"]
-        rows.append([f"{seconds['tutorial']:.2f}", f"{seconds['tuned']:.2f}", f"{seconds['tutorial'] / seconds['tuned']:.1f} x"])
-    return rows
+    """GPU, seconds a step with both profiles and their ratio, as the tables have them: first the H100's, then the H200's."""
+    def row(gpu: str, tutorial: float, tuned: float) -> list[str]:
+        return [gpu, f"{tutorial:.2f}", f"{tuned:.2f}", f"{tutorial / tuned:.1f} x"]
+
+    h100, h200 = load("eighth_h100.json"), load("eighth.json")
+    return [*(row("H100", *(h100[stage][f"{profile}-eighth"]["seconds_per_step"] for profile in ("tutorial", "tuned")))
+              for stage in ("ppo", "sft")),
+            *(row("H200", *(h200[stage][share]["seconds_per_step"][profile] for profile in ("tutorial", "tuned")))
+              for stage, share in (("ppo", "eighth"), ("sft", "eighth"), ("ppo", "whole")))]
+
+
+def turn_rows() -> list[list[str]]:
+    """Phases of a PPO step without and with the tokens of a scheduler's turn taken together."""
+    results = load("turns.json")
+    names = ("gen", "old_log_prob", "values", "update_critic", "update_actor", "step")
+    return [[f"{case['phases'][name]:.2f}" for name in names] for case in [*results["without"], *results["with"]]]
 
 
 def curve_rows() -> list[list[str]]:
@@ -79,11 +88,16 @@ def test_the_tables_of_learning_are_what_their_files_say(head, rows):
     assert cells((DOCS / "benchmarks.md").read_text(), head) == rows()
 
 
-@pytest.mark.parametrize(("page", "head"), [
-    (DOCS / "benchmarks.md", "| case | tutorial |"), (READMES[0], "| seconds a step |"), (READMES[1], "| 1 ステップの秒数 |")],
-    ids=["results", "README.md", "README.ja.md"])
-def test_the_speed_of_an_eighth_is_what_its_file_says(page, head):
-    assert [row[1:] for row in cells(page.read_text(), head)] == eighth_rows()
+def test_the_speed_of_an_eighth_is_what_its_files_say():
+    assert [row[1:] for row in cells((DOCS / "benchmarks.md").read_text(), "| case | GPU |")] == eighth_rows()
+    ppo, sft, ppo_h200, sft_h200, whole = eighth_rows()
+    for page, head in (READMES[0], "| seconds a step |"), (READMES[1], "| 1 ステップの秒数 |"):
+        assert [row[1:] for row in cells(page.read_text(), head)] == [ppo, sft, whole]
+        assert f"PPO {ppo_h200[-1]}" in page.read_text() and f"SFT {sft_h200[-1]}" in page.read_text()
+
+
+def test_what_taking_turns_together_gains_is_what_its_file_says():
+    assert [row[1:] for row in cells((RESULTS / "log.md").read_text(), "| seconds | gen |")] == turn_rows()
 
 
 @pytest.mark.parametrize(("page", "name"), [(DOCS / "benchmarks.md", "gpu"), (RESULTS / "log.md", "gpu_h100")])
@@ -108,7 +122,7 @@ def test_the_curves_are_those_that_plot_draws_from_the_file(chart, name, stage, 
         folder.mkdir(parents=True)
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         profile = "tuned" if run == "learned" else run.partition("-")[0]
-        (folder / "run.json").write_text(json.dumps(record(attempts=[{"command": [f"profile/{stage}={profile}"]}])))
+        (folder / "run.json").write_text(json.dumps(recorded(attempts=[{"command": [f"profile/{stage}={profile}"]}])))
     drawn = tmp_path / "drawn.svg"
     shown = bridge("plot", *curves, f"--mean={mean_of}", f"--output={drawn}", STAGE=stage, WORK_DIR=str(tmp_path))
     assert shown.returncode == 0, shown.stderr
