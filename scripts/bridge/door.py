@@ -1,7 +1,6 @@
 """The door: `bridge STAGE [--dry-run] [key=value ...]`. Make, Slurm and `apptainer run` all come in here."""
 
 import os
-import shlex
 import shutil
 import sys
 import tempfile
@@ -103,7 +102,7 @@ def run_stage(name: str, env: Mapping[str, str], overrides: list[str], dry_run: 
         say(plan.finished)
         return 0
     if dry_run:
-        show(plan)
+        plan.show()
         return 0
     if plan.keep_log:
         plan.record_dir.mkdir(parents=True, exist_ok=True)
@@ -124,13 +123,13 @@ def run_stage(name: str, env: Mapping[str, str], overrides: list[str], dry_run: 
             return 0
         if plan.resume_step != announced:
             say(f"continuing from step {plan.resume_step}")
-        show(plan)
+        plan.show()
         return run_plan(name, plan, child_env)
 
 
 def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
     """Run what was planned, keeping the record; returns the exit status."""
-    from bridge.runs import checkpoints, launch, record
+    from bridge.runs import checkpoints, failure, launch, record
     from bridge.runs.metrics import Metrics
 
     secrets = record.secret_values(env)
@@ -172,18 +171,10 @@ def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
 
     Tolerance("writing run.json").at_last(end)
     if status:
-        why = launch.reason(log, start) if log and status < 128 else None
+        why = failure.reason(log, start) if log and status < 128 else None
         if why:
             say(why)
         say(f"{name} {'was ended by a signal' if status > 128 else 'failed'} (exit status {status})"
             + ("; the same command continues it" if status > 128 and plan.checkpoints and not env.get("BRIDGE_TRIAL") else "")
             + (f"; the log is {log}" if log else ""))
     return status
-
-
-def show(plan: Plan) -> None:
-    """Print the command so that it can be pasted into a shell. It holds no secret: those are in the environment."""
-    assignments = [f"{name}={value}" for name, value in plan.env.items()]
-    print("+ " + shlex.join(["env", *assignments, *plan.command]), flush=True)
-
-

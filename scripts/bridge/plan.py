@@ -1,5 +1,6 @@
 """What a stage hands to the door: what is to be run, and what is to be kept of it."""
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,3 +39,8 @@ class Plan:
     saved: Mapping[str, tuple[str, ...]] | None = None
     keep: int | None = None
     steps_per_epoch: int = 0
+
+    def show(self) -> None:
+        """Print the command so that it can be pasted into a shell. It holds no secret: those are in the environment."""
+        assignments = [f"{name}={value}" for name, value in self.env.items()]
+        print("+ " + shlex.join(["env", *assignments, *self.command]), flush=True)

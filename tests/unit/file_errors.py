@@ -40,7 +40,7 @@ ERRORS = {"open": errno.ESTALE, "read": errno.ESTALE,
           "close": errno.EIO, "lockf": errno.EIO, "unlink": errno.EBUSY, "rmdir": errno.ENOTEMPTY}
 
 # The parts of a run: an operation in what several of them call is another operation in each.
-PARTS = ("door.", "merge.plan", "metrics.add", "metrics.close", "checkpoints.close", "launch.copy_output", "launch.reason")
+PARTS = ("door.", "merge.plan", "metrics.add", "metrics.close", "checkpoints.close", "launch.copy_output", "failure.reason")
 # What is done, the part and the line.
 Place = tuple[str, tuple[str, str]]
 
@@ -329,7 +329,7 @@ def run(work_dir: Path, name: str, report: Path) -> None:
     with disk:
         scenario.restore()
         # All but the end is as in a fresh run that does not fail.
-        trying = faults(disk, scenario.door, ("door.end", "door.run_plan", "launch.reason") if name == "failing" else ("",))
+        trying = faults(disk, scenario.door, ("door.end", "door.run_plan", "failure.reason") if name == "failing" else ("",))
         assert scenario.door() == 0 and scenario.did()[-1] == "ended"
         wanted = scenario.state()
         for once, for_good in trying:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bridge.runs import launch, metrics
+from bridge.runs import failure, metrics
 from door import SHELL
 
 # The door's part around the child; the child's program is the argument after the log's folder.
@@ -162,11 +162,11 @@ def test_a_log_on_a_full_disk_ends_no_training_and_is_said_once(tmp_path):
     ("ppo_fails.log", "NotImplementedError: sequence_length=51 is larger than max_length=8 (torch_functional.py, line 377)"),
 ])
 def test_the_reason_of_a_failure_is_the_cause_not_what_carries_it(log, why):
-    assert launch.reason(Path(__file__).parent / "captured" / log, 0) == why
+    assert failure.reason(Path(__file__).parent / "captured" / log, 0) == why
 
 
 def test_the_reason_of_an_earlier_attempt_is_not_taken_and_none_is_made_up(tmp_path):
     log = tmp_path / "log.txt"
     log.write_text('Traceback\n  File "/x/a.py", line 3, in f\nValueError: old\nsecond attempt\nan Error: of no traceback\n')
-    assert launch.reason(log, 0) == "ValueError: old (a.py, line 3)"
-    assert launch.reason(log, log.read_text().index("second")) is None
+    assert failure.reason(log, 0) == "ValueError: old (a.py, line 3)"
+    assert failure.reason(log, log.read_text().index("second")) is None

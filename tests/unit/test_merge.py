@@ -238,7 +238,7 @@ def test_a_disk_that_fills_during_a_merge_is_named_and_the_earlier_model_stays(t
 
     earlier_model(tmp_path / "merged")
     monkeypatch.setattr(merge, "complete_and_verify", full)
-    with pytest.raises(UsageError, match="the disk is full.*GB are free.*still there"):
+    with pytest.raises(UsageError, match="the disk is full.*GB are free.*stays as it was"):
         run_merge()
     assert {file.name for file in tmp_path.iterdir()} == {"shards", "merged"}
     assert (tmp_path / "merged" / "earlier").exists()

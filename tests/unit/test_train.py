@@ -17,7 +17,7 @@ from bridge import settings
 from bridge.compose import compose
 from bridge.errors import UsageError
 from bridge.plan import Plan
-from bridge.runs import record
+from bridge.runs import record, tracking
 from bridge.stages import ppo, sft, train
 from door import SHELL, bridge
 
@@ -294,24 +294,24 @@ def nobody() -> str:
 
 @pytest.mark.parametrize("status", [200, 404, 500])
 def test_any_answer_of_the_server_counts(no_proxy, server, status):
-    assert train.connection_problem(server(status)) is None
+    assert tracking.connection_problem(server(status)) is None
 
 
 def test_a_server_that_is_not_there_or_never_answers_is_silent(no_proxy, server):
-    assert train.connection_problem(nobody()) == "ConnectionError"
-    assert train.connection_problem(server(None), 0.5) in ("ReadTimeout", "nothing within 0.5 s")
-    assert train.connection_problem("foo") == "MissingSchema"
+    assert tracking.connection_problem(nobody()) == "ConnectionError"
+    assert tracking.connection_problem(server(None), 0.5) in ("ReadTimeout", "nothing within 0.5 s")
+    assert tracking.connection_problem("foo") == "MissingSchema"
 
 
 def test_the_proxy_is_asked_for_the_server_and_no_proxy_is_heeded(no_proxy, monkeypatch, server):
     answering = server(200)
     monkeypatch.setenv("http_proxy", nobody())
-    assert train.connection_problem(answering + "/through") == "ProxyError"
+    assert tracking.connection_problem(answering + "/through") == "ProxyError"
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    assert train.connection_problem(answering + "/directly") is None
+    assert tracking.connection_problem(answering + "/directly") is None
     monkeypatch.delenv("no_proxy")
     monkeypatch.setenv("http_proxy", answering)
-    assert train.connection_problem("http://wandb.invalid") is None
+    assert tracking.connection_problem("http://wandb.invalid") is None
 
 
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
@@ -327,7 +327,7 @@ def test_wandb_goes_offline_aloud_where_its_server_does_not_answer(no_proxy, env
 
 def test_wandbs_server_is_asked_only_where_something_would_be_sent(env, monkeypatch):
     asked = []
-    monkeypatch.setattr(train, "connection_problem", lambda url: asked.append(url) or "asked")
+    monkeypatch.setattr(tracking, "connection_problem", lambda url: asked.append(url) or "asked")
     env = {**env, "NETRC": "/dev/null", "WANDB_API_KEY": "k" * 40}
     for mode in ("offline", "disabled"):
         planned({**env, "WANDB_MODE": mode}, "sft", dry_run=False)

@@ -133,36 +133,7 @@ def copy_output(child: subprocess.Popen, log_file, metrics_file, secrets, is_end
         if not ready and child.poll() is not None:
             break
     emit(pending)
-
-
-COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 # An exception's line in a traceback, behind what torchrun and Ray put before each line of a process.
-EXCEPTION = re.compile(r"^(?:\[\w+\]:|\([^()]*pid=[^()]*\)|\s)*((?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit)\b(?:: .*)?)$")
-PLACE = re.compile(r'File "([^"]+)", line (\d+)')
-# What torchrun, Ray and torch's data loader make of a process's exception: its own is the cause.
-CARRIERS = ("RayTaskError", "ChildFailedError", "RayActorError", "ActorDiedError", ": Caught ")
-
-
-def reason(log: Path, start: int) -> str | None:
-    """What ended a program and where, from the first traceback in its log beginning at byte `start`; None if there is none.
-
-    The first, since what other ranks say follows from it.
-    """
-    place = None
-    try:
-        with open(log, "rb") as stream:
-            stream.seek(start)
-            text = stream.read().decode(errors="replace")
-    except OSError as error:
-        return f"the log cannot be read: {error}"
-    for line in COLOUR.sub("", text).splitlines():
-        if found := PLACE.search(line):
-            place = f"{Path(found[1]).name}, line {found[2]}"
-        elif place and (found := EXCEPTION.match(line)) and not any(word in found[1] for word in CARRIERS):
-            return f"{found[1][:300]} ({place})"
-    return None
-
-
 def stop_all() -> None:
     """End every descendant that is left: ask first, then kill. Those of the killed become ours and follow."""
     for number, seconds in ((signal.SIGTERM, GRACE_SECONDS / 2), (signal.SIGKILL, GRACE_SECONDS)):

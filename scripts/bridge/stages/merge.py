@@ -165,12 +165,12 @@ def refuse_damaged(shards: Path) -> None:
     faults = checkpoints.damage(path, below)
     if faults:
         raise UsageError(f"{path} is damaged: {'; '.join(faults)}. Merge another step (STEP=), or move this folder away and "
-                         "continue the run, so that it is saved again. A model that was merged before is still there.")
+                         "continue the run, so that it is saved again. Whatever was merged before stays as it was.")
 
 
 def room_in(folder: Path) -> str:
     """What is free, and that nothing was lost."""
-    return f"{shutil.disk_usage(folder).free / 1e9:.3g} GB are free in {folder}. A model that was merged before is still there."
+    return f"{shutil.disk_usage(folder).free / 1e9:.3g} GB are free in {folder}. Whatever was merged before stays as it was."
 
 
 def refuse_untouched(shards: Path, base: Path) -> None:
@@ -186,7 +186,7 @@ def refuse_untouched(shards: Path, base: Path) -> None:
     elif same:
         raise UsageError(f"every weight in {shards} equals that of {base}: this training changed nothing, so there is nothing to "
                          "merge (the adapters of LoRA are not merged; or no step had a learning rate above 0). "
-                         "A model that was merged before is still there.")
+                         "Whatever was merged before stays as it was.")
 
 
 def equal_to_base(shards: Path, base: Path) -> bool | None:

@@ -1,9 +1,7 @@
 """Plan the two stages that verl trains, sft and ppo: what they share."""
 
-import functools
 import os
 import shutil
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from bridge import hardware, model_folder
 from bridge.compose import compose, compose_checked, flatten
 from bridge.errors import UsageError
 from bridge.plan import Plan
-from bridge.runs import checkpoints, record
+from bridge.runs import checkpoints, record, tracking
 from bridge.settings import CONFIGS, Settings, is_local
 from bridge.stages import model, ppo, sft
 
@@ -47,8 +45,6 @@ ASSUMED_MEMORY = 80
 # What verl's configuration asks of the environment, where only its numbers are looked at.
 NAMES = dict.fromkeys(("WORK_DIR", "BRIDGE_MODEL_DIR", "BRIDGE_STAGE_DIR", "BRIDGE_RUN_NAME", "WANDB_PROJECT"), "")
 DATA_KEYS = ("train_files", "val_files")
-# WANDB_MODE with which nothing is sent.
-NOT_SENT = ("offline", "disabled", "dryrun")
 
 
 def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list[str], dry_run: bool) -> Plan:
@@ -77,10 +73,7 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
         "HF_HUB_OFFLINE": "1",
         **trainer.environment(env),
     }
-    if not (env.get("WANDB_API_KEY") or has_wandb_login(env)) and env.get("WANDB_MODE") is None:
-        own_env["WANDB_MODE"] = "offline"
-        notes.append(f"no WANDB_API_KEY and no wandb login: metrics stay in {stage_dir} "
-                     "(send them later with `wandb sync`)")
+    tracking.go_offline_without_login(env, own_env, notes)
     tp = [f"actor_rollout_ref.rollout.tensor_model_parallel_size={settings.tp}"] if stage == "ppo" and settings.tp else []
     own = [f"profile/{stage}={settings.profile}", *([f"device/{stage}=cpu"] if on_cpu else []), *tp]
     if settings.profile not in BY_ROWS and not any(text.startswith(f"memory/{stage}=") for text in overrides):
@@ -151,7 +144,7 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
         notes += [f"{checkpoint.path.name} is incomplete ({checkpoint.faults[0]}): it will be set aside"
                   for checkpoint in checkpoints.newer_incomplete(made.checkpoints, made.saved, newest.step)]
         notes.append(f"continuing from {newest.path} (step {newest.step})")
-    choose_wandb(config, env, own_env, notes, dry_run)
+    tracking.go_offline_without_server(config, env, own_env, notes, dry_run)
     if stage == "ppo":
         resume.append(f"ray_init.num_cpus={trainer.cpus(config, gpus, hardware.cpu_count())}")
         if on_cpu:
@@ -240,53 +233,6 @@ def interface_problems(env: Mapping[str, str], folder: Path = Path("/sys/class/n
         return []
     return [f"NCCL_SOCKET_IFNAME={wanted}: no such network card here; there are {', '.join(cards)}. Name one of them, or leave "
             "it out (then it is lo, which is as fast within a node)."]
-
-
-def has_wandb_login(env: Mapping[str, str]) -> bool:
-    """Whether `wandb login` was done before: it leaves its key in the netrc file."""
-    file = Path(env.get("NETRC") or Path.home() / ".netrc")
-    return file.is_file() and wandb_server(env).split("//")[-1].split("/")[0] in file.read_text()
-
-
-def wandb_server(env: Mapping[str, str]) -> str:
-    """Address of the server that W&B sends to."""
-    return env.get("WANDB_BASE_URL") or "https://api.wandb.ai"
-
-
-def choose_wandb(config: Mapping[str, Any], env: Mapping[str, str], own_env: dict[str, str], notes: list[str],
-                 dry_run: bool) -> None:
-    """Let W&B be offline where its server does not answer: it would try for 90 s, and then end one rank of all."""
-    if "WANDB_MODE" in own_env or env.get("WANDB_MODE") in NOT_SENT or "wandb" not in config["trainer"]["logger"]:
-        return
-    server = wandb_server(env)
-    if dry_run:
-        notes.append(f"W&B: {server} is asked at the start; if it does not answer, this run is offline")
-    elif reason := connection_problem(server):
-        own_env["WANDB_MODE"] = "offline"
-        notes.append(f"W&B: {server} does not answer ({reason}), so this run is offline: metrics stay in {own_env['WANDB_DIR']}. "
-                     "Send them later, from where it answers: `wandb sync wandb/offline-run-*` in that folder (in `make shell`)")
-
-
-@functools.cache
-def connection_problem(url: str, seconds: float = 5) -> str | None:
-    """Why no HTTP answer, of any kind, came within so many seconds; None if one came. Asked once a process."""
-    import requests
-
-    # Of the error its kind only: its text may hold a proxy's password.
-    said: list[str | None] = [f"nothing within {seconds:g} s"]
-
-    def ask() -> None:
-        try:
-            requests.get(url, timeout=seconds, stream=True, allow_redirects=False).close()
-            said[0] = None
-        except requests.RequestException as error:
-            said[0] = type(error).__name__
-
-    # A name server that is not reached has time limits of its own, longer ones.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return said[0]
 
 
 def whole_run_problems(config: Mapping[str, Any]) -> list[str]:

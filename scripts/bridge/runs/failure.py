@@ -1,0 +1,30 @@
+"""Why a trainer ended, as its log says."""
+
+import re
+from pathlib import Path
+
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+EXCEPTION = re.compile(r"^(?:\[\w+\]:|\([^()]*pid=[^()]*\)|\s)*((?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit)\b(?:: .*)?)$")
+PLACE = re.compile(r'File "([^"]+)", line (\d+)')
+# What torchrun, Ray and torch's data loader make of a process's exception: its own is the cause.
+CARRIERS = ("RayTaskError", "ChildFailedError", "RayActorError", "ActorDiedError", ": Caught ")
+
+
+def reason(log: Path, start: int) -> str | None:
+    """What ended a program and where, from the first traceback in its log beginning at byte `start`; None if there is none.
+
+    The first, since what other ranks say follows from it.
+    """
+    place = None
+    try:
+        with open(log, "rb") as stream:
+            stream.seek(start)
+            text = stream.read().decode(errors="replace")
+    except OSError as error:
+        return f"the log cannot be read: {error}"
+    for line in COLOUR.sub("", text).splitlines():
+        if found := PLACE.search(line):
+            place = f"{Path(found[1]).name}, line {found[2]}"
+        elif place and (found := EXCEPTION.match(line)) and not any(word in found[1] for word in CARRIERS):
+            return f"{found[1][:300]} ({place})"
+    return None
