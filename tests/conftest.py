@@ -34,6 +34,15 @@ def pytest_configure(config: pytest.Config) -> None:
     # On a GPU node, too, the tests run on CPU (.venv has no flash-attn), but for those in tests/gpu, which have to be asked for.
     if not any(path.is_relative_to(TESTS / "gpu") for path in asked_for(config)):
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+    # Each process has a core: more threads than that wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_unconfigure() -> None:
+    from door import DOOR, TRAINER
+
+    for python in (DOOR, TRAINER):
+        python.end()
 
 
 @pytest.hookimpl(trylast=True)

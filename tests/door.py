@@ -1,6 +1,5 @@
 """The door as tests use it: run it like a person would, and see what it leaves running."""
 
-import atexit
 import json
 import os
 import signal
@@ -26,16 +25,17 @@ class Preloaded:
         self.modules, self.asked, self.process = modules, None, None
 
     def end(self) -> None:
-        """Let it end, and wait for it."""
-        self.asked.close()
-        self.process.wait()
+        """Let it end, if it was started, and wait for it."""
+        if self.asked is not None:
+            self.asked.close()
+            self.process.wait()
+            self.asked = None
 
     def run(self, *program: str, env: dict[str, str], cwd: Path | None = None,
             timeout: float = 300) -> subprocess.CompletedProcess:
         """What subprocess.run([sys.executable, *program], ...) would return; `program` begins with "-m", "-c" or a file."""
         if self.asked is None:
             self.asked, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            atexit.register(self.end)
             # One thread: neither the pools of BLAS and OpenMP, nor the one with which pyarrow's memory is tidied up.
             env_of_all = {**SHELL, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
                           "JE_ARROW_MALLOC_CONF": "background_thread:false"}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from door import ROOT, run_python
+from door import DOOR, ROOT, run_python
 
 HERE = ROOT / "tests" / "gpu"
 
@@ -40,7 +40,7 @@ older = stand_in("vllm.worker.worker", get_cache_block_size_bytes=lambda worker:
 import shared_gpu
 shared_gpu.apply()
 print(newer().determine_available_memory(), older().determine_num_available_blocks())
-""", HERE) == f"{6 << 30} ({6 << 10}, 0)"
+""", HERE, preloaded=DOOR) == f"{6 << 30} ({6 << 10}, 0)"
 
 
 def test_without_a_gpu_nothing_is_changed():
