@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import parse_qs
 
-from bridge.standins.hub import ID, INVALID_TOKEN, REVISION, Handler, Refusal, Repository, StandInHub, StoredFile, row
+from bridge.standins.hub import ID, INVALID_TOKEN, REVISION, Handler, Refusal, Repository, StandInHub, is_lfs
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,30 @@ class Account:
     def owns(self, repo_id: str) -> bool:
         """Whether a repository is its own or one of its organisations'."""
         return repo_id.split("/")[0] in (self.name, *self.organisations)
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """One file of a commit, as listings have it."""
+
+    path: str
+    sha256: str
+    size: int
+    lfs: bool
+    git_hash: str
+
+    @property
+    def oid(self) -> str:
+        """What the hub compares: the sha256 of LFS files, git's own hash of others."""
+        return self.sha256 if self.lfs else self.git_hash
+
+    def lfs_details(self, key: str) -> dict:
+        """What listings say of an LFS file; the name of the hash differs between them."""
+        return {"lfs": {key: self.sha256, "size": self.size, "pointerSize": 134}} if self.lfs else {}
+
+    def row(self) -> dict:
+        """Its line in a listing of the tree."""
+        return {"type": "file", "oid": self.git_hash, "size": self.size, "path": self.path, **self.lfs_details("oid")}
 
 
 @dataclass
@@ -65,11 +89,38 @@ class DownloadsHandler(Handler):
             raise Refusal(404 if account else 401, "Repository not found", "RepoNotFound")
         return super().repository(repo_id, write)
 
+    def stored(self, path: str, sha256: str) -> StoredFile:
+        file = self.hub.objects / sha256
+        size = file.stat().st_size
+        lfs = is_lfs(path, size)
+        # What git has of an LFS file is a pointer.
+        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n"
+        data = pointer.encode() if lfs else file.read_bytes()
+        return StoredFile(path, sha256, size, lfs, hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest())
+
     def commit_at(self, repository: Repository, revision: str | None) -> tuple[str, dict[str, StoredFile]]:
         for identity, files in reversed(repository.commits):
             if revision in (None, "main", identity):
-                return identity, files
+                return identity, {path: self.stored(path, sha256) for path, sha256 in sorted(files.items())}
         raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+
+    def model_info(self, repo_id: str, revision: str | None) -> None:
+        repository = self.repository(repo_id)
+        identity, files = self.commit_at(repository, revision)
+        self.answer(200, {
+            "_id": identity[:24], "id": repo_id, "modelId": repo_id, "sha": identity, "private": repository.private,
+            "gated": False, "xetEnabled": False, "tags": [],
+            "siblings": [{"rfilename": path, "size": file.size, "blobId": file.git_hash, **file.lfs_details("sha256")}
+                         for path, file in files.items()],
+        })
+
+    def tree(self, repo_id: str, revision: str) -> None:
+        _, files = self.commit_at(self.repository(repo_id), revision)
+        self.answer(200, [file.row() for file in files.values()])
+
+    def known(self, repository: Repository, path: str) -> str | None:
+        _, files = self.commit_at(repository, None)
+        return files[path].oid if path in files else None
 
     def whoami(self) -> None:
         self.authorize()
@@ -124,7 +175,7 @@ class DownloadsHandler(Handler):
     def paths_info(self, repo_id: str, revision: str) -> None:
         _, files = self.commit_at(self.repository(repo_id), revision)
         asked = parse_qs(self.body().decode()).get("paths", [])
-        self.answer(200, [row(path, files[path]) for path in asked if path in files])
+        self.answer(200, [files[path].row() for path in asked if path in files])
 
     def resolve(self, repo_id: str, revision: str, path: str) -> None:
         repository = self.downloadable(repo_id)
@@ -204,4 +255,4 @@ class DownloadsHub(StandInHub):
     def add_model(self, repo_id: str, files: Mapping[str, bytes], **rights) -> str:
         """Publish a model with these files, as if someone had uploaded it; `rights` are GatedRepository's fields."""
         repository = self.repositories.setdefault(repo_id, GatedRepository(**rights))
-        return repository.commit({path: self.store(path, data) for path, data in files.items()})
+        return repository.commit({path: self.store(data) for path, data in files.items()})

@@ -2,12 +2,8 @@
 # Find uv, or fetch it into .uv. Runs: host, sourced.
 #   source scripts/host/uv.sh; "$uv" --version
 
-checkout=$(CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-
-fail() {
-    printf 'bridge: %s\n' "$@" >&2
-    exit 2
-}
+# shellcheck source=scripts/host/read_env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/read_env.sh"
 
 # Trust the certificates that the system trusts: sites with a TLS-inspecting proxy have their own. The second is its older name.
 export UV_SYSTEM_CERTS=1 UV_NATIVE_TLS=1

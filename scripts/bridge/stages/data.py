@@ -81,7 +81,7 @@ def checked_source(source: str) -> str:
         raise UsageError(f"DATA_SOURCE={source!r} is neither hub ({GSM8K}), nor builtin (made-up problems), nor a folder that "
                          f"exists (with train.jsonl and test.jsonl).{nearest(source.lower(), ['hub', 'builtin'])}")
     faults = []
-    for file in jsonl_files(folder).values():
+    for file in (folder / f"{split}.jsonl" for split in SPLITS):
         if not file.is_file():
             faults.append(f"DATA_SOURCE={source!r} lacks the file {file}. A line of it is {FORM}.")
         elif not os.access(file, os.R_OK):
@@ -89,11 +89,6 @@ def checked_source(source: str) -> str:
     if faults:
         raise UsageError(*faults)
     return str(folder)
-
-
-def jsonl_files(folder: Path) -> dict[str, Path]:
-    """The file of each split in a folder that is a source."""
-    return {split: folder / f"{split}.jsonl" for split in SPLITS}
 
 
 def ground_truth(answer: str) -> str:
@@ -167,7 +162,8 @@ def from_folder(folder: Path) -> dict[str, Rows]:
     """
     faults: list[str] = []
     splits: dict[str, Rows] = {}
-    for split, file in jsonl_files(folder).items():
+    for split in SPLITS:
+        file = folder / f"{split}.jsonl"
         # Bytes, because lines of text would also end at U+2028, which JSON may hold within a string.
         lines = file.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
         filled = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]

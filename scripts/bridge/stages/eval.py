@@ -6,7 +6,6 @@ transformers on a CPU. Beside the score (the answer must stand behind "####") th
 
 import argparse
 import json
-import math
 import re
 import sys
 import time
@@ -15,7 +14,6 @@ from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any, NamedTuple
 
 from bridge import compose, hardware, model_folder
@@ -200,11 +198,10 @@ def score(text: str, data_source: str, ground_truth: str) -> dict[str, Any]:
 
 def wilson(correct: float, count: int) -> tuple[float, float]:
     """Wilson's confidence interval of a share of successes; unlike the normal one it is right near 0 and 1, too."""
-    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
-    share, spread = correct / count, z * z / count
-    middle = (share + spread / 2) / (1 + spread)
-    half = math.sqrt(share * (1 - share) * spread + spread * spread / 4) / (1 + spread)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    from scipy.stats import binomtest
+
+    found = binomtest(int(correct), count).proportion_ci(CONFIDENCE, method="wilson")
+    return float(found.low), float(found.high)
 
 
 def summary(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

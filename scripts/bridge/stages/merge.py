@@ -36,7 +36,9 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
     if settings.ckpt:
         stage, shards, notes = "ckpt", shards_of(settings.ckpt), []
     else:
-        stage = settings.stage or newest_stage(settings)
+        # The last of the chain that has a checkpoint with whole weights.
+        stage = settings.stage or next((stage for stage in ("ppo", "sft") if any(
+            found.complete for found in list_mergeable(settings, stage))), "sft")
         if stage == "base":
             raise UsageError("STAGE=base: the base model needs no merging (only eval takes it). Use sft, ppo or ckpt.")
         if stage == "ckpt":
@@ -61,11 +63,6 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
 def list_mergeable(settings: Settings, stage: str) -> list[checkpoints.Checkpoint]:
     """The checkpoints of this run, judged by what merging needs of them."""
     return checkpoints.list_checkpoints(settings.stage_dir(stage) / "checkpoints", checkpoints.mergeable(stage), loader=False)
-
-
-def newest_stage(settings: Settings) -> str:
-    """The last stage of the chain that has a checkpoint with whole weights; sft if none has."""
-    return next((stage for stage in ("ppo", "sft") if any(found.complete for found in list_mergeable(settings, stage))), "sft")
 
 
 def checkpoint_of(settings: Settings, stage: str) -> checkpoints.Checkpoint:

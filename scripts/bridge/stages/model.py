@@ -156,26 +156,21 @@ def recorded_source(folder: Path) -> dict[str, str]:
 # ---- the date in the chat template
 
 
-def freeze_day(template: str) -> str:
-    """Replace today's date in a chat template, or in a JSON file that holds one, by FROZEN_DAY.
-
-    Llama 3's template writes strftime_now("%d %b %Y") into every prompt, and "26 Jul 2024" where there is no clock. With
-    the clock's call replaced by its own fallback, a run does not depend on the day.
-    """
-    return CLOCK.sub(lambda call: f"{call['quote']}{FROZEN_DAY.strftime(call['format'])}{call['quote']}", template)
-
-
 def depends_on_day(folder: Path) -> bool:
     """Whether the chat template asks for today's date."""
     return any("strftime_now(" in file.read_text(encoding="utf-8") for file in model_folder.template_files(folder))
 
 
 def freeze_folder(folder: Path) -> bool:
-    """Freeze the date in a model folder's files; tell whether there was one."""
+    """Replace today's date in the chat template by FROZEN_DAY; tell whether there was one.
+
+    Llama 3's template writes strftime_now("%d %b %Y") into every prompt, and "26 Jul 2024" where there is no clock. With
+    the clock's call replaced by its own fallback, a run does not depend on the day.
+    """
     changed = False
     for file in model_folder.template_files(folder):
         text = file.read_text(encoding="utf-8")
-        frozen = freeze_day(text)
+        frozen = CLOCK.sub(lambda call: f"{call['quote']}{FROZEN_DAY.strftime(call['format'])}{call['quote']}", text)
         if frozen != text:
             file.write_text(frozen, encoding="utf-8")
             changed = True

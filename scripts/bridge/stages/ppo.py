@@ -52,27 +52,28 @@ def command(ranks: int, module: list[str], arguments: list[str]) -> list[str]:
 
 def setting_problems(config: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
     """Limits below the longest row, no checkpoints by a slip, and overrides that would have no effect."""
-    actor_rollout, critic = config["actor_rollout_ref"], config["critic"]
     problems = length_problems(config)
     every = config["trainer"]["save_freq"]
     if every != -1 and not (every or 0) > 0:
         problems.append(f"trainer.save_freq={every} saves no checkpoint, not even at the end. Use a number of steps, or -1 if "
                         "that is what you want.")
-    by_tokens = [
-        ("actor_rollout_ref.actor.ppo_micro_batch_size", "ppo_max_token_len_per_gpu",
-         actor_rollout["actor"]["use_dynamic_bsz"] and not groups_rows(config, actor_rollout["actor"])),
-        ("actor_rollout_ref.rollout.log_prob_micro_batch_size", "log_prob_max_token_len_per_gpu",
-         actor_rollout["rollout"]["log_prob_use_dynamic_bsz"]),
-        ("actor_rollout_ref.ref.log_prob_micro_batch_size", "log_prob_max_token_len_per_gpu",
-         actor_rollout["ref"]["log_prob_use_dynamic_bsz"]),
-        ("critic.ppo_micro_batch_size", "ppo_max_token_len_per_gpu",
-         critic["use_dynamic_bsz"] and not groups_rows(config, critic)),
-        ("critic.forward_micro_batch_size", "forward_max_token_len_per_gpu", critic["use_dynamic_bsz"]),
-    ]
     return problems + [
         f"{text}: no effect, since micro batches are counted in tokens here (use_dynamic_bsz). Use "
-        f"{key.rpartition('.')[0]}.{tokens}, or PROFILE=tutorial, which counts rows."
-        for key, tokens, active in by_tokens if active for text in overrides if text.lstrip("+").startswith(key)]
+        f"{name}_max_token_len_per_gpu, or PROFILE=tutorial, which counts rows."
+        for name, part in counted_in_tokens(config) if not (name.endswith(".ppo") and groups_rows(config, part))
+        for text in overrides if text.lstrip("+").startswith(f"{name}_micro_batch_size")]
+
+
+def counted_in_tokens(config: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """What splits its rows by tokens: how the names of its settings begin, and whose network computes it."""
+    actor, ref, rollout = (config["actor_rollout_ref"][part] for part in ("actor", "ref", "rollout"))
+    critic = config["critic"]
+    return [(name, part) for name, part, by_tokens in (
+        ("actor_rollout_ref.actor.ppo", actor, actor["use_dynamic_bsz"]),
+        ("actor_rollout_ref.rollout.log_prob", actor, rollout["log_prob_use_dynamic_bsz"]),
+        ("actor_rollout_ref.ref.log_prob", ref, ref["log_prob_use_dynamic_bsz"]),
+        ("critic.ppo", critic, critic["use_dynamic_bsz"]),
+        ("critic.forward", critic, critic["use_dynamic_bsz"])) if by_tokens]
 
 
 def longest_row(config: Mapping[str, Any]) -> int:
@@ -82,16 +83,12 @@ def longest_row(config: Mapping[str, Any]) -> int:
 
 def length_problems(config: Mapping[str, Any]) -> list[str]:
     """Budgets of tokens and limits of vLLM that are below the longest row: verl stops on them, mostly after a whole rollout."""
-    actor, ref, rollout = (config["actor_rollout_ref"][part] for part in ("actor", "ref", "rollout"))
-    critic, reference = config["critic"], config["algorithm"]["use_kl_in_reward"] or actor["use_kl_loss"]
-    by_tokens = [("actor_rollout_ref.actor.ppo_max", actor, actor["use_dynamic_bsz"]),
-                 ("actor_rollout_ref.rollout.log_prob_max", actor, rollout["log_prob_use_dynamic_bsz"]),
-                 ("actor_rollout_ref.ref.log_prob_max", ref, reference and ref["log_prob_use_dynamic_bsz"]),
-                 ("critic.ppo_max", critic, has_critic(config) and critic["use_dynamic_bsz"]),
-                 ("critic.forward_max", critic, has_critic(config) and critic["use_dynamic_bsz"])]
+    actor, rollout = config["actor_rollout_ref"]["actor"], config["actor_rollout_ref"]["rollout"]
+    used = {"ref": config["algorithm"]["use_kl_in_reward"] or actor["use_kl_loss"], "critic": has_critic(config)}
     flat, longest = flatten(config), longest_row(config)
     # A row is spread over the GPUs of a sequence parallel group.
-    limits = [(f"{key}_token_len_per_gpu", part["ulysses_sequence_parallel_size"]) for key, part, used in by_tokens if used]
+    limits = [(f"{name}_max_token_len_per_gpu", part["ulysses_sequence_parallel_size"])
+              for name, part in counted_in_tokens(config) if used.get(name.split(".")[-2], True)]
     if rollout["name"] == "vllm":
         limits += [(f"actor_rollout_ref.rollout.{key}", 1) for key in ("max_model_len", "max_num_batched_tokens")
                    # Without a limit vLLM is given the longest row.

@@ -27,33 +27,17 @@ LFS_SIZE = 10_000_000
 INVALID_TOKEN = "Invalid credentials in Authorization header"
 
 
-@dataclass(frozen=True)
-class StoredFile:
-    """One file of a commit; its bytes lie in the folder of objects under their sha256."""
-
-    sha256: str
-    size: int
-    lfs: bool
-    git_hash: str
-
-    @property
-    def oid(self) -> str:
-        """What the hub compares: the sha256 of LFS files, git's own hash of others."""
-        return self.sha256 if self.lfs else self.git_hash
-
-
 @dataclass
 class Repository:
-    """A model repository: who sees it, and its commits, oldest first."""
+    """A model repository: who sees it, and its commits, oldest first, each an id and {path: sha256 of the bytes}."""
 
     private: bool = False
-    commits: list[tuple[str, dict[str, StoredFile]]] = field(default_factory=list)
+    commits: list[tuple[str, dict[str, str]]] = field(default_factory=list)
 
-    def commit(self, files: Mapping[str, StoredFile]) -> str:
+    def commit(self, files: Mapping[str, str]) -> str:
         """Add a commit that consists of these files; return its id."""
         parent = self.commits[-1][0] if self.commits else ""
-        listing = "".join(f"{path} {file.oid}\n" for path, file in sorted(files.items()))
-        identity = hashlib.sha1(f"{parent}\n{listing}".encode()).hexdigest()
+        identity = hashlib.sha1(json.dumps([parent, sorted(files.items())]).encode()).hexdigest()
         self.commits.append((identity, dict(files)))
         return identity
 
@@ -108,23 +92,18 @@ class StandInHub:
     def files(self, repo_id: str) -> dict[str, bytes]:
         """The bytes of every file of a model's newest commit."""
         commits = self.repositories[repo_id].commits
-        return {path: (self.objects / file.sha256).read_bytes() for path, file in commits[-1][1].items()} if commits else {}
+        return {path: (self.objects / sha256).read_bytes() for path, sha256 in commits[-1][1].items()} if commits else {}
 
-    def store(self, path: str, data: bytes) -> StoredFile:
-        """Store the bytes of a file."""
+    def store(self, data: bytes) -> str:
+        """Store the bytes of a file; return their sha256."""
         digest = hashlib.sha256(data).hexdigest()
         (self.objects / digest).write_bytes(data)
-        return StoredFile(digest, len(data), is_lfs(path, len(data)), git_hash(data))
+        return digest
 
 
 def is_lfs(path: str, size: int) -> bool:
     """Whether the hub keeps a file outside git."""
     return size > LFS_SIZE or bool(LFS_NAMES.fullmatch(path))
-
-
-def git_hash(data: bytes) -> str:
-    """Git's hash of a file."""
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -197,23 +176,14 @@ class Handler(BaseHTTPRequestHandler):
         self.authorize()
         self.answer(200, {"type": "user", "name": "rehearsal", "orgs": []})
 
-    def commit_at(self, repository: Repository, revision: str | None) -> tuple[str, dict[str, StoredFile]]:
-        # Who uploads asks for no older one.
-        return repository.commits[-1]
-
     def model_info(self, repo_id: str, revision: str | None) -> None:
         repository = self.repository(repo_id)
-        identity, files = self.commit_at(repository, revision)
-        self.answer(200, {
-            "_id": identity[:24], "id": repo_id, "modelId": repo_id, "sha": identity, "private": repository.private,
-            "gated": False, "xetEnabled": False, "tags": [],
-            "siblings": [{"rfilename": path, "size": file.size, "blobId": file.git_hash, **lfs_details(file, "sha256")}
-                         for path, file in sorted(files.items())],
-        })
+        self.answer(200, {"id": repo_id, "sha": repository.commits[-1][0], "private": repository.private})
 
     def tree(self, repo_id: str, revision: str) -> None:
-        _, files = self.commit_at(self.repository(repo_id), revision)
-        self.answer(200, [row(path, file) for path, file in sorted(files.items())])
+        # Who uploads only asks for what was there before, and that is nothing.
+        self.repository(repo_id)
+        self.answer(200, [])
 
     # ---- upload
 
@@ -228,13 +198,16 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, {"url": f"{self.hub.url}/{repo_id}", "name": repo_id})
 
     def preupload(self, repo_id: str, revision: str) -> None:
-        _, files = self.commit_at(self.repository(repo_id, write=True), revision)
+        repository = self.repository(repo_id, write=True)
         self.answer(200, {"files": [
-            {"path": file["path"], "shouldIgnore": False,
-             "uploadMode": "lfs" if is_lfs(file["path"], file["size"]) else "regular",
-             "oid": files[file["path"]].oid if file["path"] in files else None}
+            {"path": file["path"], "shouldIgnore": False, "oid": self.known(repository, file["path"]),
+             "uploadMode": "lfs" if is_lfs(file["path"], file["size"]) else "regular"}
             for file in json.loads(self.body())["files"]
         ]})
+
+    def known(self, repository: Repository, path: str) -> str | None:
+        """By what the client sees that a file is there already, unchanged; None if it is not there."""
+        return None
 
     def lfs_batch(self, repo_id: str) -> None:
         self.repository(repo_id, write=True)
@@ -268,32 +241,21 @@ class Handler(BaseHTTPRequestHandler):
 
     def commit(self, repo_id: str, revision: str) -> None:
         repository = self.repository(repo_id, write=True)
-        files = dict(self.commit_at(repository, revision)[1])
+        files = dict(repository.commits[-1][1])
         for line in self.body().decode().splitlines():
             operation = json.loads(line)
             value = operation["value"]
             if operation["key"] == "file":
-                files[value["path"]] = self.hub.store(value["path"], base64.b64decode(value["content"]))
+                files[value["path"]] = self.hub.store(base64.b64decode(value["content"]))
             elif operation["key"] == "lfsFile":
                 if not (self.hub.objects / value["oid"]).exists():
                     raise Refusal(400, f"The object of {value['path']} was not uploaded")
-                pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{value['oid']}\nsize {value['size']}\n"
-                files[value["path"]] = StoredFile(value["oid"], value["size"], True, git_hash(pointer.encode()))
+                files[value["path"]] = value["oid"]
             elif operation["key"] == "deletedFile":
                 del files[value["path"]]
         identity = repository.commit(files)
         self.answer(200, {"success": True, "commitOid": identity,
                           "commitUrl": f"{self.hub.url}/{repo_id}/commit/{identity}"})
-
-
-def lfs_details(file: StoredFile, key: str) -> dict:
-    """What listings say of an LFS file; the name of the hash differs between them."""
-    return {"lfs": {key: file.sha256, "size": file.size, "pointerSize": 134}} if file.lfs else {}
-
-
-def row(path: str, file: StoredFile) -> dict:
-    """A file in a listing of the tree."""
-    return {"type": "file", "oid": file.git_hash, "size": file.size, "path": path, **lfs_details(file, "oid")}
 
 
 ID, REVISION = r"([^/]+/[^/]+)", r"([^/]+)"

@@ -146,22 +146,17 @@ def read_cases(file: Path, wanted: str) -> list[Case]:
             problems.append(f"{file.name}, case {case.name}: caches is empty or kept, steps a number of at least 2 (the first is "
                             f"warm-up); they are {case.caches!r} and {case.steps!r}.")
         else:
-            problems += override_problems(case)
+            # What the door would refuse of its overrides: told before the first case has taken its minutes.
+            try:
+                compose_checked(case.stage, [f"profile/{case.stage}={case.profile}"], [*ALWAYS, *case.overrides], NAMES, OWNED)
+            except UsageError as error:
+                problems += [f"case {case.name}: {problem}" for problem in error.problems]
     names = [name.strip() for name in wanted.split(",") if name.strip()] or list(cases)
     problems += [f"CASES: there is no case {name!r} in {file.name}.{nearest(name, cases)} There are: {', '.join(cases)}."
                  for name in names if name not in cases]
     if problems:
         raise UsageError(*problems)
     return [cases[name] for name in names]
-
-
-def override_problems(case: Case) -> list[str]:
-    """What the door would refuse of a case's overrides: told before the first case has taken its minutes."""
-    try:
-        compose_checked(case.stage, [f"profile/{case.stage}={case.profile}"], [*ALWAYS, *case.overrides], NAMES, OWNED)
-    except UsageError as error:
-        return [f"case {case.name}: {problem}" for problem in error.problems]
-    return []
 
 
 def leftovers(case: Case, settings: Settings) -> list[Path]:
