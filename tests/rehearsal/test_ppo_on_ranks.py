@@ -10,10 +10,11 @@ from ranks import apart, in_a_process
 
 # Seen: 3e-7 for the gradient, 1e-7 for the losses, the weights and what is computed before the update.
 TOLERANCE = 1e-5
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module", params=[
-    pytest.param(2, id="two_ranks"), pytest.param(8, id="eight_ranks", marks=pytest.mark.long)])
+    pytest.param(2, id="two_ranks"), pytest.param(8, id="eight_ranks")])
 def results(request) -> dict[str, dict]:
     found = in_a_process(Path(both_updates.__file__), "--ranks", str(request.param))
     assert len(found[TUNED]["actor"]["forwards"]) == request.param

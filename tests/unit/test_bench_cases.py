@@ -2,7 +2,6 @@
 
 import json
 import time
-import xml.etree.ElementTree as xml
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from bridge.hardware import Gpu
 from bridge.runs import metrics, record
 from bridge.settings import CONFIGS
 from bridge.stages import data
-from bridge.tools import bench, bench_report
+from bridge.tools import bench
 from door import bridge, recorded
 
 CAPTURED = Path(__file__).with_name("captured")
@@ -185,14 +184,6 @@ def test_the_report_has_a_row_for_every_measured_case_and_names_those_that_faile
     assert "| ppo-tutorial | 3.00 | 1.00 | 0.50 | 2.00 | 3.00 | 0.50 | 10.00 | 256 |" in shown.stdout
     assert "ppo-tuned failed after 1 steps (exit status 1): no <room>" in shown.stdout
     assert all(line.count("|") in (0, 10, 11) for line in shown.stdout.splitlines())
-
-
-def test_the_chart_is_an_svg_whose_bar_is_as_long_as_the_step():
-    tree = xml.fromstring(bench_report.chart(results()))
-    bars = [part for part in tree if part.tag.endswith("rect") and len(part)]
-    assert len(bars) == len(bench_report.PHASES)
-    assert sum(float(bar.get("width")) for bar in bars) == pytest.approx(bench_report.WIDTH - bench_report.LABEL - 90, abs=0.5)
-    assert bars[0][0].text == "ppo-tutorial: gen 3.00 s"
 
 
 def test_results_of_another_machine_or_commit_are_put_aside_and_not_mixed(tmp_path):

@@ -101,7 +101,7 @@ def test_what_taking_turns_together_gains_is_what_its_file_says():
 
 
 @pytest.mark.parametrize(("page", "name"), [(DOCS / "benchmarks.md", "gpu"), (RESULTS / "log.md", "gpu_h100")])
-def test_the_tables_and_the_chart_of_the_benchmark_are_those_that_bench_makes(page, name, tmp_path):
+def test_the_tables_of_the_benchmark_are_those_that_bench_makes(page, name, tmp_path):
     copy = tmp_path / f"{name}.json"
     copy.write_text((RESULTS / copy.name).read_text())
     shown = bridge("bench", "--report", str(copy), WORK_DIR=str(tmp_path))
@@ -109,7 +109,6 @@ def test_the_tables_and_the_chart_of_the_benchmark_are_those_that_bench_makes(pa
     # Without its first line, which tells the machine.
     tables = shown.stdout.split("\n", 2)[2].strip()
     assert tables.count("|") > 100 and tables in page.read_text()
-    assert (tmp_path / f"{name}.svg").read_text() == (RESULTS / f"{name}.svg").read_text()
 
 
 @pytest.mark.parametrize(("chart", "name", "stage", "mean_of"), [

@@ -2,7 +2,7 @@
 
 The cases are in configs/bench.yaml, or in the file named; CASES=name,name picks some. Each is a training started through the
 door, as a person would, in WORK_DIR/bench, and ended after some steps. Results: WORK_DIR/bench/bench.json, written after each
-case, with a table and a chart beside it. `bridge bench --report FILE.json` makes these two from the file again.
+case, with tables beside it. `bridge bench --report FILE.json` makes these from the file again.
 """
 
 import json
@@ -318,12 +318,11 @@ def load(file: Path) -> dict[str, Any]:
 
 
 def report(file: Path) -> int:
-    """Print the table of a bench.json, and write it and the chart beside the file."""
+    """Print the tables of a bench.json, and write them beside the file."""
     if not file.is_file():
         raise UsageError(f"{file}: no such file. `make bench` writes WORK_DIR/bench/bench.json.")
     results = load(file)
     text = bench_report.markdown(results)
     file.with_suffix(".md").write_text(text)
-    file.with_suffix(".svg").write_text(bench_report.chart(results))
     print(text)
     return 0
