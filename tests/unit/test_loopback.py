@@ -22,9 +22,11 @@ print(sys.argv[1:], said, repr(started.dashboard_url), addresses, 52365 in {port
 
 
 def test_the_module_runs_with_its_arguments_and_its_ray_listens_on_the_loopback_address_only(tmp_path):
+    # The cluster of another is not taken, wherever RAY_ADDRESS says that it is.
     (tmp_path / "trainer.py").write_text(TRAINER)
     result = subprocess.run([sys.executable, "-m", "bridge.trainers.loopback", "trainer", "a=b c"], capture_output=True,
-                            text=True, check=False, timeout=120, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+                            text=True, check=False, timeout=120,
+                            env={**os.environ, "PYTHONPATH": str(tmp_path), "RAY_ADDRESS": "127.0.0.1:1"})
     # 52365: where the dashboard's agent takes jobs.
     assert result.stdout.strip().endswith("['a=b c'] works '' {'127.0.0.1'} False"), result.stdout + result.stderr
 

@@ -232,16 +232,25 @@ def test_where_all_are_damaged_nothing_is_touched(env):
 
 @pytest.mark.parametrize(("change", "fault"), [
     (lambda path: (path / "fsdp_config.json").write_text('{"world_size": 2, "x": 1}'), "fsdp_config.json has "),
-    (lambda path: (path / "huggingface" / "config.json").unlink(), "huggingface/config.json is missing"),
+    (lambda path: (path / "extra_state_world_size_2_rank_1.pt").unlink(), "extra_state_world_size_2_rank_1.pt is missing"),
     (lambda path: (path / checkpoints.CHECKSUMS).write_text("[1]"), "checksums.json is damaged itself"),
     (lambda path: (path / checkpoints.CHECKSUMS).write_text('{"data.pt": 1}'), "checksums.json is damaged itself"),
 ])
-def test_any_file_of_a_checkpoint_counts(tmp_path, change, fault):
+def test_any_file_that_is_continued_from_counts(tmp_path, change, fault):
     path = write_checkpoint(tmp_path, 1)
     checkpoints.record_checksums(path)
     assert checkpoints.damage(path) == []
     change(path)
     assert fault in checkpoints.damage(path)[0]
+
+
+def test_a_model_merged_into_the_checkpoint_by_hand_is_no_damage(env):
+    # As the tutorial does it: --target_dir .../global_step_4/actor/huggingface.
+    folder = started(env, "ppo", MORE, steps=(2, 4))
+    merged = folder / "global_step_4" / "actor" / "huggingface"
+    (merged / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16"}')
+    (merged / "model.safetensors").write_bytes(b"weights")
+    assert checkpoints.set_aside_damaged(folder, SAVED["ppo"]) == [] and plan(env, "ppo", MORE).resume_step == 4
 
 
 def test_the_data_loaders_state_put_aside_at_an_epochs_end_is_no_damage(tmp_path):
@@ -303,6 +312,53 @@ def test_a_reward_that_was_edited_is_another_run(env, tmp_path):
     assert plan(env, "ppo", *mine).resume_step == 4
 
 
+def test_a_model_with_other_weights_of_the_same_size_is_another_run(env, tmp_path):
+    # Read anew at each start where there is a reference model; a merge of another step leaves files of the same sizes.
+    model = tmp_path / "mine"
+    shutil.copytree(Path(env["WORK_DIR"], "models", "tiny"), model)
+    mine = {**env, "MODEL": str(model)}
+    folder = started(mine, "ppo", MORE, "actor_rollout_ref.actor.use_kl_loss=True", steps=(4,))
+    [file] = model.glob("*.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(UsageError, match=r"weights: .* -> "):
+        plan(mine, "ppo", MORE, "actor_rollout_ref.actor.use_kl_loss=True")
+    # A run of before they were recorded goes on.
+    recorded = record.read(folder.parent)
+    del recorded["inputs"]["weights"]
+    record.write(folder.parent, recorded, [])
+    assert plan(mine, "ppo", MORE, "actor_rollout_ref.actor.use_kl_loss=True").resume_step == 4
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_a_second_place_for_checkpoints_is_refused_and_a_run_that_has_one_goes_on_without(env, stage):
+    # verl's PPO trainer would save there nothing, and raise NotImplementedError at every resume.
+    with pytest.raises(UsageError, match="trainer.default_hdfs_dir is set by the bridge. Use WORK_DIR="):
+        plan(env, stage, "trainer.default_hdfs_dir=hdfs://there")
+    folder = started(env, stage, MORE, steps=(4,))
+    recorded = record.read(folder.parent)
+    recorded["config"]["trainer"]["default_hdfs_dir"] = "hdfs://there"
+    record.write(folder.parent, recorded, [])
+    assert plan(env, stage, MORE).resume_step == 4
+
+
+def test_verls_older_way_to_keep_one_checkpoint_is_refused(env):
+    with pytest.raises(UsageError, match=r"Use KEEP= instead of '\+trainer.remove_previous_ckpt_in_save=True'"):
+        plan(env, "ppo", "+trainer.remove_previous_ckpt_in_save=True")
+
+
+def test_the_disk_that_is_looked_at_is_the_one_that_checkpoints_go_to(env, tmp_path, monkeypatch):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    folder = started(env, "sft", MORE)
+    folder.symlink_to(scratch)
+    usage, full = shutil.disk_usage(scratch), []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full.append(Path(path).resolve()) or usage)
+    plan(env, "sft", MORE)
+    assert full[-1] == scratch
+
+
 # ---- a fresh start, and housekeeping
 
 
@@ -350,6 +406,34 @@ def test_what_cannot_be_removed_is_said_once_and_tried_again(tmp_path, monkeypat
     said = capsys.readouterr().err
     assert said.count("Directory not empty") == 1 and "works again" in said
     assert {path.name for path in tmp_path.iterdir()} == {"global_step_2", "global_step_3"}
+
+
+def test_a_checkpoint_that_cannot_be_removed_keeps_no_other_from_going(tmp_path, monkeypatch):
+    rmtree = shutil.rmtree
+
+    def held(path):
+        if path.name == "global_step_1":
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+        rmtree(path)
+
+    monkeypatch.setattr(shutil, "rmtree", held)
+    housekeeping = checkpoints.Housekeeping(tmp_path, SAVED["sft"], 2)
+    for step in range(1, 6):
+        write_checkpoint(tmp_path, step)
+        housekeeping.tolerance(housekeeping.look)
+    assert {path.name for path in tmp_path.iterdir()} == {"global_step_1", "global_step_4", "global_step_5"}
+    assert housekeeping.tolerance.failing
+
+
+def test_of_a_checkpoint_that_was_moved_elsewhere_only_the_link_is_removed(tmp_path):
+    folder, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for step in (1, 2, 3):
+        write_checkpoint(folder, step)
+    shutil.move(folder / "global_step_1", elsewhere)
+    (folder / "global_step_1").symlink_to(elsewhere / "global_step_1")
+    assert [path.name for path in checkpoints.prune(folder, SAVED["sft"], 2)] == ["global_step_1"]
+    assert (elsewhere / "global_step_1" / "data.pt").is_file() and not (folder / "global_step_1").is_symlink()
 
 
 def test_what_cannot_be_removed_keeps_no_checkpoint_from_getting_its_checksums(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from hub_fixture import model_files, run_module, safetensors, write_files
 
 from bridge import settings as settings_module
 from bridge.errors import UsageError
+from bridge.runs import record
 from bridge.stages import upload
 from downloads_hub import Account, DownloadsHub
 
@@ -165,6 +166,16 @@ def test_plan_names_the_repository_and_never_the_token(tmp_path, merged):
     assert "STAGE is not given: uploading the ppo model" in plan.notes
     assert any("team/ours, private" in note for note in plan.notes)
     assert planned(tmp_path, PUBLIC="1").command[-1] == "--public"
+
+
+def test_plan_says_which_step_the_model_is_of(tmp_path, merged):
+    # The run may have gone on since it was merged.
+    folder = merged.parent / "merge"
+    folder.mkdir()
+    shards = merged.parent / "checkpoints" / "global_step_100" / "actor"
+    record.write(folder, {"status": "finished", "last_step": 0, "config": None, "inputs": None, "work_dir": None, "attempts": [
+        {"command": ["python", "-m", "bridge.stages.merge", str(shards), str(merged)], "started": "2026-01-01"}]}, [])
+    assert f"merged from {shards}, 2026-01-01" in planned(tmp_path).notes
 
 
 def test_everything_missing_is_named_at_once(tmp_path):

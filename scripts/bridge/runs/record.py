@@ -29,8 +29,8 @@ from bridge.settings import CONFIGS, ROOT, SECRETS
 # Keys that may differ when a run is continued: where from, what it is called, and housekeeping. With them what depends on
 # the machine: all that configs/memory/ sets.
 MAY_DIFFER = ("trainer.project_name", "trainer.experiment_name", "trainer.logger", "trainer.resume_mode",
-              "trainer.resume_from_path", "ray_init.num_cpus", "trainer.max_ckpt_to_keep", "trainer.max_actor_ckpt_to_keep",
-              "trainer.max_critic_ckpt_to_keep",
+              "trainer.resume_from_path", "trainer.default_hdfs_dir", "ray_init.num_cpus", "trainer.max_ckpt_to_keep",
+              "trainer.max_actor_ckpt_to_keep", "trainer.max_critic_ckpt_to_keep",
               *(key for parts in checkpoints.LOAD_CONTENTS.values() for key in parts.values()))
 
 

@@ -22,11 +22,14 @@ TRAINERS = {"sft": sft, "ppo": ppo}
 OWNED = {
     "trainer.n_gpus_per_node": "GPUS=",
     "trainer.default_local_dir": "WORK_DIR= and RUN=",
+    "trainer.default_hdfs_dir": "WORK_DIR= and RUN=",  # verl's PPO saves nothing there, and then cannot resume
     "trainer.resume_mode": "RUN= (a run is continued by itself)",
     "trainer.resume_from_path": "RUN= (a run is continued by itself)",
     "trainer.max_ckpt_to_keep": "KEEP=",
     "trainer.max_actor_ckpt_to_keep": "KEEP=",
     "trainer.max_critic_ckpt_to_keep": "KEEP=",
+    # Removes the only checkpoint before the next one is written.
+    "trainer.remove_previous_ckpt_in_save": "KEEP=",
     "actor_rollout_ref.rollout.tensor_model_parallel_size": "TP=",
     "model.partial_pretrain": "MODEL=",
     "actor_rollout_ref.model.path": "MODEL= and INIT=",
@@ -129,7 +132,10 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
     made = Plan(
         command=[], env=own_env, record_dir=stage_dir, keep_log=True, notes=notes, config=config,
         inputs={"data": {key: [record.sha256(file) for file in data_files(config, key)] for key in DATA_KEYS},
-                "model": model_fingerprint(model_dir), "code": code_fingerprint(config)},
+                "model": model_fingerprint(model_dir),
+                # A reference model is read anew at each start, and a merge of another step has files of the same sizes.
+                "weights": [checkpoints.checksum(file) for file in sorted(model_dir.glob("*.safetensors"))],
+                "code": code_fingerprint(config)},
         checkpoints=stage_dir / "checkpoints", saved=checkpoints.contents(stage, config), keep=settings.keep,
         # The last, smaller batch of an epoch is dropped.
         steps_per_epoch=rows[0] // config["data"]["train_batch_size"])
@@ -383,8 +389,9 @@ def check_disk(stage: str, settings: Settings, planned: Plan, parameters: int, n
     one = checkpoints.expected_size(planned.saved, parameters)
     # SFT without save_freq saves once, at the end. While one is written, the others are still there.
     most = 1 if planned.config["trainer"]["save_freq"] <= 0 else (settings.keep or 1) + 1
-    used = sum(checkpoints.size(path) for _, path in checkpoints.step_folders(planned.checkpoints))
-    existing = next(folder for folder in (planned.record_dir, *planned.record_dir.parents) if folder.is_dir())
+    folder = planned.checkpoints
+    used = sum(checkpoints.size(path) for _, path in checkpoints.step_folders(folder))
+    existing = next(place for place in (folder, *folder.parents) if place.is_dir())
     needed, free = max(0, most * one - used), shutil.disk_usage(existing).free
     kept = "all (KEEP=all: more with every save)" if settings.keep is None else settings.keep
     notes.append(f"checkpoints: {one / 1e9:.3g} GB each, kept: {kept}; needs {needed / 1e9:.3g} GB, "

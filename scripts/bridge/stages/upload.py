@@ -47,6 +47,8 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
                         "with HF_HUB_OFFLINE=0.")
     if problems:
         raise UsageError(*problems)
+    if merged := record.read(folder.parent / "merge"):
+        notes.append(f"merged from {merged['attempts'][-1]['command'][-2]}, {merged['attempts'][-1]['started']}")
     notes.append(f"{folder} goes to {settings.hf_repo}, " + ("PUBLIC: anyone can see it" if settings.public else "private"))
     return Plan(
         command=[sys.executable, "-m", "bridge.stages.upload", str(folder), settings.hf_repo,

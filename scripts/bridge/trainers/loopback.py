@@ -50,7 +50,9 @@ def close_ray() -> None:
     def init(*args, runtime_env=None, **options):
         # A hook that is there (on_cpu's) calls it itself.
         runtime_env = {"worker_process_setup_hook": "bridge.trainers.loopback.close", **(runtime_env or {})}
-        return ray_init(*args, runtime_env=runtime_env, include_dashboard=False, _node_ip_address=ADDRESS, **options)
+        # "local": not the cluster that a RAY_ADDRESS in the environment names.
+        return ray_init(*args, address="local", runtime_env=runtime_env, include_dashboard=False, _node_ip_address=ADDRESS,
+                        **options)
 
     ray.init = init
     # Or the dashboard's agent would start whole, with a port for jobs.
