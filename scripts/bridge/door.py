@@ -175,6 +175,6 @@ def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
         if why:
             say(why)
         say(f"{name} {'was ended by a signal' if status > 128 else 'failed'} (exit status {status})"
-            + ("; the same command continues it" if status > 128 and plan.checkpoints and not env.get("BRIDGE_TRIAL") else "")
-            + (f"; the log is {log}" if log else ""))
+            + ("; the same command continues it from its newest checkpoint, if any" if status > 128
+               and plan.checkpoints and not env.get("BRIDGE_TRIAL") else "") + (f"; the log is {log}" if log else ""))
     return status

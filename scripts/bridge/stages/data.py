@@ -203,7 +203,7 @@ def from_hub() -> dict[str, Rows]:
     except (ConnectionError, FileNotFoundError, requests.exceptions.RequestException) as error:
         raise UsageError(
             f"{GSM8K} cannot be had from the Hugging Face Hub: {type(error).__name__}: {str(error).splitlines()[0]}",
-            "Either fetch it on a machine with internet (`bridge data` there; the same WORK_DIR, or copy its "
+            "Either fetch it on a machine with internet (`make data` there; the same WORK_DIR, or copy its "
             "data folder), or give a folder with train.jsonl and test.jsonl (DATA_SOURCE=folder), or rehearse with "
             "made-up problems (DATA_SOURCE=builtin).",
         ) from error

@@ -279,7 +279,7 @@ def data_notes(settings: Settings) -> list[str]:
     recorded = record.read(settings.data_dir)
     if recorded is None or settings.profile in ON_CPU or "builtin" not in recorded["attempts"][-1]["command"]:
         return []
-    return [f"warning: {settings.data_dir} holds made-up problems (DATA_SOURCE=builtin), not GSM8K; `make data` fetches it"]
+    return [f"warning: {settings.data_dir} holds made-up problems, not GSM8K. Move it away, then `make data DATA_SOURCE=hub`"]
 
 
 def data_problems(config: Mapping[str, Any], columns: list[str], problems: list[str]) -> tuple[int, int] | None:

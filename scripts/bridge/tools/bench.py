@@ -78,7 +78,7 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
     gpus = hardware.visible_gpus(env)
     if not gpus and any(case.profile not in ON_CPU for case in cases):
         raise UsageError("no GPU visible. With Apptainer pass --nv; on Slurm ask for --gpus-per-node; on CPU only cases with the "
-                         f"profiles {' and '.join(ON_CPU)} run, from a file of your own.")
+                         f"profiles {', '.join(ON_CPU)} run, from a file of your own.")
     ranks = settings.gpus or len(gpus) or 2
     settings = settings_module.read({**env, "MODEL": env.get("MODEL") or DEFAULT_MODEL})
     bench_env = trial.environment(env, settings.work_dir / "bench", MODEL=settings.model, GPUS=str(ranks))

@@ -48,7 +48,7 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
         folder = (Path(name).expanduser() if is_local(name) else settings.work_dir / "runs" / name) / stage
         rows = metrics.read(folder / "metrics.jsonl")
         if not rows:
-            problems.append(f"run {name!r} has no metrics in {folder / 'metrics.jsonl'}.")
+            problems.append(f"run {name!r} has no metrics in {folder / 'metrics.jsonl'}. STAGE=sft or STAGE=ppo says whose.")
         label = f"{Path(name).name} ({profile(folder, stage)})"
         if label in curves:
             problems.append(f"two runs are called {label}. Draw one of them from a folder of another name.")
