@@ -12,10 +12,10 @@ import pytest
 from door import ROOT, SHELL, bridge
 
 # The last words of a command line that name a program; Ray's workers are called after what they do at the moment.
-PROGRAMS = {r"-m bridge\.trainers\.loopback torch\.distributed\.run": "torchrun", r"-m bridge\.trainers\.loopback .*main_ppo": "driver",
+PROGRAMS = {r"\.loopback torch\.distributed\.run": "torchrun", r"\.loopback .*main_ppo": "driver",
             r"^ray::": "Ray worker", r"/gcs_server ": "gcs_server", r"/raylet ": "raylet",
             r"/runtime_env/agent/main\.py": "runtime_env agent", r"/_private/monitor\.py": "monitor",
-            r"/dashboard/agent\.py": "metrics agent", r"-m (bridge\.trainers\.on_cpu|verl\.|bridge\.trainers\.packed)": "torchrun's rank"}
+            r"/dashboard/agent\.py": "metrics agent", r"-m (bridge\.trainers\.(on_cpu|packed)|verl\.)": "torchrun's rank"}
 
 pytestmark = pytest.mark.long
 
