@@ -344,11 +344,20 @@ def test_the_door_is_killed_during_a_merge(through, seen):
 
 def test_the_door_is_killed_during_an_upload(tmp_path, through, seen):
     settings = {"HF_REPO": "team/ours", "STAGE": "sft"}
+
+    def kill(door: subprocess.Popen) -> bool:
+        """Kill the door, and answer once what it had started is gone, too: else that could be faster than its end."""
+        door.kill()
+        door.wait()
+        while processes(through.work_dir):
+            time.sleep(0.05)
+        return True
+
     with DownloadsHub(tmp_path / "hub", {"hf_a_token_of_a_test": Account("alice", organisations=("team",))}) as hub:
         settings.update(hub.env("hf_a_token_of_a_test"))
         with through.started("upload", **settings) as door:
             # The hub asks itself this when the weights begin to come.
-            hub.may_transfer = lambda: door.kill() or True
+            hub.may_transfer = lambda: kill(door)
         assert not any(name.endswith(".safetensors") for name in hub.files("team/ours")), "others must not see half a model"
         del hub.may_transfer
         result = bridge("upload", **through.env(**settings))
