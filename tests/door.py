@@ -8,9 +8,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from bridge.runs import metrics, record
+from bridge.trainers import stoppable
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a person's shell would have, without any setting of the bridge. On a GPU node, too, the tests train on CPU.
@@ -84,19 +86,40 @@ def recorded(**changes) -> dict:
 def stopped_after(step: int, work_dir: Path, stage: str, *arguments: str, timeout: float = 300, **env: str) -> int:
     """Start a stage, end it with SIGTERM once it has gone past `step`, whose checkpoint is whole; returns its status."""
     folder = work_dir / "runs" / env["RUN"] / stage
+
+    def is_past() -> bool:
+        saved = [checkpoint.step for checkpoint in record.saved_checkpoints(folder, stage) if checkpoint.complete]
+        return step in saved and last_step(folder) >= step
+
+    return ended(work_dir, stage, *arguments, when=is_past, how=lambda door: door.send_signal(signal.SIGTERM),
+                 timeout=timeout, **env)
+
+
+def stopped_on_request(step: int, work_dir: Path, stage: str, *arguments: str, timeout: float = 300, **env: str) -> int:
+    """Start a stage, ask it to save and end once it has made `step`; returns its status."""
+    folder = work_dir / "runs" / env["RUN"] / stage
+    return ended(work_dir, stage, *arguments, when=lambda: last_step(folder) >= step,
+                 how=lambda _: (folder / stoppable.REQUEST).touch(), timeout=timeout, **env)
+
+
+def last_step(folder: Path) -> int:
+    """Of the metrics in a stage's folder; 0 before the first."""
+    rows = metrics.read(folder / "metrics.jsonl")
+    return rows[-1]["step"] if rows else 0
+
+
+def ended(work_dir: Path, stage: str, *arguments: str, when: Callable[[], bool], how: Callable[[subprocess.Popen], object],
+          timeout: float, **env: str) -> int:
+    """Start a stage and end it so, once it is time; returns its status."""
     said = work_dir / f"{env['RUN']}.out"
     with open(said, "wb") as output:
         door = subprocess.Popen([sys.executable, "-m", "bridge", stage, *arguments], stdout=output, stderr=subprocess.STDOUT,
                                 env={**SHELL, "WORK_DIR": str(work_dir), **env})
         deadline = time.monotonic() + timeout
-        while True:
-            rows = metrics.read(folder / "metrics.jsonl")
-            saved = [checkpoint.step for checkpoint in record.saved_checkpoints(folder, stage) if checkpoint.complete]
-            if step in saved and rows and rows[-1]["step"] >= step:
-                break
+        while not when():
             assert door.poll() is None and time.monotonic() < deadline, said.read_text()[-3000:]
             time.sleep(0.1)
-        door.send_signal(signal.SIGTERM)
+        how(door)
         return door.wait(timeout=120)
 
 

@@ -17,6 +17,8 @@ from bridge.image import read_ahead
 from bridge.plan import Plan
 from bridge.stages.table import STAGES
 
+# Exit status of a training that saved and ended before its end because it was asked to: to be tried again later.
+STOPPED = os.EX_TEMPFAIL
 # Not stages of the chain: they run in the door's own process and leave no record.
 TOOLS = {
     "check": "test this environment (--json)",
@@ -131,10 +133,12 @@ def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
     """Run what was planned, keeping the record; returns the exit status."""
     from bridge.runs import checkpoints, failure, launch, record
     from bridge.runs.metrics import Metrics
+    from bridge.trainers import stoppable
 
     secrets = record.secret_values(env)
     recorded = record.begin(plan, env)
     log = plan.record_dir / "log.txt" if plan.keep_log else None
+    request, answer = plan.record_dir / stoppable.REQUEST, plan.record_dir / stoppable.ANSWER
     metrics = housekeeping = None
     env = {**env, **plan.env}
     if "RAY_TMPDIR" in plan.env:
@@ -148,6 +152,8 @@ def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
             say(done)
         metrics = Metrics(plan.record_dir / "metrics.jsonl", plan.resume_step)
         housekeeping = checkpoints.Housekeeping(plan.checkpoints, plan.saved, plan.keep)
+        for left in (request, answer):
+            left.unlink(missing_ok=True)
     if plan.keep_log:
         record.write(plan.record_dir, recorded, secrets)
     start = log.stat().st_size if log and log.is_file() else 0
@@ -157,6 +163,8 @@ def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
     # From here on no error of the file system ends the run.
     try:
         status = launch.run(plan.command, env, log, metrics, secrets)
+        if status == 0 and answer.exists():
+            status = STOPPED
     finally:
         if metrics:
             Tolerance("writing to metrics.jsonl").at_last(metrics.close)
@@ -170,7 +178,9 @@ def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
             record.write(plan.record_dir, record.end(recorded, status, newest.step if newest else 0), secrets)
 
     Tolerance("writing run.json").at_last(end)
-    if status:
+    if status == STOPPED:
+        say(f"{name} was asked to stop ({request}): it has saved, and the same command continues it")
+    elif status:
         why = failure.reason(log, start) if log and status < 128 else None
         if why:
             say(why)

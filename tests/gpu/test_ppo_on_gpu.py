@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from bridge.runs import metrics
 
 HERE = Path(__file__).parent
 STEPS = 3
 # Everything of bridge.trainers.speedups, by what is called when it works. With a model of which the head has 64 elements.
 DRIVEN = {
-    "rms_norm_forward", "rms_norm_backward", "bucket_rms_norm", "rope_forward", "rope_backward", "swiglu_forward", "swiglu_backward",
-    "FusedAdamW", "make_engine", "inspect_models_in_process", "freeze_gc", "expose_multi_step_model",
+    "rms_norm_forward", "rms_norm_backward", "bucket_rms_norm", "rope_forward", "rope_backward", "swiglu_forward",
+    "swiglu_backward", "FusedAdamW", "make_engine", "inspect_models_in_process", "freeze_gc", "expose_multi_step_model",
     "asks_for_tokens_only", "kept_length", "append", "process_turn",
     "pack_responses", "prediction_mask", "unpack", "forward_log_probs", "forward_values", "flash_attention_kwargs", "pack",
     "packed_logits", "averages_groups", "group_weights"}
@@ -48,8 +49,9 @@ def trained(tmp_path_factory):
         bridge(stage, **env)
     make_critic(next((work_dir / "models").iterdir()), work_dir / "critic")
     overrides = [f"critic.model.path={work_dir}/critic", "actor_rollout_ref.model.external_lib=seen",
-                 "actor_rollout_ref.rollout.top_k=1", "data.train_batch_size=64", "actor_rollout_ref.actor.ppo_mini_batch_size=16",
-                 "critic.ppo_mini_batch_size=16", "trainer.save_freq=-1", "trainer.test_freq=-1", "trainer.val_before_train=false",
+                 "actor_rollout_ref.rollout.top_k=1", "data.train_batch_size=64",
+                 "actor_rollout_ref.actor.ppo_mini_batch_size=16", "critic.ppo_mini_batch_size=16",
+                 "trainer.save_freq=-1", "trainer.test_freq=-1", "trainer.val_before_train=false",
                  f"trainer.total_training_steps={STEPS}"]
     # verl's critic takes the actor's unless told otherwise.
     for profile, library in (("tutorial", "null"), ("tuned", "bridge.trainers.speedups")):
@@ -60,7 +62,8 @@ def trained(tmp_path_factory):
 def answers(folder: Path, name: str) -> dict[tuple[int, ...], torch.Tensor]:
     """The first step's numbers of the answers' tokens, by all tokens of prompt and answer."""
     kept = torch.load(folder / f"{name}-1.pt")
-    return {tuple(ids.tolist()): values[mask] for ids, values, mask in zip(kept["input_ids"], kept[name], kept["mask"], strict=True)}
+    return {tuple(ids.tolist()): values[mask]
+            for ids, values, mask in zip(kept["input_ids"], kept[name], kept["mask"], strict=True)}
 
 
 @pytest.mark.parametrize("name", ["log_probs", "values"])

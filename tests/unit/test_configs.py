@@ -69,7 +69,8 @@ TUTORIAL = {
         trainer.total_epochs=15""",
 }
 # PPO's Ray is kept to the node; the trainer is verl's.
-TUTORIAL_MODULE = {"sft": "verl.trainer.fsdp_sft_trainer", "ppo": "bridge.trainers.loopback verl.trainer.main_ppo"}
+TUTORIAL_MODULE = {"sft": "bridge.trainers.stoppable verl.trainer.fsdp_sft_trainer",
+                   "ppo": "bridge.trainers.loopback bridge.trainers.stoppable verl.trainer.main_ppo"}
 # All that may differ: where things lie, what they are called, resuming, retention, and what depends on the machine.
 MAY_DIFFER = {
     "sft": {"data.train_files", "data.val_files", "model.partial_pretrain", "trainer.default_local_dir",
@@ -273,7 +274,7 @@ def test_vllm_has_to_hold_the_weights_in_its_share(parameters, tp, problem):
 
 def test_the_tuned_sft_packs_in_the_order_of_the_tutorial():
     config = compose("sft", ["profile/sft=tuned", "memory/sft=80gb"], NAMES)
-    assert sft.module(config) == "bridge.trainers.packed_sft" and sft.setting_problems(config) == []
+    assert sft.modules(config) == ["bridge.trainers.packed_sft"] and sft.setting_problems(config) == []
     # verl's sampler is made without a seed.
     assert config["trainer"]["seed"] == DistributedSampler([], num_replicas=1, rank=0).seed
 

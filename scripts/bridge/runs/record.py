@@ -174,7 +174,7 @@ def begin(plan: Plan, env: Mapping[str, str]) -> dict[str, Any]:
 
 def end(record: dict[str, Any], status: int, last_step: int) -> dict[str, Any]:
     """The record at the end of a run, which left a checkpoint of `last_step` (0: none)."""
-    record["status"] = "finished" if status == 0 else "failed"
+    record["status"] = {0: "finished", os.EX_TEMPFAIL: "stopped"}.get(status, "failed")
     record["last_step"] = last_step
     record["attempts"][-1].update(ended=now(), exit_status=status)
     return record

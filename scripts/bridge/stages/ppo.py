@@ -13,9 +13,9 @@ from bridge.trainers.packed_settings import groups_rows
 LONGEST_TMPDIR = 107 - len("/ray-12345678/ray/session_2026-01-01_00-00-00_123456_4194304/sockets/plasma_store")
 
 
-def module(_config: Mapping[str, Any]) -> str:
+def modules(_config: Mapping[str, Any]) -> list[str]:
     """Which trainer to run."""
-    return "verl.trainer.main_ppo"
+    return ["bridge.trainers.stoppable", "verl.trainer.main_ppo"]
 
 
 def environment(env: Mapping[str, str]) -> dict[str, str]:
@@ -45,9 +45,9 @@ def cpus(config: Mapping[str, Any], gpus: int, cores: int) -> int:
     return max(cores, gpus + 1 + bool(config["reward_model"]["launch_reward_fn_async"]))
 
 
-def command(ranks: int, module: list[str], arguments: list[str]) -> list[str]:
+def command(ranks: int, modules: list[str], arguments: list[str]) -> list[str]:
     """One process; Ray starts the workers."""
-    return [sys.executable, "-u", "-m", "bridge.trainers.loopback", *module, *arguments]
+    return [sys.executable, "-u", "-m", "bridge.trainers.loopback", *modules, *arguments]
 
 
 def setting_problems(config: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:

@@ -7,9 +7,10 @@ from typing import Any
 from bridge.trainers.packed_settings import packing_problems
 
 
-def module(config: Mapping[str, Any]) -> str:
+def modules(config: Mapping[str, Any]) -> list[str]:
     """Which trainer to run: verl's own, or the packed one where a budget of tokens is set."""
-    return "verl.trainer.fsdp_sft_trainer" if config["bridge"]["packed_tokens_per_gpu"] is None else "bridge.trainers.packed_sft"
+    return (["bridge.trainers.stoppable", "verl.trainer.fsdp_sft_trainer"] if config["bridge"]["packed_tokens_per_gpu"] is None
+            else ["bridge.trainers.packed_sft"])
 
 
 def environment(_env: Mapping[str, str]) -> dict[str, str]:
@@ -18,11 +19,11 @@ def environment(_env: Mapping[str, str]) -> dict[str, str]:
     return {"OMP_NUM_THREADS": "1"}
 
 
-def command(ranks: int, module: list[str], arguments: list[str]) -> list[str]:
+def command(ranks: int, modules: list[str], arguments: list[str]) -> list[str]:
     """torchrun with one process a GPU (or CPU rank)."""
     # torchrun would tell the ranks the node's name, which need not resolve.
     return [sys.executable, "-u", "-m", "bridge.trainers.loopback", "torch.distributed.run", "--standalone", "--nnodes=1",
-            "--local_addr=127.0.0.1", f"--nproc_per_node={ranks}", "-m", *module, *arguments]
+            "--local_addr=127.0.0.1", f"--nproc_per_node={ranks}", "-m", *modules, *arguments]
 
 
 def setting_problems(config: Mapping[str, Any], _overrides: Sequence[str] = ()) -> list[str]:

@@ -163,7 +163,7 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
     notes.insert(0, f"{stage}: {gpus} {device}, profile {settings.profile}, run {settings.run}, "
                     f"{'the SFT model of this run' if from_sft else f'model {model_dir.name}'}")
     arguments = ["--config-dir", str(CONFIGS), "--config-name", stage, *own, *resume, *overrides]
-    command = trainer.command(gpus, [*(["bridge.trainers.on_cpu"] if on_cpu else []), trainer.module(config)], arguments)
+    command = trainer.command(gpus, [*(["bridge.trainers.on_cpu"] if on_cpu else []), *trainer.modules(config)], arguments)
     return Plan(**{**vars(made), "command": command, "resume_step": resume_step})
 
 

@@ -160,8 +160,8 @@ def main() -> None:
     """Set up, then become verl's module (sys.argv[1]) with the rest of the arguments."""
     module = sys.argv[1]
     setup()
-    if module == "verl.trainer.main_ppo":
-        patch_ray_init(int(os.environ["BRIDGE_CPU_RANKS"]))
+    if ranks := os.environ.get("BRIDGE_CPU_RANKS"):
+        patch_ray_init(int(ranks))
     sys.argv = sys.argv[1:]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

@@ -21,6 +21,7 @@ from verl.trainer import fsdp_sft_trainer
 from bridge.errors import UsageError
 from bridge.trainers.packed_settings import packing_problems
 from bridge.trainers.packing import group_weights, pack, packed_logits
+from bridge.trainers.stoppable import stoppable_sft
 
 
 def spread(lengths: list[int], count: int) -> list[list[int]]:
@@ -192,7 +193,7 @@ class PackedSFTTrainer(fsdp_sft_trainer.FSDPSFTTrainer):
 
 def main() -> Any:
     """verl's own entry, with the trainer exchanged."""
-    fsdp_sft_trainer.FSDPSFTTrainer = PackedSFTTrainer
+    fsdp_sft_trainer.FSDPSFTTrainer = stoppable_sft(PackedSFTTrainer)
     return fsdp_sft_trainer.main()
 
 

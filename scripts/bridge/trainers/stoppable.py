@@ -1,0 +1,124 @@
+"""verl's trainers, which save and end after a step when asked to:  python -m bridge.trainers.stoppable MODULE OVERRIDES...
+
+MODULE is verl.trainer.fsdp_sft_trainer or verl.trainer.main_ppo; trainers.packed_sft does it by itself. Who wants a run to end
+(a job before its time limit, say) makes the file `stop-requested` in the folder of its stage. The trainer looks for it after
+each step, saves that step unless it has, leaves the file `stopped`, and ends as if it were done; the door tells the two apart.
+What is trained stays verl's.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# In the folder of the stage: asked by whoever may write there, answered by the trainer.
+REQUEST, ANSWER = "stop-requested", "stopped"
+
+
+def stage_dir() -> Path:
+    """Where both files are, as the door tells its trainers."""
+    return Path(os.environ["BRIDGE_STAGE_DIR"])
+
+
+def stoppable_sft(trainer: type) -> type:
+    """A class of verl's SFT trainer that can be asked to stop."""
+    import torch
+
+    class StoppableSFTTrainer(trainer):
+        steps, stopping = 0, False
+
+        def training_step(self, batch) -> dict[str, float]:
+            metrics = super().training_step(batch)
+            self.steps += 1
+            # One rank looks for all: others might see the file a step later, and wait for each other.
+            rank = torch.distributed.get_rank()
+            asked = torch.tensor(int(rank == 0 and (stage_dir() / REQUEST).exists()), device=self.config.trainer.device)
+            torch.distributed.broadcast(asked, src=0)
+            if asked and self.resume_global_step + self.steps < self.total_training_steps:
+                # What verl's fit compares the step with next: it validates, saves and ends.
+                self.total_training_steps, self.stopping = 0, True
+            return metrics
+
+        def save_checkpoint(self, step: int) -> None:
+            super().save_checkpoint(step)
+            if self.stopping and torch.distributed.get_rank() == 0:
+                (stage_dir() / ANSWER).touch()
+
+    return StoppableSFTTrainer
+
+
+class UntilAsked:
+    """The batches of a PPO trainer of verl's: none after the step in which it was asked to stop."""
+
+    def __init__(self, trainer: Any):
+        self.trainer, self.loader, self.ended = trainer, trainer.train_dataloader, False
+
+    def __iter__(self) -> Iterator[dict]:
+        # verl begins its next epoch all the same.
+        if self.ended:
+            return
+        for batch in self.loader:
+            yield batch
+            # Now the step is over and logged.
+            if (stage_dir() / REQUEST).exists():
+                self.ended = True
+                self.save()
+                (stage_dir() / ANSWER).touch()
+                return
+
+    def save(self) -> None:
+        """Save the step that is over, unless verl has: it has counted on already."""
+        self.trainer.global_steps -= 1
+        if not os.path.exists(f"{self.trainer.config.trainer.default_local_dir}/global_step_{self.trainer.global_steps}"):
+            self.trainer._save_checkpoint()
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+
+def stoppable_ppo(trainer: type) -> type:
+    """A class of verl's PPO trainer that can be asked to stop."""
+
+    class StoppablePPOTrainer(trainer):
+        def fit(self) -> None:
+            self.train_dataloader = UntilAsked(self)
+            super().fit()
+
+    return StoppablePPOTrainer
+
+
+def run_ppo() -> None:
+    """verl's own entry; the actor in which its trainer runs exchanges the class."""
+    import ray
+    from verl.trainer import main_ppo
+
+    @ray.remote(num_cpus=1)
+    class TaskRunner:
+        def run(self, config) -> None:
+            from bridge.trainers.stoppable import stoppable_ppo
+
+            main_ppo.RayPPOTrainer = stoppable_ppo(main_ppo.RayPPOTrainer)
+            main_ppo.TaskRunner.__ray_metadata__.modified_class().run(config)
+
+    main_ppo.TaskRunner = TaskRunner
+    main_ppo.main()
+
+
+def main() -> None:
+    """Become the module (sys.argv[1]) with the rest of the arguments."""
+    sys.argv = sys.argv[1:]
+    if sys.argv[0] == "verl.trainer.main_ppo":
+        run_ppo()
+        return
+    from verl.trainer import fsdp_sft_trainer
+
+    fsdp_sft_trainer.FSDPSFTTrainer = stoppable_sft(fsdp_sft_trainer.FSDPSFTTrainer)
+    fsdp_sft_trainer.main()
+
+
+if __name__ == "__main__":
+    main()
