@@ -100,6 +100,16 @@ def test_what_taking_turns_together_gains_is_what_its_file_says():
     assert [row[1:] for row in cells((RESULTS / "log.md").read_text(), "| seconds | gen |")] == turn_rows()
 
 
+def test_the_program_of_today_beside_the_one_of_before_is_what_its_file_says():
+    measured = load("program.json")
+    shown = [[f"{program['ppo']['phases'][phase]:.2f}" for phase in ("gen", "update_critic", "update_actor", "step")]
+             + [f"{program['sft']['seconds_per_step']:.2f}"] for program in measured["program"].values()]
+    page = (RESULTS / "log.md").read_text()
+    assert [row[1:] for row in cells(page, "| program, seconds |")] == shown
+    for starts in measured["starts"].values():
+        assert " and ".join(f"{seconds:.1f}" for seconds in starts) + " s" in page
+
+
 @pytest.mark.parametrize(("page", "name"), [(DOCS / "benchmarks.md", "gpu"), (RESULTS / "log.md", "gpu_h100")])
 def test_the_tables_of_the_benchmark_are_those_that_bench_makes(page, name, tmp_path):
     copy = tmp_path / f"{name}.json"
