@@ -13,7 +13,6 @@ from bridge import __version__
 from bridge import settings as settings_module
 from bridge.environment import clean_environment, work_dir_problems
 from bridge.errors import Tolerance, UsageError, exit_status, nearest, say
-from bridge.image import read_ahead
 from bridge.plan import Plan
 from bridge.stages.table import STAGES
 
@@ -95,8 +94,6 @@ def run_stage(name: str, env: Mapping[str, str], overrides: list[str], dry_run: 
         raise UsageError(*problems)
 
     child_env = clean_environment(settings, env)
-    if stage.imports_torch and not dry_run:
-        read_ahead.start()
     plan = stage.plan(settings, child_env, overrides, dry_run)
     for note in plan.notes:
         say(note)

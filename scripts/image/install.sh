@@ -10,7 +10,7 @@ set -euo pipefail
 umask 022
 unset PYTHONPATH PYTHONHOME
 # Python cannot write its byte code at run time, since the image is read-only: it is compiled here. With hashes instead of
-# dates, so that two builds are the same to the byte (all but read_ahead.txt).
+# dates, so that two builds are the same to the byte.
 export PYTHONDONTWRITEBYTECODE=1 PYTHONNOUSERSITE=1 PYC_INVALIDATION_MODE=UNCHECKED_HASH
 site=/opt/venv/lib/python3.11/site-packages
 
@@ -107,14 +107,6 @@ bridge)
         /opt/venv/bin/bridge --help > "/scif/apps/$stage/scif/runscript.help"
     done
     echo "proved: bridge --help"
-    # Every Python of the image imports from the archive that bridge.image.read_ahead writes. Before that, since it dates this folder.
-    cp /opt/bridge/scripts/bridge/image/import_archive.py "$site/bridge_import_archive.py"
-    /opt/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash "$site/bridge_import_archive.py"
-    echo 'import bridge_import_archive; bridge_import_archive.install()' > "$site/bridge_import_archive.pth"
-    HOME=/opt/home /opt/venv/bin/python -m bridge.image.read_ahead > /dev/null
-    rm -rf /opt/home
-    echo "proved: $(stat -c %s /opt/venv/import_archive.bin) bytes of imports packed," \
-        "$(wc -l < /opt/bridge/read_ahead.txt) files and blocks to be read ahead"
     ;;
 manifest)
     /opt/venv/bin/python -m bridge.image.manifest "${2:-}" "${3:-}" "${4:-$flash_attn_wheel}" > /opt/bridge/manifest.json

@@ -26,8 +26,6 @@ MAY_DIFFER = (
     "dev", "proc", "run", "sys", "tmp",
     # Buildah takes away the empty folder on which it showed the build its inputs.
     "mnt",
-    # Which blocks of libraries an import touched, as the kernel had laid them out that time.
-    "opt/bridge/read_ahead.txt",
 )
 PYTHON = "/usr/bin/python3.11"
 # Without the host's folders; by default Apptainer shows some.

@@ -26,7 +26,6 @@ from shards import plan, started, write_checkpoint
 
 from bridge import door, settings
 from bridge.errors import Tolerance, UsageError
-from bridge.image import read_ahead
 from bridge.runs import checkpoints, metrics, record
 from bridge.stages import merge, train
 
@@ -215,7 +214,6 @@ class Scenario:
         planned, machine, config = train.plan, record.machine(self.env), plan(self.env, "sft", *OVERRIDES).config
         train.compose_checked = lambda *_: deepcopy(config)
         record.machine = lambda _env: machine
-        read_ahead.start = lambda: None
         checkpoints.Housekeeping.SECONDS = 3600
         Tolerance.PAUSES = (0, 0)
         # One after the other, so that "the third" is always the same.

@@ -17,14 +17,12 @@ class Stage:
         help: one line.
         needs: settings without which the stage cannot start (all missing ones are named at once).
         trains: whether it takes Hydra overrides and is run by verl.
-        imports_torch: whether its command begins with seconds of imports.
     """
 
     name: str
     help: str
     needs: tuple[str, ...] = ()
     trains: bool = False
-    imports_torch: bool = False
 
     def plan(self, settings: Settings, env: Mapping[str, str], overrides: list[str], dry_run: bool) -> Plan:
         """Check everything that can be checked cheaply and say what to run."""
@@ -36,10 +34,10 @@ class Stage:
 STAGES = {stage.name: stage for stage in (
     Stage("data", "GSM8K as parquet files (DATA_SOURCE=)"),
     Stage("model", "the base model (MODEL=)"),
-    Stage("sft", "supervised fine-tuning with verl", trains=True, imports_torch=True),
-    Stage("ppo", "PPO with verl (INIT=base|sft)", trains=True, imports_torch=True),
-    Stage("merge", "checkpoint -> Hugging Face model, verified (STAGE=sft|ppo)", imports_torch=True),
-    Stage("eval", "accuracy on GSM8K of the base, SFT and PPO model (LIMIT=, STAGE=)", imports_torch=True),
+    Stage("sft", "supervised fine-tuning with verl", trains=True),
+    Stage("ppo", "PPO with verl (INIT=base|sft)", trains=True),
+    Stage("merge", "checkpoint -> Hugging Face model, verified (STAGE=sft|ppo)"),
+    Stage("eval", "accuracy on GSM8K of the base, SFT and PPO model (LIMIT=, STAGE=)"),
     Stage("upload", "merged model -> HF_REPO, private unless PUBLIC=1", needs=("HF_REPO",)),
 )}
 
