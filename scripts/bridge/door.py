@@ -128,7 +128,7 @@ def run_stage(name: str, env: Mapping[str, str], overrides: list[str], dry_run: 
 
 def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
     """Run what was planned, keeping the record; returns the exit status."""
-    from bridge.runs import checkpoints, failure, launch, record
+    from bridge.runs import checkpoints, failure, hang, launch, record
     from bridge.runs.metrics import Metrics
     from bridge.trainers import stoppable
 
@@ -159,7 +159,8 @@ def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
         housekeeping.start()
     # From here on no error of the file system ends the run.
     try:
-        status = launch.run(plan.command, env, log, metrics, secrets)
+        watch = hang.Watch(plan.hang_seconds) if plan.checkpoints else None
+        status = launch.run(plan.command, env, log, metrics, secrets, watch=watch)
         if status == 0 and answer.exists():
             status = STOPPED
     finally:
@@ -178,7 +179,7 @@ def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
     if status == STOPPED:
         say(f"{name} was asked to stop ({request}): it has saved, and the same command continues it")
     elif status:
-        why = failure.reason(log, start) if log and status < 128 else None
+        why = failure.reason(log, start) if log and status < 128 and status != launch.HUNG else None
         if why:
             say(why)
         say(f"{name} {'was ended by a signal' if status > 128 else 'failed'} (exit status {status})"

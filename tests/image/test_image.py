@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 from bridge.door import TOOLS
 from bridge.image import manifest
 from bridge.stages.table import STAGES
-from door import ROOT, SHELL
+from door import ROOT
 
 # What the environment inside may hold besides what the recipes set and what Apptainer and a shell set themselves.
 NAMES_INSIDE = {"APPTAINER_APPNAME", "APPTAINER_BIND", "APPTAINER_COMMAND", "APPTAINER_CONTAINER", "APPTAINER_ENVIRONMENT",

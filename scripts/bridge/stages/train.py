@@ -137,6 +137,7 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
                 "weights": [checkpoints.checksum(file) for file in sorted(model_dir.glob("*.safetensors"))],
                 "code": code_fingerprint(config)},
         checkpoints=stage_dir / "checkpoints", saved=checkpoints.contents(stage, config), keep=settings.keep,
+        hang_seconds=settings.hang_seconds,
         # The last, smaller batch of an epoch is dropped.
         steps_per_epoch=rows[0] // config["data"]["train_batch_size"])
     newest, finished = check_continuation(stage, settings, made, overrides)
