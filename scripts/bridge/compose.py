@@ -21,7 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from bridge.errors import UsageError, nearest
+from bridge.errors import UsageError, nearest, refuse
 from bridge.settings import CONFIGS
 
 # Settings that are a number of things, of which there is at least one: what is checked here divides by them.
@@ -133,8 +133,7 @@ def compose_checked(name: str, own: list[str], user: list[str], env: Mapping[str
                             f"(A new key is written +{text}.)")
         else:
             keys[key] = text
-    if problems:
-        raise UsageError(*problems)
+    refuse(problems)
     try:
         config = compose(name, own + user, env)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
@@ -147,6 +146,5 @@ def compose_checked(name: str, own: list[str], user: list[str], env: Mapping[str
                 problems.append(f"{text!r}: {problem}.")
                 # What holds for one key of a section mostly holds for all.
                 break
-    if problems:
-        raise UsageError(*problems)
+    refuse(problems)
     return config

@@ -26,6 +26,12 @@ class UsageError(Exception):
         self.problems = list(problems)
 
 
+def refuse(problems: Iterable[str]) -> None:
+    """Raise a UsageError with all of these problems, if there are any."""
+    if problems := list(problems):
+        raise UsageError(*problems)
+
+
 def say(message: str) -> None:
     """Tell the user one thing, on stderr, so that stdout stays what a stage prints."""
     # Where nobody reads any more (the terminal was closed), what follows still has to be done.

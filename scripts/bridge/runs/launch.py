@@ -133,7 +133,8 @@ def copy_output(child: subprocess.Popen, log_file, metrics_file, secrets, is_end
         if not ready and child.poll() is not None:
             break
     emit(pending)
-# An exception's line in a traceback, behind what torchrun and Ray put before each line of a process.
+
+
 def stop_all() -> None:
     """End every descendant that is left: ask first, then kill. Those of the killed become ours and follow."""
     for number, seconds in ((signal.SIGTERM, GRACE_SECONDS / 2), (signal.SIGKILL, GRACE_SECONDS)):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bridge import compose, hardware, model_folder
-from bridge.errors import UsageError, exit_status, say
+from bridge.errors import UsageError, exit_status, refuse, say
 from bridge.plan import Plan
 from bridge.runs import record
 from bridge.settings import Settings
@@ -66,8 +66,7 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
         train.limit_gpus(1, env, own_env, notes)
         # In the process that asks, so that the GPU's memory is free when that has ended.
         own_env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    if problems:
-        raise UsageError(*problems)
+    refuse(problems)
     count = min(settings.limit or rows[1], rows[1])
     which = f"all {count}" if count == rows[1] else f"the first {count} of {rows[1]}"
     notes.insert(0, f"eval: {', '.join(models)}; {which} rows, prompts of {config['max_prompt_length']} and answers of "

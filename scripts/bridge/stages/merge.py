@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from bridge.compose import flatten
-from bridge.errors import UsageError, exit_status, say
+from bridge.errors import UsageError, exit_status, refuse, say
 from bridge.plan import Plan
 from bridge.runs import checkpoints, record
 from bridge.settings import Settings
@@ -260,8 +260,7 @@ def complete_and_verify(raw: Path, output: Path) -> None:
         problems.append("the tokenizer has no chat template (the base model's folder has to have one)")
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         problems.append(f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}")
-    if problems:
-        raise UsageError(*problems)
+    refuse(problems)
     # Where it was trained is nobody's business on the hub.
     model.config._name_or_path = ""
     model.save_pretrained(output)

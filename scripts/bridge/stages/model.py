@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from bridge import model_folder
-from bridge.errors import UsageError, exit_status, nearest, read_json, say
+from bridge.errors import UsageError, exit_status, nearest, read_json, refuse, say
 from bridge.plan import Plan
 from bridge.runs import record
 from bridge.settings import Settings, is_local, repository_problems
@@ -126,9 +126,7 @@ def already_there(name: str, folder: Path) -> str | None:
         UsageError: the folder is damaged, or holds something else.
     """
     if is_local(name):
-        problems = model_folder.check_model_folder(folder, "Give the folder of a whole Hugging Face model: MODEL=/folder.")
-        if problems:
-            raise UsageError(*problems)
+        refuse(model_folder.check_model_folder(folder, "Give the folder of a whole Hugging Face model: MODEL=/folder."))
         return f"MODEL={folder} is whole and used as it is ({model_folder.parameter_count(folder):,} parameters)"
     if not folder.exists() or all(file.name in DOOR_FILES for file in folder.iterdir()):
         return None
@@ -138,9 +136,7 @@ def already_there(name: str, folder: Path) -> str | None:
                          "or move it away.")
     if problem := source_problem(name, folder):
         raise UsageError(problem)
-    problems = model_folder.check_model_folder(folder, f"Remove {folder} and run `make model` again.")
-    if problems:
-        raise UsageError(*problems)
+    refuse(model_folder.check_model_folder(folder, f"Remove {folder} and run `make model` again."))
     return f"{folder} is there and whole ({name}, {model_folder.parameter_count(folder):,} parameters)"
 
 
@@ -267,9 +263,8 @@ def fetch(name: str, info, folder: Path) -> None:
         if missing:
             raise UsageError(f"the hub could not be reached while fetching MODEL={name}; still missing: "
                              f"{', '.join(missing)}. What was fetched is kept: run `make model` again.")
-        problems = [*model_folder.config_problems(folder), *model_folder.tokenizer_problems(folder)]
-        if problems:
-            raise UsageError(*(f"MODEL={name} {problem}. Use another MODEL." for problem in problems))
+        refuse(f"MODEL={name} {problem}. Use another MODEL."
+               for problem in (*model_folder.config_problems(folder), *model_folder.tokenizer_problems(folder)))
     if freeze_folder(folder):
         say(f"the chat template of {name} writes today's date into every prompt; in our copy it is "
             f"{FROZEN_DAY:%d %b %Y}, the template's own fallback, so that runs do not depend on the day")
@@ -340,9 +335,7 @@ def make(name: str, folder: Path, texts: Path) -> str:
             else:
                 make_random(SHAPES[name.removeprefix(RANDOM)], partial)
             (partial / SOURCE_FILE).write_text(json.dumps({"source": name}))
-        problems = model_folder.check_model_folder(partial, f"Remove {partial} and run `make model` again.")
-        if problems:
-            raise UsageError(*problems)
+        refuse(model_folder.check_model_folder(partial, f"Remove {partial} and run `make model` again."))
         put_in_place(partial, folder)
     return f"{name}: {model_folder.parameter_count(folder):,} parameters in {folder}"
 

@@ -10,7 +10,7 @@ import pyarrow.parquet
 
 from bridge import hardware, model_folder
 from bridge.compose import compose, compose_checked, flatten
-from bridge.errors import UsageError
+from bridge.errors import UsageError, refuse
 from bridge.plan import Plan
 from bridge.runs import checkpoints, record, tracking
 from bridge.settings import CONFIGS, Settings, is_local
@@ -126,8 +126,7 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
     if rows:
         notes += data_notes(settings)
         problems += step_problems(config, rows[0]) + trainer.validation_problems(config, gpus, rows[1])
-    if problems:
-        raise UsageError(*problems)
+    refuse(problems)
 
     made = Plan(
         command=[], env=own_env, record_dir=stage_dir, keep_log=True, notes=notes, config=config,

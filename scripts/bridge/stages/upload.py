@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from bridge.errors import UsageError, exit_status, say
+from bridge.errors import UsageError, exit_status, refuse, say
 from bridge.model_folder import check_model_folder, is_model_file
 from bridge.plan import Plan
 from bridge.runs import record
@@ -45,8 +45,7 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
     if is_offline(env):
         problems.append("HF_HUB_OFFLINE forbids uploading. Run `make upload` where there is internet (a login node), "
                         "with HF_HUB_OFFLINE=0.")
-    if problems:
-        raise UsageError(*problems)
+    refuse(problems)
     if merged := record.read(folder.parent / "merge"):
         notes.append(f"merged from {merged['attempts'][-1]['command'][-2]}, {merged['attempts'][-1]['started']}")
     notes.append(f"{folder} goes to {settings.hf_repo}, " + ("PUBLIC: anyone can see it" if settings.public else "private"))
@@ -173,9 +172,7 @@ def main() -> None:
     parser.add_argument("repo", help="OWNER/NAME")
     parser.add_argument("--public", action="store_true", help="a new repository is public")
     arguments = parser.parse_args()
-    problems = folder_problems(arguments.folder, arguments.folder.parent.name)
-    if problems:
-        raise UsageError(*problems)
+    refuse(folder_problems(arguments.folder, arguments.folder.parent.name))
     check_rights(arguments.repo, arguments.public, arguments.folder)
     address, commit = upload(arguments.folder, arguments.repo)
     print(f"{address} (commit {commit})")

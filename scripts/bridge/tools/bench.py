@@ -26,7 +26,7 @@ import yaml
 from bridge import hardware, model_folder
 from bridge import settings as settings_module
 from bridge.compose import compose_checked
-from bridge.errors import UsageError, nearest, say
+from bridge.errors import UsageError, nearest, refuse, say
 from bridge.runs import metrics, record
 from bridge.settings import CONFIGS, NAME, Settings
 from bridge.stages.table import STAGES
@@ -154,8 +154,7 @@ def read_cases(file: Path, wanted: str) -> list[Case]:
     names = [name.strip() for name in wanted.split(",") if name.strip()] or list(cases)
     problems += [f"CASES: there is no case {name!r} in {file.name}.{nearest(name, cases)} There are: {', '.join(cases)}."
                  for name in names if name not in cases]
-    if problems:
-        raise UsageError(*problems)
+    refuse(problems)
     return [cases[name] for name in names]
 
 

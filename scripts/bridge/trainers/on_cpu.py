@@ -13,17 +13,6 @@ import sys
 from bridge.trainers import loopback
 
 
-class _Event:
-    """CPU work is done when its call returns: an event has nothing to wait for."""
-
-    def record(self, *_args) -> None: ...
-
-    wait = synchronize = record
-
-    def elapsed_time(self, _other) -> float:
-        return 0.0
-
-
 def fill_torch_cpu() -> None:
     """Give torch.cpu the calls that verl makes on torch.cuda. Memory figures are this process's."""
     import psutil
@@ -41,23 +30,18 @@ def fill_torch_cpu() -> None:
         "memory_reserved": memory_used,
         "max_memory_allocated": memory_used,
         "max_memory_reserved": memory_used,
-        "reset_peak_memory_stats": lambda *_: None,
         "mem_get_info": memory_info,
         "empty_cache": lambda: None,
         "get_rng_state": lambda *_: torch.get_rng_state(),
         "set_rng_state": lambda state, *_: torch.set_rng_state(state),
         "manual_seed": torch.manual_seed,
-        "manual_seed_all": torch.manual_seed,
         "get_device_name": lambda *_: "cpu",
-        "Event": _Event,
-        "current_device": lambda: "cpu",
     }
     for name, call in calls.items():
-        if not hasattr(torch.cpu, name):
-            setattr(torch.cpu, name, call)
-    torch.cpu.Stream.record_event = lambda self, event=None: event or _Event()
-    for name in ("wait_event", "wait_stream", "synchronize"):
-        setattr(torch.cpu.Stream, name, lambda self, *_args: None)
+        setattr(torch.cpu, name, call)
+    # CPU work is done when its call returns: nothing to wait for.
+    torch.cpu.Stream.record_event = lambda self, event=None: event or torch.cpu.Event()
+    torch.cpu.Stream.wait_event = lambda self, _event: None
 
 
 def use_gloo() -> None:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from tensordict import TensorDict
 from verl.trainer import fsdp_sft_trainer
 
-from bridge.errors import UsageError
+from bridge.errors import UsageError, refuse
 from bridge.trainers.packed_settings import packing_problems
 from bridge.trainers.packing import group_weights, pack, packed_logits
 
@@ -108,9 +108,7 @@ class PackedSFTTrainer(fsdp_sft_trainer.FSDPSFTTrainer):
     """verl's trainer with another way from a batch to its loss and gradient."""
 
     def __init__(self, config, *args, **options):
-        problems = packing_problems(config)
-        if problems:
-            raise UsageError(*problems)
+        refuse(packing_problems(config))
         self.group_rows = config.data.micro_batch_size_per_gpu
         self.budget = config.bridge.packed_tokens_per_gpu
         # Weights that the checkpoint lacks (LoRA's). The order of the rows has a generator of its own.
