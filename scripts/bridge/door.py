@@ -149,7 +149,7 @@ def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
         metrics = Metrics(plan.record_dir / "metrics.jsonl", plan.resume_step)
         housekeeping = checkpoints.Housekeeping(plan.checkpoints, plan.saved, plan.keep)
     if plan.keep_log:
-        record.write(plan.record_dir, recorded, secrets)
+        record.write_json(plan.record_dir / "run.json", recorded, secrets)
     start = log.stat().st_size if log and log.is_file() else 0
     status = 128
     if housekeeping:
@@ -167,7 +167,7 @@ def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
     def end() -> None:
         if plan.keep_log or (status == 0 and plan.record_dir.is_dir()):
             newest = checkpoints.newest_complete(plan.checkpoints, plan.saved) if plan.checkpoints else None
-            record.write(plan.record_dir, record.end(recorded, status, newest.step if newest else 0), secrets)
+            record.write_json(plan.record_dir / "run.json", record.end(recorded, status, newest.step if newest else 0), secrets)
 
     Tolerance("writing run.json").at_last(end)
     if status:

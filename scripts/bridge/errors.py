@@ -113,6 +113,20 @@ def naming(file: Path) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def full_disk_explained(cure: Callable[[], str]) -> Iterator[None]:
+    """Within this, a full disk is a UsageError with this cure.
+
+    The libraries in Rust keep the words of the system's error only, and tokenizers has no kind of error of its own.
+    """
+    try:
+        yield
+    except Exception as error:
+        if "No space left" in str(error) or "quota exceeded" in str(error):
+            raise UsageError(f"the disk is full: {error}. {cure()}") from error
+        raise
+
+
 def read_json(file: Path) -> Any:
     """Return what a JSON file holds.
 

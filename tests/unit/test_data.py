@@ -482,7 +482,7 @@ def test_data_of_another_source_are_not_replaced(source, tmp_path):
     # Put there by hand, or left by a `make data` that was killed before its record.
     with pytest.raises(UsageError, match="that `make data` did not make"):
         planned("builtin")
-    record.write(folder, recorded(attempts=[{"command": planned_command(source)}]), [])
+    record.write_json(folder / "run.json", recorded(attempts=[{"command": planned_command(source)}]), [])
     for wanted in ("builtin", "hub", tmp_path):
         (tmp_path / "train.jsonl").write_bytes(line())
         (tmp_path / "test.jsonl").write_bytes(line())

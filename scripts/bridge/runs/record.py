@@ -73,11 +73,6 @@ def read(folder: Path) -> dict[str, Any] | None:
                          "this run another name (RUN=NAME).") from error
 
 
-def write(folder: Path, record: Mapping[str, Any], secrets: list[str]) -> None:
-    """Write a folder's run.json."""
-    write_json(folder / "run.json", record, secrets)
-
-
 def write_json(file: Path, content: Any, secrets: list[str]) -> None:
     """Write a file of JSON whole or not at all, with any secret that slipped into a value masked."""
     content = masked(content, {re.escape(secret): "***" for secret in secrets})

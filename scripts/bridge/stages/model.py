@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from bridge import model_folder
-from bridge.errors import UsageError, exit_status, nearest, read_json, refuse, say
+from bridge.errors import UsageError, exit_status, full_disk_explained, nearest, read_json, refuse, say
 from bridge.plan import Plan
 from bridge.runs import record
 from bridge.settings import Settings, is_local, repository_problems
@@ -35,6 +35,7 @@ FROZEN_DAY = date(2024, 7, 26)
 CLOCK = re.compile(r"""strftime_now\(\s*(?P<quote>\\?["'])(?P<format>.*?)(?P=quote)\s*\)""")
 OFFLINE_CURE = ("Compute nodes often have no internet: run `make model` on a login node first (WORK_DIR must be shared). "
                 "Or use a folder that you have (MODEL=/folder), or the small model of a package (MODEL=smollm2).")
+AGAIN = "Run `make model` again: what was fetched is kept."
 # How the names of a model's weights end.
 WEIGHTS = (".safetensors", ".bin")
 LOGIN_CURE = "Put a token into HF_TOKEN (in .env), or log in once with `huggingface-cli login`."
@@ -179,39 +180,45 @@ def freeze_folder(folder: Path) -> bool:
 
 
 @contextmanager
-def hub_errors_explained(name: str) -> Iterator[None]:
-    """Turn the hub's refusals into what the user can do about them."""
+def hub_errors_explained(what: str, again: str, offline_cure: str, rights_cure: str = "") -> Iterator[None]:
+    """Turn the hub's refusals into what the user can do about them.
+
+    Args:
+        what: the setting that names a repository, as in MODEL=OWNER/NAME.
+        again: how to go on once the hub or the network is well.
+        offline_cure: what to do where there is no internet.
+        rights_cure: what to do where the token may not do this.
+    """
     import requests
     from huggingface_hub import constants
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    page = f"{constants.ENDPOINT}/{name}"
+    page = f"{constants.ENDPOINT}/{what.partition('=')[2]}"
     try:
         yield
     except GatedRepoError as error:
         how = LOGIN_CURE if error.response.status_code == 401 else (
             "That is done by the account whose token this is; some authors then grant access by hand. A fine-grained token "
             "also needs read access to public gated repositories.")
-        raise UsageError(f"MODEL={name} is gated: its licence must be accepted at {page} first. {how}") from error
+        raise UsageError(f"{what} is gated: its licence must be accepted at {page} first. {how}") from error
     except LocalEntryNotFoundError as error:
-        raise UsageError(f"the hub could not be reached for MODEL={name}. What was fetched is kept: run `make model` again. "
-                         f"{OFFLINE_CURE}") from error
+        raise UsageError(f"the hub could not be reached for {what}. {again} {offline_cure}") from error
     except RepositoryNotFoundError as error:
-        raise UsageError(f"MODEL={name} is not at {page}, or it is private and your token may not read it. "
+        raise UsageError(f"{what} is not at {page}, or it is private and your token may not read it. "
                          f"Check the spelling. For a private model: {LOGIN_CURE}") from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code
+    except requests.exceptions.HTTPError as error:
+        status, said = error.response.status_code, getattr(error, "server_message", None) or ""
         if status == 401:
             raise UsageError(f"the hub does not accept your token (401): mistyped or expired. {LOGIN_CURE} "
                              f"Tokens are made at {constants.ENDPOINT}/settings/tokens .") from error
         if status in (403, 429) or status >= 500:
-            raise UsageError(f"the hub refused a request for MODEL={name} ({status} {error.server_message or ''}). "
-                             "Run `make model` again, later if need be: what was fetched is kept.") from error
+            raise UsageError(f"the hub refused a request for {what} ({status} {said}). "
+                             f"{status == 403 and rights_cure or again}") from error
         raise
     except (ConnectionError, requests.exceptions.ConnectionError, requests.exceptions.Timeout,
             requests.exceptions.ChunkedEncodingError) as error:
-        raise UsageError(f"no connection to {constants.ENDPOINT} for MODEL={name}, or it broke ({type(error).__name__}). "
-                         f"What was fetched is kept: run `make model` again. {OFFLINE_CURE}") from error
+        raise UsageError(f"no connection to {constants.ENDPOINT} for {what}, or it broke ({type(error).__name__}). "
+                         f"{again} {offline_cure}") from error
 
 
 def wanted_files(names: list[str]) -> list[str]:
@@ -231,7 +238,7 @@ def ask_hub(name: str):
     from huggingface_hub import HfApi
 
     api = HfApi()
-    with hub_errors_explained(name):
+    with hub_errors_explained(f"MODEL={name}", AGAIN, OFFLINE_CURE):
         # A gated model's information is public. This asks whether its files may be read, before minutes of fetching.
         api.auth_check(name)
         info = api.model_info(name, files_metadata=True)
@@ -254,7 +261,7 @@ def fetch(name: str, info, folder: Path) -> None:
     prepare_partial(folder, {"source": name, "commit": info.sha})
     model_folder.check_space(folder, sum(sizes[file] for file in wanted))
     for files in ([file for file in wanted if file not in weights], weights):
-        with hub_errors_explained(name):
+        with hub_errors_explained(f"MODEL={name}", AGAIN, OFFLINE_CURE):
             # Weights last: a model without a chat template is refused within seconds. By commit, so that an upload to
             # the hub in between cannot mix two versions.
             snapshot_download(name, revision=info.sha, local_dir=folder, allow_patterns=files)
@@ -262,7 +269,7 @@ def fetch(name: str, info, folder: Path) -> None:
         missing = [file for file in files if not (folder / file).is_file()]
         if missing:
             raise UsageError(f"the hub could not be reached while fetching MODEL={name}; still missing: "
-                             f"{', '.join(missing)}. What was fetched is kept: run `make model` again.")
+                             f"{', '.join(missing)}. {AGAIN}")
         refuse(f"MODEL={name} {problem}. Use another MODEL."
                for problem in (*model_folder.config_problems(folder), *model_folder.tokenizer_problems(folder)))
     if freeze_folder(folder):
@@ -318,7 +325,8 @@ def make(name: str, folder: Path, texts: Path) -> str:
     info = None if made_here else ask_hub(name)
     partial = folder.with_name(f".{folder.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
-    with record.locked(partial, "Wait for it: this command then finds the model there."):
+    with (record.locked(partial, "Wait for it: this command then finds the model there."),
+          full_disk_explained(lambda: f"Make room in {folder.parent}, or set WORK_DIR to a larger disk. {AGAIN}")):
         # Another process may have made it before the lock was ours.
         finished = already_there(name, folder)
         if finished:

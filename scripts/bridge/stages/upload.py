@@ -6,8 +6,7 @@ The token comes from HF_TOKEN or an existing login; it is in no command line and
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 from bridge.errors import UsageError, exit_status, refuse, say
@@ -15,7 +14,12 @@ from bridge.model_folder import check_model_folder, is_model_file
 from bridge.plan import Plan
 from bridge.runs import record
 from bridge.settings import Settings
-from bridge.stages.model import LOGIN_CURE, is_offline
+from bridge.stages.model import LOGIN_CURE, hub_errors_explained, is_offline
+
+AGAIN = "Run `make upload` again: files that are there already are not sent twice."
+OFFLINE_CURE = "It needs internet, which a login node has, for instance."
+RIGHTS_CURE = ("Your token may not write there. Use a token with write access (the hub makes one under Settings, Access Tokens), "
+               "and an OWNER that is you or an organisation in which you may write.")
 
 # Weights of an earlier upload that was cut into other files: transformers would find both.
 STALE = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin",
@@ -77,40 +81,6 @@ def has_token(env: Mapping[str, str]) -> bool:
         os.path.expanduser(env["HF_TOKEN_PATH"]))
 
 
-@contextmanager
-def hub_errors_explained(repo: str) -> Iterator[None]:
-    """Turn the hub's refusals into what the user can do about them."""
-    import requests
-    from huggingface_hub import constants
-
-    again = "Run `make upload` again: files that are there already are not sent twice."
-    try:
-        yield
-    except (requests.exceptions.HTTPError, RuntimeError) as error:
-        # The client wraps what went wrong with one file into a RuntimeError.
-        cause = error if isinstance(error, requests.exceptions.HTTPError) else error.__cause__
-        if isinstance(cause, (ConnectionError, requests.exceptions.ConnectionError, requests.exceptions.Timeout)):
-            raise UsageError(f"the connection to the hub broke ({type(cause).__name__}). {again}") from error
-        if not isinstance(cause, requests.exceptions.HTTPError):
-            raise
-        status, said = cause.response.status_code, getattr(cause, "server_message", None) or ""
-        if cause is not error:
-            raise UsageError(f"the hub did not take a file ({status} {said}). {again}") from error
-        if status == 401:
-            raise UsageError(f"the hub does not accept your token (401): mistyped or expired. {LOGIN_CURE} "
-                             f"Tokens are made at {constants.ENDPOINT}/settings/tokens .") from error
-        if status == 403:
-            raise UsageError(f"HF_REPO={repo}: your token may not write there (403 {said}). Use a token with write access "
-                             f"({constants.ENDPOINT}/settings/tokens), and an OWNER that is you or an organisation in "
-                             "which you may write.") from error
-        if status == 429 or status >= 500:
-            raise UsageError(f"the hub cannot take it now ({status} {said}). {again}") from error
-        raise
-    except (ConnectionError, requests.exceptions.ConnectionError, requests.exceptions.Timeout) as error:
-        raise UsageError(f"no connection to {constants.ENDPOINT} ({type(error).__name__}). Run `make upload` where there "
-                         "is internet, a login node for instance. Files that are there already are not sent twice.") from error
-
-
 def check_rights(repo: str, public: bool, folder: Path) -> None:
     """Ask the hub before anything large is sent: whose token, whether it may write there, and who can see it.
 
@@ -123,7 +93,7 @@ def check_rights(repo: str, public: bool, folder: Path) -> None:
     if get_token() is None:
         raise UsageError(f"upload needs a token that may write. {LOGIN_CURE}")
     api = HfApi()
-    with hub_errors_explained(repo):
+    with hub_errors_explained(f"HF_REPO={repo}", AGAIN, OFFLINE_CURE, RIGHTS_CURE):
         account = api.whoami()
         role = account.get("auth", {}).get("accessToken", {}).get("role")
         if role == "read":
@@ -154,14 +124,22 @@ def upload(folder: Path, repo: str) -> tuple[str, str]:
     see half a model, retries a refusal for ever, and trusts notes that it keeps in our folder.
     """
     from huggingface_hub import HfApi
+    from requests.exceptions import RequestException
 
     api = HfApi()
     names = sorted(file.name for file in folder.iterdir() if file.is_file() and is_model_file(file.name))
     say(f"uploading {len(names)} files, {sum((folder / name).stat().st_size for name in names) / 1e9:.2f} GB")
-    with hub_errors_explained(repo):
-        commit = api.upload_folder(
-            repo_id=repo, folder_path=folder, allow_patterns=names, delete_patterns=STALE,
-            commit_message=f"Upload the {folder.parent.name} model of run {folder.parent.parent.name}")
+    with hub_errors_explained(f"HF_REPO={repo}", AGAIN, OFFLINE_CURE, RIGHTS_CURE):
+        try:
+            commit = api.upload_folder(
+                repo_id=repo, folder_path=folder, allow_patterns=names, delete_patterns=STALE,
+                commit_message=f"Upload the {folder.parent.name} model of run {folder.parent.parent.name}")
+        except RuntimeError as error:
+            # The client wraps what went wrong with one file.
+            if not isinstance(cause := error.__cause__, RequestException):
+                raise
+            status = getattr(cause.response, "status_code", type(cause).__name__)
+            raise UsageError(f"the hub did not take a file ({status}). {AGAIN}") from error
     return f"{api.endpoint}/{repo}", commit.oid
 
 

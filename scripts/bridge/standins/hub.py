@@ -12,7 +12,6 @@ Xet. The status codes and X-Error-Code headers are those that huggingface_hub 0.
 import base64
 import hashlib
 import json
-import os
 import re
 import threading
 from collections.abc import Mapping
@@ -131,7 +130,8 @@ class Handler(BaseHTTPRequestHandler):
     def serve(self) -> None:
         address = urlsplit(self.path)
         path, self.query = unquote(address.path), parse_qs(address.query)
-        self.unread = int(self.headers.get("Content-Length", 0))
+        # Whatever the answer will be: what is left of it would be taken for the next request.
+        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.hub.requests.append((self.command, path))
         try:
             for method, pattern, route in (*ROUTES, *self.more_routes):
@@ -141,22 +141,10 @@ class Handler(BaseHTTPRequestHandler):
                     return
             raise Refusal(404, f"The stand-in hub knows no {self.command} {path}")
         except Refusal as refusal:
-            # What is left of the body would be taken for the next request.
-            while self.unread:
-                self.read(1 << 20)
             code = {"X-Error-Code": refusal.code} if refusal.code else {}
             self.answer(refusal.status, {"error": refusal.message}, {"X-Error-Message": refusal.message, **code})
 
     do_GET = do_HEAD = do_POST = do_PUT = serve
-
-    def read(self, size: int) -> bytes:
-        """Read at most so many bytes of the request's body; nothing at its end or when the client is gone."""
-        piece = self.rfile.read(min(size, self.unread))
-        self.unread = self.unread - len(piece) if piece else 0
-        return piece
-
-    def body(self) -> bytes:
-        return self.read(self.unread)
 
     # ---- information
 
@@ -188,7 +176,7 @@ class Handler(BaseHTTPRequestHandler):
     # ---- upload
 
     def create(self) -> None:
-        asked = json.loads(self.body())
+        asked = json.loads(self.body)
         repo_id = f"{asked['organization']}/{asked['name']}"
         self.authorize(repo_id, write=True)
         if repo_id in self.hub.repositories:
@@ -202,7 +190,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, {"files": [
             {"path": file["path"], "shouldIgnore": False, "oid": self.known(repository, file["path"]),
              "uploadMode": "lfs" if is_lfs(file["path"], file["size"]) else "regular"}
-            for file in json.loads(self.body())["files"]
+            for file in json.loads(self.body)["files"]
         ]})
 
     def known(self, repository: Repository, path: str) -> str | None:
@@ -212,7 +200,7 @@ class Handler(BaseHTTPRequestHandler):
     def lfs_batch(self, repo_id: str) -> None:
         self.repository(repo_id, write=True)
         answers = []
-        for asked in json.loads(self.body())["objects"]:
+        for asked in json.loads(self.body)["objects"]:
             oid, size = asked["oid"], asked["size"]
             link = f"{self.hub.url}/objects/{oid}"
             upload = {"href": link, "header": self.parts(link, size)}
@@ -227,22 +215,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def upload(self, sha256: str) -> None:
         """Store an object. Like the hub's signed links it asks for no token."""
-        temporary = self.hub.objects / f"{sha256}.{threading.get_ident()}"
-        digest, size = hashlib.sha256(), self.unread
-        with open(temporary, "wb") as stream:
-            while piece := self.read(1 << 20):
-                digest.update(piece)
-                stream.write(piece)
-        if temporary.stat().st_size < size or digest.hexdigest() != sha256:
-            temporary.unlink()
+        if hashlib.sha256(self.body).hexdigest() != sha256:
             raise Refusal(400, "The bytes are not those announced")
-        os.replace(temporary, self.hub.objects / sha256)
-        self.answer(200, None, {"ETag": f'"{digest.hexdigest()}"'})
+        self.hub.store(self.body)
+        self.answer(200, None, {"ETag": f'"{sha256}"'})
 
     def commit(self, repo_id: str, revision: str) -> None:
         repository = self.repository(repo_id, write=True)
         files = dict(repository.commits[-1][1])
-        for line in self.body().decode().splitlines():
+        for line in self.body.decode().splitlines():
             operation = json.loads(line)
             value = operation["value"]
             if operation["key"] == "file":

@@ -26,10 +26,7 @@ def fill_torch_cpu() -> None:
         return memory.available, memory.total
 
     calls = {
-        "memory_allocated": memory_used,
-        "memory_reserved": memory_used,
-        "max_memory_allocated": memory_used,
-        "max_memory_reserved": memory_used,
+        **dict.fromkeys(("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"), memory_used),
         "mem_get_info": memory_info,
         "empty_cache": lambda: None,
         "get_rng_state": lambda *_: torch.get_rng_state(),
