@@ -366,7 +366,7 @@ def tiny(tmp_path_factory):
              "extra_info": {"answer": f"{n} + {n + 2} = {2 * n + 2} apples.\n#### {2 * n + 2}"}} for n in range(300)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), work / "train.parquet")
     for name in ("one", "two"):
-        result = run_module("model", "tiny", work / name, "--texts", work / "train.parquet", env={})
+        result = run_module("model", "tiny", work / name, work / "train.parquet", env={})
         assert result.returncode == 0, result.stderr
     return work
 

@@ -5,7 +5,6 @@ is checked and used as it is, MODEL=smollm2 is a real small model without a hub,
 MODEL=random:llama-3.2-1b random weights of a real model's shape for measuring speed.
 """
 
-import argparse
 import json
 import os
 import re
@@ -50,7 +49,7 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
     name, folder = settings.model, settings.model_dir
     command = [sys.executable, "-m", "bridge.stages.model", str(folder) if is_local(name) else name, str(folder)]
     if name == "tiny":
-        command += ["--texts", str(settings.data_dir / "train.parquet")]
+        command.append(str(settings.data_dir / "train.parquet"))
     finished = already_there(name, folder)
     notes = []
     if is_local(name) and depends_on_day(folder):
@@ -258,7 +257,12 @@ def fetch(name: str, info, folder: Path) -> None:
     sizes = {file.rfilename: file.size or 0 for file in info.siblings}
     wanted = wanted_files(list(sizes))
     weights = [file for file in wanted if file.endswith(WEIGHTS)]
-    prepare_partial(folder, {"source": name, "commit": info.sha})
+    source = {"source": name, "commit": info.sha}
+    if recorded_source(folder) == source:
+        say(f"continuing the download in {folder}")
+    else:
+        empty(folder)
+    (folder / SOURCE_FILE).write_text(json.dumps(source))
     model_folder.check_space(folder, sum(sizes[file] for file in wanted))
     for files in ([file for file in wanted if file not in weights], weights):
         with hub_errors_explained(f"MODEL={name}", AGAIN, OFFLINE_CURE):
@@ -277,15 +281,6 @@ def fetch(name: str, info, folder: Path) -> None:
             f"{FROZEN_DAY:%d %b %Y}, the template's own fallback, so that runs do not depend on the day")
     # The client's notes for continuing, and its locks.
     shutil.rmtree(folder / ".cache", ignore_errors=True)
-
-
-def prepare_partial(folder: Path, source: dict[str, str]) -> None:
-    """Keep an interrupted download if it is of the same version, else start afresh."""
-    if recorded_source(folder) == source:
-        say(f"continuing the download in {folder}")
-    else:
-        empty(folder)
-    (folder / SOURCE_FILE).write_text(json.dumps(source))
 
 
 def empty(folder: Path) -> None:
@@ -349,13 +344,9 @@ def make(name: str, folder: Path, texts: Path) -> str:
 
 
 def main() -> None:
-    """What the stage runs."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="a name on the hub, a folder, smollm2, tiny or random:SHAPE")
-    parser.add_argument("folder", type=Path, help="where it will be")
-    parser.add_argument("--texts", type=Path, default=Path("train.parquet"), help="tiny's tokenizer is made from these")
-    arguments = parser.parse_args()
-    print(make(arguments.model, arguments.folder, arguments.texts))
+    """What the stage runs: MODEL, the folder where it will be, and the data from which tiny's tokenizer is made."""
+    name, folder, *texts = sys.argv[1:]
+    print(make(name, Path(folder), Path(*texts)))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pyarrow.parquet
@@ -94,7 +95,7 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
         config, overrides = compose(stage, own, own_env), []
     problems += whole_run_problems(config) + trainer.setting_problems(config, overrides)
     problems += checkpoints.content_problems(stage, config)
-    notes += trainer.setting_notes(config, overrides)
+    notes += group_notes(trainer, config, overrides)
     rows = data_problems(config, trainer.columns(config), problems)
     name_problem = None if from_sft else model.name_problem(settings.model)
     if from_sft:
@@ -134,7 +135,9 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
                 "model": model_fingerprint(model_dir),
                 # A reference model is read anew at each start, and a merge of another step has files of the same sizes.
                 "weights": [checkpoints.checksum(file) for file in sorted(model_dir.glob("*.safetensors"))],
-                "code": code_fingerprint(config)},
+                # The user's own code (a reward, a data set), by the key that names it.
+                "code": {key: record.sha256(Path(value)) for key, value in flatten(config).items()
+                         if str(value).endswith(".py") and Path(value).is_file()}},
         checkpoints=stage_dir / "checkpoints", saved=checkpoints.contents(stage, config), keep=settings.keep,
         # The last, smaller batch of an epoch is dropped.
         steps_per_epoch=rows[0] // config["data"]["train_batch_size"])
@@ -254,6 +257,12 @@ def whole_run_problems(config: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+def group_notes(trainer: ModuleType, config: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
+    """What an override of the rows of a micro batch means where micro batches are counted in tokens."""
+    return [f"{text}: rows whose tokens the loss averages together. How many are computed at once is {budget}"
+            for key, budget in trainer.group_budgets(config).items() for text in overrides if text.lstrip("+").startswith(key)]
+
+
 def step_problems(config: Mapping[str, Any], rows: int) -> list[str]:
     """Too few training rows for a step, or for all steps: verl would end well without any, or without the last checkpoint."""
     asked, epochs = config["trainer"]["total_training_steps"], config["trainer"]["total_epochs"]
@@ -318,12 +327,6 @@ def model_fingerprint(folder: Path) -> dict[str, Any]:
     """What identifies a model folder without reading gigabytes: its configuration's hash and the sizes of its weights."""
     return {"config": record.sha256(folder / "config.json"),
             "weights": {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))}}
-
-
-def code_fingerprint(config: Mapping[str, Any]) -> dict[str, str]:
-    """Hash of each file of the user's own code that a configuration names (a reward, a data set), by the key that names it."""
-    return {key: record.sha256(Path(value)) for key, value in flatten(config).items()
-            if str(value).endswith(".py") and Path(value).is_file()}
 
 
 def check_continuation(stage: str, settings: Settings, planned: Plan,

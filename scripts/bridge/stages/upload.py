@@ -3,7 +3,6 @@
 The token comes from HF_TOKEN or an existing login; it is in no command line and in no output.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Mapping
@@ -144,15 +143,12 @@ def upload(folder: Path, repo: str) -> tuple[str, str]:
 
 
 def main() -> None:
-    """What the stage runs."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="the merged model")
-    parser.add_argument("repo", help="OWNER/NAME")
-    parser.add_argument("--public", action="store_true", help="a new repository is public")
-    arguments = parser.parse_args()
-    refuse(folder_problems(arguments.folder, arguments.folder.parent.name))
-    check_rights(arguments.repo, arguments.public, arguments.folder)
-    address, commit = upload(arguments.folder, arguments.repo)
+    """What the stage runs: the merged model's folder, OWNER/NAME, and --public where a new repository is to be."""
+    folder, repo, *public = sys.argv[1:]
+    folder = Path(folder)
+    refuse(folder_problems(folder, folder.parent.name))
+    check_rights(repo, bool(public), folder)
+    address, commit = upload(folder, repo)
     print(f"{address} (commit {commit})")
 
 
