@@ -243,6 +243,13 @@ def test_rows_of_the_losss_groups_are_taken_with_a_word_of_what_they_are(stage, 
         assert train.group_notes(stage, config, [override]) == wanted
 
 
+def test_several_answers_to_a_prompt_are_refused_on_cpu_alone():
+    override = "actor_rollout_ref.rollout.n=4"
+    for own, count in ((["profile/ppo=tiny", "device/ppo=cpu"], 1), (["profile/ppo=tiny"], 0)):
+        found = ppo.setting_problems(compose("ppo", [*own, override], NAMES), [override])
+        assert len(found) == count and all("rollout.n=1" in problem for problem in found)
+
+
 def test_rows_mean_something_as_well_where_the_speedups_come_with_the_critic():
     own = ["profile/ppo=tuned", "memory/ppo=80gb"]
     also = ["actor_rollout_ref.model.external_lib=shared_gpu", "critic.model.external_lib=bridge.trainers.speedups"]

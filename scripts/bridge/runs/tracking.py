@@ -23,7 +23,7 @@ def go_offline_without_login(env: Mapping[str, str], own_env: dict[str, str], no
     if not (env.get("WANDB_API_KEY") or has_login) and env.get("WANDB_MODE") is None:
         own_env["WANDB_MODE"] = "offline"
         notes.append(f"no WANDB_API_KEY and no wandb login: metrics stay in {own_env['WANDB_DIR']} "
-                     "(send them later with `wandb sync`)")
+                     "(send them later with `wandb sync`, in `make shell`)")
 
 
 def go_offline_without_server(config: Mapping[str, Any], env: Mapping[str, str], own_env: dict[str, str], notes: list[str],

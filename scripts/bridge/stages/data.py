@@ -83,7 +83,8 @@ def checked_source(source: str) -> str:
     faults = []
     for file in (folder / f"{split}.jsonl" for split in SPLITS):
         if not file.is_file():
-            faults.append(f"DATA_SOURCE={source!r} lacks the file {file}. A line of it is {FORM}.")
+            other = " Its parquet files are not read." if any(folder.glob("*.parquet")) else ""
+            faults.append(f"DATA_SOURCE={source!r} lacks the file {file}. A line of it is {FORM}.{other}")
         elif not os.access(file, os.R_OK):
             faults.append(f"{file} cannot be read: you lack the permission.")
     refuse(faults)

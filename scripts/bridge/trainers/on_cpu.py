@@ -112,6 +112,14 @@ def use_float32() -> None:
     torch.autocast = lambda *_args, **_options: contextlib.nullcontext()
 
 
+def offload_without_pinning() -> None:
+    """Keep offloaded weights, as those of the reference model, in ordinary memory: pinned memory is for copies to a GPU."""
+    from torch.distributed import fsdp
+
+    policy = fsdp.CPUOffloadPolicy
+    fsdp.CPUOffloadPolicy = lambda **_options: policy(pin_memory=False)
+
+
 def setup() -> None:
     """Everything of the above; called in the trainer's process and, by Ray, in every worker."""
     fill_torch_cpu()
@@ -119,6 +127,7 @@ def setup() -> None:
     use_sdpa()
     use_varlen_sdpa()
     use_float32()
+    offload_without_pinning()
     loopback.close()
 
 
