@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from bridge import hardware
@@ -136,7 +137,9 @@ def machine(env: Mapping[str, str]) -> dict[str, Any]:
         "python": platform.python_version(),
         "driver": hardware.driver_version(),
         "gpus": [gpu.name for gpu in hardware.visible_gpus(env)],
+        "kernel": platform.release(),
         "cpus": hardware.cpu_count(),
+        "memory_gib": psutil.virtual_memory().total >> 30,
         "git_commit": git_commit(),
         "lock_sha256": sha256(ROOT / "requirements.lock"),
         "configs_sha256": {str(file.relative_to(CONFIGS)): sha256(file) for file in sorted(CONFIGS.rglob("*.yaml"))},

@@ -15,14 +15,12 @@ class Stage:
     Attributes:
         name: the word of the domain: in make, the module, the configuration, the folder, the wandb run.
         help: one line.
-        needs: settings without which the stage cannot start (all missing ones are named at once).
         trains: whether it takes Hydra overrides and is run by verl.
         imports_torch: whether its command begins with seconds of imports.
     """
 
     name: str
     help: str
-    needs: tuple[str, ...] = ()
     trains: bool = False
     imports_torch: bool = False
 
@@ -40,6 +38,6 @@ STAGES = {stage.name: stage for stage in (
     Stage("ppo", "PPO with verl (INIT=base|sft)", trains=True, imports_torch=True),
     Stage("merge", "checkpoint -> Hugging Face model, verified (STAGE=sft|ppo)", imports_torch=True),
     Stage("eval", "accuracy on GSM8K of the base, SFT and PPO model (LIMIT=, STAGE=)", imports_torch=True),
-    Stage("upload", "merged model -> HF_REPO, private unless PUBLIC=1", needs=("HF_REPO",)),
+    Stage("upload", "merged model -> HF_REPO, private unless PUBLIC=1"),
 )}
 

@@ -15,7 +15,7 @@ from bridge.errors import UsageError, refuse
 from bridge.plan import Plan
 from bridge.runs import checkpoints, record, tracking
 from bridge.settings import CONFIGS, Settings, is_local
-from bridge.stages import model, ppo, sft
+from bridge.stages import data, model, ppo, sft
 
 # What is particular to each.
 TRAINERS = {"sft": sft, "ppo": ppo}
@@ -284,8 +284,7 @@ def data_files(config: Mapping[str, Any], key: str) -> list[Path]:
 
 def data_notes(settings: Settings) -> list[str]:
     """A word of warning where the data were made up for a rehearsal and the profile is a real one."""
-    recorded = record.read(settings.data_dir)
-    if recorded is None or settings.profile in ON_CPU or "builtin" not in recorded["attempts"][-1]["command"]:
+    if settings.profile in ON_CPU or data.recorded_source(settings.data_dir) != "builtin":
         return []
     return [f"warning: {settings.data_dir} holds made-up problems, not GSM8K. Move it away, then `make data DATA_SOURCE=hub`"]
 

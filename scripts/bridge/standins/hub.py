@@ -41,12 +41,13 @@ class Repository:
         return identity
 
 
+@dataclass
 class Refusal(Exception):
     """An answer other than 200."""
 
-    def __init__(self, status: int, message: str, code: str | None = None):
-        super().__init__(message)
-        self.status, self.message, self.code = status, message, code
+    status: int
+    message: str
+    code: str | None = None
 
 
 class StandInHub:
@@ -118,11 +119,8 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, status: int, body: object = None, headers: Mapping[str, str] | None = None) -> None:
         data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        for name, value in (headers or {}).items():
+        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **(headers or {})}.items():
             self.send_header(name, value)
-        if not headers or "Content-Length" not in headers:
-            self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)
@@ -179,8 +177,6 @@ class Handler(BaseHTTPRequestHandler):
         asked = json.loads(self.body)
         repo_id = f"{asked['organization']}/{asked['name']}"
         self.authorize(repo_id, write=True)
-        if repo_id in self.hub.repositories:
-            raise Refusal(409, "You already created this model repo")
         self.hub.repositories[repo_id] = repository = Repository(private=bool(asked.get("private")))
         repository.commit({})
         self.answer(200, {"url": f"{self.hub.url}/{repo_id}", "name": repo_id})

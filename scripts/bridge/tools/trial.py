@@ -138,6 +138,13 @@ def borrow(settings: Settings, folder: Path, data: bool) -> None:
             link.symlink_to(path)
 
 
+def make_inputs(settings: Settings, env: Mapping[str, str]) -> int:
+    """Make the data and the model that are not there; returns the exit status of what failed, or 0."""
+    missing = [name for name, folder in (("data", settings.data_dir), ("model", settings.model_dir))
+               if not (folder / "run.json").is_file()]
+    return next((status for name in missing if (status := stage(name, env))), 0)
+
+
 def interrupted(status: int) -> bool:
     """Whether an exit status says that a person or Slurm ended the work, so that nothing is to follow."""
     return status in (129, 130, 143)
