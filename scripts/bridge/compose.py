@@ -34,6 +34,11 @@ def verl_config_dir() -> Path:
     return Path(spec.submodule_search_locations[0]) / "trainer" / "config"
 
 
+def quote(value: str) -> str:
+    """A value for Hydra's grammar, whatever is in it."""
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
 def compose(name: str, overrides: list[str], env: Mapping[str, str], folder: Path = CONFIGS) -> dict[str, Any]:
     """Compose configs/NAME.yaml over verl's tree, resolved.
 
@@ -43,9 +48,8 @@ def compose(name: str, overrides: list[str], env: Mapping[str, str], folder: Pat
         env: what the interpolations need (WORK_DIR, BRIDGE_*).
         folder: where NAME.yaml is.
     """
-    tree = str(verl_config_dir()).replace("\\", "\\\\").replace('"', '\\"')
     with patch.dict(os.environ, env), initialize_config_dir(str(folder), version_base=None):
-        config = hydra_compose(name, overrides=[f'hydra.searchpath=["file://{tree}"]', *overrides])
+        config = hydra_compose(name, overrides=[f"hydra.searchpath=[{quote(f'file://{verl_config_dir()}')}]", *overrides])
         return OmegaConf.to_container(config, resolve=True)
 
 

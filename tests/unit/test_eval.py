@@ -11,9 +11,11 @@ from hub_fixture import run_module
 
 from bridge import hardware
 from bridge import settings as settings_module
+from bridge.compose import compose
 from bridge.errors import UsageError
 from bridge.runs import record
 from bridge.stages import eval as evaluation
+from bridge.stages.train import NAMES
 from door import bridge, recorded
 
 LIMITS = {"max_prompt_length": 384, "max_response_length": 12, "truncation": "error"}
@@ -240,7 +242,7 @@ def test_the_lengths_are_those_of_the_profile_or_of_the_ppo_run_that_is_there(en
         planned(env, PROFILE="tutorial").command)
     folder = Path(env["WORK_DIR"]) / "runs" / "default" / "ppo"
     folder.mkdir(parents=True)
-    config = {**evaluation.ppo_data_config(settings_module.read(env)), "max_response_length": 99}
+    config = {**compose("ppo", ["profile/ppo=tiny"], NAMES)["data"], "max_response_length": 99}
     record.write_json(folder / "run.json", recorded(config={"data": config}), [])
     assert "--max-response-length=99" in planned(env, PROFILE="tutorial").command
 

@@ -8,7 +8,6 @@ import codecs
 import json
 import os
 import re
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -253,20 +252,18 @@ def write(splits: dict[str, Rows], folder: Path) -> dict[str, Path]:
         for split, rows in splits.items():
             with naming(files[split]):
                 pa.parquet.write_table(table(split, rows), new / split)
-            if files[split].exists():
-                shutil.copy2(files[split], old / split)
-        replaced = []
         try:
             for split, file in files.items():
+                if file.exists():
+                    os.replace(file, old / split)
                 os.replace(new / split, file)
-                replaced.append(split)
         except (OSError, KeyboardInterrupt):
             # A new train file beside an old test file could share questions.
-            for split in replaced:
+            for split, file in files.items():
                 if (old / split).exists():
-                    os.replace(old / split, files[split])
-                else:
-                    files[split].unlink()
+                    os.replace(old / split, file)
+                elif not (new / split).exists():
+                    file.unlink()
             raise
     return files
 

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow.parquet
 
 from bridge import hardware, model_folder
-from bridge.compose import compose, compose_checked, flatten
+from bridge.compose import compose, compose_checked, flatten, quote
 from bridge.errors import UsageError, refuse
 from bridge.plan import Plan
 from bridge.runs import checkpoints, record, tracking
@@ -167,11 +167,6 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
     arguments = ["--config-dir", str(CONFIGS), "--config-name", stage, *own, *resume, *overrides]
     command = trainer.command(gpus, [*(["bridge.trainers.on_cpu"] if on_cpu else []), trainer.module(config)], arguments)
     return Plan(**{**vars(made), "command": command, "resume_step": resume_step})
-
-
-def quote(value: str) -> str:
-    """A value for Hydra's grammar, whatever is in it."""
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def choose_hardware(settings: Settings, env: Mapping[str, str], notes: list[str], problems: list[str],

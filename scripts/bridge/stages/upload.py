@@ -43,7 +43,8 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
         problems = folder_problems(folder, stage)
     if settings.hf_repo is None:
         problems.append("upload needs HF_REPO=OWNER/NAME, the repository on the hub. Set it in .env (see .env.example).")
-    if not has_token(env):
+    # Where huggingface_hub looks for one; the door sets HF_TOKEN_PATH, if nobody else did.
+    if not (env.get("HF_TOKEN") or env.get("HUGGING_FACE_HUB_TOKEN") or os.path.isfile(os.path.expanduser(env["HF_TOKEN_PATH"]))):
         problems.append(f"upload needs a token that may write. {LOGIN_CURE}")
     if is_offline(env):
         problems.append("HF_HUB_OFFLINE forbids uploading. Run `make upload` where there is internet (a login node), "
@@ -72,12 +73,6 @@ def folder_problems(folder: Path, stage: str) -> list[str]:
     if not problems and not list(folder.glob("*.safetensors")):
         problems = [f"{folder} has no safetensors. Make them with `make merge STAGE={stage}`."]
     return problems
-
-
-def has_token(env: Mapping[str, str]) -> bool:
-    """Whether there is a token where huggingface_hub looks for one; the door sets HF_TOKEN_PATH, if nobody else did."""
-    return bool(env.get("HF_TOKEN") or env.get("HUGGING_FACE_HUB_TOKEN")) or os.path.isfile(
-        os.path.expanduser(env["HF_TOKEN_PATH"]))
 
 
 def check_rights(repo: str, public: bool, folder: Path) -> None:

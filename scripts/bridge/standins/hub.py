@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 # The hub keeps these outside git; so does it with anything larger than 10 MB.
 LFS_NAMES = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|model)")
@@ -126,8 +126,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def serve(self) -> None:
-        address = urlsplit(self.path)
-        path, self.query = unquote(address.path), parse_qs(address.query)
+        path = unquote(urlsplit(self.path).path)
         # Whatever the answer will be: what is left of it would be taken for the next request.
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.hub.requests.append((self.command, path))
