@@ -141,13 +141,12 @@ class DownloadsHandler(Handler):
         if part is None:
             super().upload(sha256)
         else:
-            data = self.body()
-            (self.hub.objects / f"{sha256}.{part}").write_bytes(data)
-            self.answer(200, None, {"ETag": f'"{hashlib.sha256(data).hexdigest()}"'})
+            (self.hub.objects / f"{sha256}.{part}").write_bytes(self.body)
+            self.answer(200, None, {"ETag": f'"{hashlib.sha256(self.body).hexdigest()}"'})
 
     def complete_parts(self, sha256: str) -> None:
         """Join the parts of an object."""
-        parts = [self.hub.objects / f"{sha256}.{part['partNumber']}" for part in json.loads(self.body())["parts"]]
+        parts = [self.hub.objects / f"{sha256}.{part['partNumber']}" for part in json.loads(self.body)["parts"]]
         whole = self.hub.objects / f"{sha256}.whole"
         whole.write_bytes(b"".join(part.read_bytes() for part in parts))
         if hashlib.sha256(whole.read_bytes()).hexdigest() != sha256:
@@ -165,7 +164,6 @@ class DownloadsHandler(Handler):
         return repository
 
     def validate_yaml(self) -> None:
-        self.body()
         self.answer(200, {"errors": [], "warnings": []})
 
     def auth_check(self, repo_id: str) -> None:
@@ -174,7 +172,7 @@ class DownloadsHandler(Handler):
 
     def paths_info(self, repo_id: str, revision: str) -> None:
         _, files = self.commit_at(self.repository(repo_id), revision)
-        asked = parse_qs(self.body().decode()).get("paths", [])
+        asked = parse_qs(self.body.decode()).get("paths", [])
         self.answer(200, [files[path].row() for path in asked if path in files])
 
     def resolve(self, repo_id: str, revision: str, path: str) -> None:

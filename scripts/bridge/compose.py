@@ -21,7 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from bridge.errors import UsageError, nearest
+from bridge.errors import UsageError, nearest, refuse
 from bridge.settings import CONFIGS
 
 # Settings that are a number of things, of which there is at least one: what is checked here divides by them.
@@ -34,6 +34,11 @@ def verl_config_dir() -> Path:
     return Path(spec.submodule_search_locations[0]) / "trainer" / "config"
 
 
+def quote(value: str) -> str:
+    """A value for Hydra's grammar, whatever is in it."""
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
 def compose(name: str, overrides: list[str], env: Mapping[str, str], folder: Path = CONFIGS) -> dict[str, Any]:
     """Compose configs/NAME.yaml over verl's tree, resolved.
 
@@ -43,9 +48,8 @@ def compose(name: str, overrides: list[str], env: Mapping[str, str], folder: Pat
         env: what the interpolations need (WORK_DIR, BRIDGE_*).
         folder: where NAME.yaml is.
     """
-    tree = str(verl_config_dir()).replace("\\", "\\\\").replace('"', '\\"')
     with patch.dict(os.environ, env), initialize_config_dir(str(folder), version_base=None):
-        config = hydra_compose(name, overrides=[f'hydra.searchpath=["file://{tree}"]', *overrides])
+        config = hydra_compose(name, overrides=[f"hydra.searchpath=[{quote(f'file://{verl_config_dir()}')}]", *overrides])
         return OmegaConf.to_container(config, resolve=True)
 
 
@@ -133,8 +137,7 @@ def compose_checked(name: str, own: list[str], user: list[str], env: Mapping[str
                             f"(A new key is written +{text}.)")
         else:
             keys[key] = text
-    if problems:
-        raise UsageError(*problems)
+    refuse(problems)
     try:
         config = compose(name, own + user, env)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
@@ -147,6 +150,5 @@ def compose_checked(name: str, own: list[str], user: list[str], env: Mapping[str
                 problems.append(f"{text!r}: {problem}.")
                 # What holds for one key of a section mostly holds for all.
                 break
-    if problems:
-        raise UsageError(*problems)
+    refuse(problems)
     return config

@@ -12,7 +12,7 @@ from pathlib import Path
 from bridge import __version__
 from bridge import settings as settings_module
 from bridge.environment import clean_environment, work_dir_problems
-from bridge.errors import Tolerance, UsageError, exit_status, nearest, say
+from bridge.errors import Tolerance, UsageError, exit_status, nearest, refuse, say
 from bridge.plan import Plan
 from bridge.stages.table import STAGES
 
@@ -78,9 +78,7 @@ def run(argv: list[str], env: Mapping[str, str]) -> int:
 def run_stage(name: str, env: Mapping[str, str], overrides: list[str], dry_run: bool) -> int:
     """Check, plan, show and run one stage; returns its command's exit status."""
     stage = STAGES[name]
-    problems = [f"stage {name!r} needs {setting}. Set it in .env (see .env.example)."
-                for setting in stage.needs if not env.get(setting)]
-    missing = set(problems)
+    problems = []
     if overrides and not stage.trains:
         problems.append(f"stage {name!r} takes no arguments but --dry-run; got {' '.join(overrides)}. "
                         "Its settings come from the environment (see .env.example).")
@@ -89,9 +87,7 @@ def run_stage(name: str, env: Mapping[str, str], overrides: list[str], dry_run: 
         problems += work_dir_problems(settings.work_dir)
     except UsageError as error:
         problems = error.problems + problems
-    # A stage names what it lacks itself, together with all else that is wrong.
-    if set(problems) - missing:
-        raise UsageError(*problems)
+    refuse(problems)
 
     child_env = clean_environment(settings, env)
     plan = stage.plan(settings, child_env, overrides, dry_run)
@@ -152,7 +148,7 @@ def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
         for left in (request, answer):
             left.unlink(missing_ok=True)
     if plan.keep_log:
-        record.write(plan.record_dir, recorded, secrets)
+        record.write_json(plan.record_dir / "run.json", recorded, secrets)
     start = log.stat().st_size if log and log.is_file() else 0
     status = 128
     if housekeeping:
@@ -173,7 +169,7 @@ def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
     def end() -> None:
         if plan.keep_log or (status == 0 and plan.record_dir.is_dir()):
             newest = checkpoints.newest_complete(plan.checkpoints, plan.saved) if plan.checkpoints else None
-            record.write(plan.record_dir, record.end(recorded, status, newest.step if newest else 0), secrets)
+            record.write_json(plan.record_dir / "run.json", record.end(recorded, status, newest.step if newest else 0), secrets)
 
     Tolerance("writing run.json").at_last(end)
     if status == STOPPED:

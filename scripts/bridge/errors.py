@@ -26,6 +26,12 @@ class UsageError(Exception):
         self.problems = list(problems)
 
 
+def refuse(problems: Iterable[str]) -> None:
+    """Raise a UsageError with all of these problems, if there are any."""
+    if problems := list(problems):
+        raise UsageError(*problems)
+
+
 def say(message: str) -> None:
     """Tell the user one thing, on stderr, so that stdout stays what a stage prints."""
     # Where nobody reads any more (the terminal was closed), what follows still has to be done.
@@ -104,6 +110,20 @@ def naming(file: Path) -> Iterator[None]:
         yield
     except OSError as error:
         error.filename = error.filename or str(file)
+        raise
+
+
+@contextmanager
+def full_disk_explained(cure: Callable[[], str]) -> Iterator[None]:
+    """Within this, a full disk is a UsageError with this cure.
+
+    The libraries in Rust keep the words of the system's error only, and tokenizers has no kind of error of its own.
+    """
+    try:
+        yield
+    except Exception as error:
+        if "No space left" in str(error) or "quota exceeded" in str(error):
+            raise UsageError(f"the disk is full: {error}. {cure()}") from error
         raise
 
 

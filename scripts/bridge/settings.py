@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from bridge.errors import UsageError, nearest
+from bridge.errors import nearest, refuse
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
@@ -199,6 +199,5 @@ def read(env: Mapping[str, str]) -> Settings:
     problems += path_problems("WORK_DIR", work_dir, settings.work_dir)
     if is_local(settings.model):
         problems += path_problems("MODEL", settings.model, settings.model_dir)
-    if problems:
-        raise UsageError(*problems)
+    refuse(problems)
     return settings

@@ -30,7 +30,7 @@ fi
 case $what in
 sif)
     tool=$(first_of apptainer singularity)
-    [[ -n $tool ]] || fail "no apptainer on PATH. Load its module or install it, or make oci with Podman or Docker."
+    [[ -n $tool ]] || fail "no apptainer on PATH. Load its module (docs/cluster.md), or install it, or make oci with Podman or Docker."
     image=$(realpath -ms -- "${IMAGE:-$checkout/bridge.sif}")
     need_space 18 "${APPTAINER_TMPDIR:-${TMPDIR:-/tmp}}" "export APPTAINER_TMPDIR= with a folder that has more, on a local disk."
     need_space 5 "$(dirname "$image")" "Make room, or set IMAGE to a file elsewhere."

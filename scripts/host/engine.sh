@@ -34,7 +34,7 @@ choose_engine() { # STAGE
     elif [[ $there == 0 && $ENGINE == none ]]; then
         fail "no apptainer, singularity, podman or docker on PATH. Load the module of one, or install one. $cure"
     elif [[ $there == 0 && $ENGINE == @(docker|podman) ]] && ! "$ENGINE" info > /dev/null 2>&1; then
-        fail "$ENGINE is on PATH but does not answer (see: $ENGINE info). Start it, or load Apptainer's module. $cure"
+        fail "$ENGINE is on PATH but does not answer. On a cluster: module load apptainer. Else start it (see: $ENGINE info). $cure"
     elif [[ $there == 0 ]]; then
         fail "there is no image $IMAGE for $ENGINE. make $build builds it; IMAGE= names another. $cure"
     fi

@@ -25,9 +25,10 @@ is_known() {
 }
 
 unknown() { # NAME: say that it is none, and which one may have been meant
-    local name meant=''
+    local name other meant='' given=${1//_/}
     for name in "${known[@]}"; do
-        [[ ${name,,} != "${1,,}"* && ${1,,} != "${name,,}"* ]] || meant=" Did you mean $name?"
+        other=${name//_/}
+        [[ ${other,,} != "${given,,}"* && ${given,,} != "${other,,}"* ]] || meant=" Did you mean $name?"
     done
     [[ $1 != WANDB_RUN_NAME ]] || meant=" Did you mean RUN?"
     echo "$1 is not a setting.$meant .env.example explains every one."
@@ -43,6 +44,7 @@ read_settings() { # [PATTERN]: of .env, only names that match it
 
     for name in ${MAKE_NAMES:-}; do
         [[ $name == ARGS || $name == ENV_FILE ]] || is_known "$name" || problems+=("make: $(unknown "$name")")
+        [[ ${name^^} != *@(TOKEN|KEY|PASSWORD) ]] || problems+=("make: $name is a secret, which ps shows to all. Put it into .env.")
     done
     if [[ -n ${ENV_FILE:-} || -e $file ]] && [[ ! -f $file || ! -r $file ]]; then
         problems+=("$file (ENV_FILE, else .env) is not a file that can be read.")
@@ -58,10 +60,8 @@ read_settings() { # [PATTERN]: of .env, only names that match it
         line=${line%$'\r'}
         [[ ${line//$'\t'/} != *[[:cntrl:]]* ]] || line='?'
         [[ ! $line =~ ^[[:space:]]*(#|$) ]] || continue
-        if [[ ! $line =~ ^[[:space:]]*(export[[:space:]]+)?([A-Za-z_][A-Za-z0-9_]*)=(.*)$ ]]; then
-            problems+=("$where is not NAME=value (no space before the =, no control character; Unix line ends).")
-            continue
-        fi
+        [[ $line =~ ^[[:space:]]*(export[[:space:]]+)?([A-Za-z_][A-Za-z0-9_]*)=(.*)$ ]] || {
+            problems+=("$where is not NAME=value (no space before the =, no control character; Unix line ends).") && continue; }
         name=${BASH_REMATCH[2]} value=${BASH_REMATCH[3]}
         value=${value#"${value%%[![:space:]]*}"}
         value=${value%"${value##*[![:space:]]}"}
@@ -93,8 +93,7 @@ read_settings() { # [PATTERN]: of .env, only names that match it
     [[ -z ${found[HF_TOKEN]:-}${found[WANDB_API_KEY]:-} || $((0$(stat -Lc %a -- "$file") & 044)) == 0 ]] ||
         echo "bridge: warning: $file holds a token and others can read it. Keep it to yourself: chmod 600 $file" >&2
     # Before bash 4.4 an empty array counts as unset.
-    [[ ${#found[@]} != 0 ]] || return 0
-    for name in "${!found[@]}"; do
+    for name in ${found[@]+"${!found[@]}"}; do
         [[ -v $name || ! $name =~ ^(${1:-.*})$ ]] || export "$name=${found[$name]}"
     done
 }

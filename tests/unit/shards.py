@@ -40,7 +40,7 @@ def started(env: Mapping[str, str], stage: str, *overrides: str, steps: tuple[in
     """A run that was ended by a signal after it had saved these steps; returns its checkpoints' folder."""
     planned = plan(env, stage, *overrides)
     planned.record_dir.mkdir(parents=True)
-    record.write(planned.record_dir, record.end(record.begin(planned, env), 137, max(steps, default=0)), [])
+    record.write_json(planned.record_dir / "run.json", record.end(record.begin(planned, env), 137, max(steps, default=0)), [])
     (planned.record_dir / "log.txt").write_text("the log\n")
     rows = range(1, max(steps, default=0) + 1)
     (planned.record_dir / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in rows))

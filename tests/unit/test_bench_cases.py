@@ -214,7 +214,7 @@ def test_another_data_source_replaces_the_benchmarks_own_data(tmp_path, monkeypa
         folder = wanted.data_dir if name == "data" else wanted.model_dir
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "train.parquet").write_text("")
-        record.write(folder, recorded(attempts=[{"command": [*command, "--output"]}]), [])
+        record.write_json(folder / "run.json", recorded(attempts=[{"command": [*command, "--output"]}]), [])
         return 0
 
     monkeypatch.setattr(bench.trial, "stage", stage)

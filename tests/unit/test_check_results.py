@@ -64,6 +64,15 @@ def test_too_few_cores_for_the_gpus_are_a_warning_that_says_why(monkeypatch, som
     assert found == status and (seen == hardware.core_problem(cores, gpus) if status == "warn" else seen == str(cores))
 
 
+@pytest.mark.parametrize(("there", "asked", "profile", "status", "said"), [
+    (0, "8", "tuned", "FAIL", "GPUS=8, but none"), (2, "8", "tuned", "FAIL", "GPUS=8, but a GPU"),
+    (8, "8", "tuned", "ok", "a GPU"), (0, "", "tuned", "warn", "none"), (0, "2", "tiny", "warn", "none")])
+def test_gpus_that_were_asked_for_and_are_not_there_fail(monkeypatch, tmp_path, there, asked, profile, status, said):
+    monkeypatch.setattr(hardware, "visible_gpus", lambda env: [hardware.Gpu(str(n), "a GPU", 1, 0) for n in range(there)])
+    found = statuses(check.machine(settings.read({"WORK_DIR": str(tmp_path), "GPUS": asked, "PROFILE": profile}), {}))
+    assert found["GPUs visible"][0] == status and found["GPUs visible"][1].startswith(said)
+
+
 def test_a_work_dir_that_is_wrong_is_not_made_by_looking_at_its_caches(tmp_path):
     mistyped = settings.read({"WORK_DIR": str(tmp_path / "typo" / "work")})
     assert statuses(check.machine(mistyped, {}))["WORK_DIR"][0] == "FAIL"

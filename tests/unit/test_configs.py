@@ -15,7 +15,7 @@ from bridge.compose import compose, compose_checked, flatten, verl_config_dir
 from bridge.errors import UsageError
 from bridge.hardware import Gpu
 from bridge.settings import CONFIGS
-from bridge.stages import ppo, sft
+from bridge.stages import ppo, sft, train
 from bridge.stages.train import OWNED, memory_preset
 from door import DOOR, bridge
 
@@ -241,7 +241,14 @@ def test_rows_of_the_losss_groups_are_taken_with_a_word_of_what_they_are(stage, 
         memory = [f"memory/{name}=80gb"] if profile == "tuned" else []
         config = compose_checked(name, [f"profile/{name}={profile}", *memory], [override], NAMES, OWNED)
         assert stage.setting_problems(config, [override]) == []
-        assert stage.setting_notes(config, [override]) == wanted
+        assert train.group_notes(stage, config, [override]) == wanted
+
+
+def test_several_answers_to_a_prompt_are_refused_on_cpu_alone():
+    override = "actor_rollout_ref.rollout.n=4"
+    for own, count in ((["profile/ppo=tiny", "device/ppo=cpu"], 1), (["profile/ppo=tiny"], 0)):
+        found = ppo.setting_problems(compose("ppo", [*own, override], NAMES), [override])
+        assert len(found) == count and all("rollout.n=1" in problem for problem in found)
 
 
 def test_rows_mean_something_as_well_where_the_speedups_come_with_the_critic():
@@ -249,7 +256,7 @@ def test_rows_mean_something_as_well_where_the_speedups_come_with_the_critic():
     also = ["actor_rollout_ref.model.external_lib=shared_gpu", "critic.model.external_lib=bridge.trainers.speedups"]
     override = "++critic.ppo_micro_batch_size_per_gpu=8"
     config = compose_checked("ppo", own, [override, *also], NAMES, OWNED)
-    assert ppo.setting_problems(config, [override]) == [] and len(ppo.setting_notes(config, [override])) == 1
+    assert ppo.setting_problems(config, [override]) == [] and len(train.group_notes(ppo, config, [override])) == 1
 
 
 def test_groups_of_rows_have_to_divide_a_gpus_part_of_a_mini_batch_in_every_profile():

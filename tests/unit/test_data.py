@@ -352,6 +352,13 @@ def test_every_file_that_a_folder_lacks_is_named(source, tmp_path):
     assert len(fails(source, tmp_path / "output")) == 2
 
 
+def test_a_folder_of_parquet_files_is_refused_with_what_is_expected(tmp_path):
+    (tmp_path / "train.parquet").write_bytes(b"")
+    for text, split in zip(fails(tmp_path, tmp_path / "output"), data.SPLITS, strict=True):
+        assert f"lacks the file {tmp_path / split}.jsonl. A line of it is {data.FORM}" in text
+        assert text.endswith("Its parquet files are not read.")
+
+
 def test_folder_may_be_relative_or_in_the_home(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -482,7 +489,7 @@ def test_data_of_another_source_are_not_replaced(source, tmp_path):
     # Put there by hand, or left by a `make data` that was killed before its record.
     with pytest.raises(UsageError, match="that `make data` did not make"):
         planned("builtin")
-    record.write(folder, recorded(attempts=[{"command": planned_command(source)}]), [])
+    record.write_json(folder / "run.json", recorded(attempts=[{"command": planned_command(source)}]), [])
     for wanted in ("builtin", "hub", tmp_path):
         (tmp_path / "train.jsonl").write_bytes(line())
         (tmp_path / "test.jsonl").write_bytes(line())

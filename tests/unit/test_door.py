@@ -310,7 +310,7 @@ def finished_run(env: dict[str, str], **changes) -> Path:
     """A run folder as a finished sft without checkpoints leaves it; `changes` are made to its record."""
     plan = STAGES["sft"].plan(settings.read(env), {**SHELL, **env}, [], True)
     plan.record_dir.mkdir(parents=True)
-    record.write(plan.record_dir, {**record.begin(plan, {**SHELL, **env}), "status": "finished", **changes}, [])
+    record.write_json(plan.record_dir / "run.json", {**record.begin(plan, {**SHELL, **env}), "status": "finished", **changes}, [])
     return plan.record_dir
 
 
@@ -397,7 +397,7 @@ def test_a_disk_that_is_full_at_a_write_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError, match="run.json") as caught:
-        record.write(tmp_path, recorded(), [])
+        record.write_json(tmp_path / "run.json", recorded(), [])
     assert caught.value.errno == errno.ENOSPC
 
 
@@ -467,7 +467,7 @@ def test_two_runs_in_one_folder_at_once_are_refused(env):
 
 
 def test_the_record_masks_a_secret_that_slipped_into_a_value(tmp_path):
-    record.write(tmp_path, {"config": {"x": "abc-s3cret"}}, ["s3cret"])
+    record.write_json(tmp_path / "run.json", {"config": {"x": "abc-s3cret"}}, ["s3cret"])
     assert json.loads((tmp_path / "run.json").read_text()) == {"config": {"x": "abc-***"}}
 
 

@@ -11,9 +11,11 @@ from hub_fixture import run_module
 
 from bridge import hardware
 from bridge import settings as settings_module
+from bridge.compose import compose
 from bridge.errors import UsageError
 from bridge.runs import record
 from bridge.stages import eval as evaluation
+from bridge.stages.train import NAMES
 from door import bridge, recorded
 
 LIMITS = {"max_prompt_length": 384, "max_response_length": 12, "truncation": "error"}
@@ -220,7 +222,7 @@ def merged(env: dict[str, str], stage: str, made_from: str = "/somewhere/global_
     shutil.copytree(Path(env["WORK_DIR"]) / "models" / "tiny", folder / "merged")
     (folder / "merge").mkdir()
     command = ["python", "-m", "bridge.stages.merge", made_from, str(folder / "merged")]
-    record.write(folder / "merge", recorded(attempts=[{"command": command}]), [])
+    record.write_json(folder / "merge" / "run.json", recorded(attempts=[{"command": command}]), [])
     return folder / "merged"
 
 
@@ -240,8 +242,8 @@ def test_the_lengths_are_those_of_the_profile_or_of_the_ppo_run_that_is_there(en
         planned(env, PROFILE="tutorial").command)
     folder = Path(env["WORK_DIR"]) / "runs" / "default" / "ppo"
     folder.mkdir(parents=True)
-    config = {**evaluation.ppo_data_config(settings_module.read(env)), "max_response_length": 99}
-    record.write(folder, recorded(config={"data": config}), [])
+    config = {**compose("ppo", ["profile/ppo=tiny"], NAMES)["data"], "max_response_length": 99}
+    record.write_json(folder / "run.json", recorded(config={"data": config}), [])
     assert "--max-response-length=99" in planned(env, PROFILE="tutorial").command
 
 

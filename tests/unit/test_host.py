@@ -186,6 +186,13 @@ def test_all_mistakes_of_an_env_file_are_named_at_once(host):
     assert [word for word in ("line 1", "line 2", "line 3", "line 4", "TPS") if word not in said] == []
 
 
+@pytest.mark.parametrize("name", ["HF_TOKEN", "WANDB_API_KEY", "VLLM_API_KEY", "HF_PASSWORD"])
+def test_a_secret_on_makes_command_line_is_refused_without_its_value(host, name):
+    result = host.run("make", "-C", ROOT, "ppo", f"{name}=hf_Abc123", f"ENV_FILE={host.env_file}")
+    assert result.returncode != 0 and f"make: {name} is a secret, which ps shows to all. Put it into .env." in result.stderr
+    assert "hf_Abc123" not in result.stdout + result.stderr
+
+
 def test_no_value_of_an_env_file_is_printed(host):
     said = host.refusal("HF_TOKEN=$hf_Abc123\nWANDB_API_KEY='hf_Abc123\nhf_Abc123\nHF_TOKEN hf_Abc123\n")
     assert "hf_Abc123" not in said
@@ -227,10 +234,11 @@ def test_an_env_file_that_was_named_must_be_there(host):
     assert "/nowhere/x.env" in result.stderr
 
 
-def test_make_refuses_a_mistyped_setting(host):
-    result = host.run("make", "-C", ROOT, "ppo", "GPU=8")
+@pytest.mark.parametrize(("typo", "meant"), [("GPU=8", "GPUS"), ("WORKDIR=x", "WORK_DIR"), ("workdir=x", "WORK_DIR")])
+def test_make_refuses_a_mistyped_setting(host, typo, meant):
+    result = host.run("make", "-C", ROOT, "ppo", typo)
     assert result.returncode != 0
-    assert "GPU is not a setting. Did you mean GPUS?" in result.stderr
+    assert f"{typo.split('=')[0]} is not a setting. Did you mean {meant}?" in result.stderr
     assert ".env.example" in result.stderr
 
 
@@ -437,6 +445,8 @@ def test_an_engine_without_its_daemon_is_named_as_such(host):
     host.engine("docker")
     result = host.container("ppo", FAKE_NO_IMAGE="1", FAKE_NO_DAEMON="1")
     assert result.returncode == 2 and "docker is on PATH but does not answer" in result.stderr
+    # On a cluster it is not docker that one wants.
+    assert result.stderr.index("module load apptainer") < result.stderr.index("docker info")
 
 
 @pytest.mark.parametrize(("engine", "word"), [("apptainer", "not on PATH"), ("dokcer", "none of apptainer"),

@@ -262,7 +262,7 @@ def test_a_failure_of_verls_merger_is_passed_on_without_a_second_traceback(tmp_p
 
 def record_merge(folder: Path, status: str) -> None:
     folder.mkdir(parents=True)
-    record.write(folder, recorded(status=status), [])
+    record.write_json(folder / "run.json", recorded(status=status), [])
 
 
 @pytest.mark.parametrize("status", ["failed", "running"])

@@ -159,6 +159,22 @@ def test_what_another_process_has_made_meanwhile_is_taken(tmp_path, monkeypatch)
     assert list(folder.parent.iterdir()) == [folder]
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), Exception("No space left on device (os error 28)")])
+def test_a_disk_that_fills_while_a_model_is_made_is_named(tmp_path, monkeypatch, error):
+    def full(*_arguments):
+        raise error
+
+    monkeypatch.setattr(model, "convert_smollm2", full)
+    with pytest.raises(UsageError, match=f"the disk is full: .*Make room in {tmp_path}.*Run `make model` again"):
+        model.make("smollm2", tmp_path / "smollm2", tmp_path)
+
+
+def test_another_error_while_a_model_is_made_stays_what_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "convert_smollm2", lambda _folder: [][0])
+    with pytest.raises(IndexError):
+        model.make("smollm2", tmp_path / "smollm2", tmp_path)
+
+
 def test_a_record_of_the_source_that_was_cut_off_starts_the_download_afresh(hub, folder):
     partial = folder.with_name(f".{folder.name}.partial")
     write_files(partial, {model.SOURCE_FILE: b"", "old": b"x"})
@@ -338,6 +354,7 @@ def test_plan_of_a_hub_model(tmp_path):
 @pytest.mark.parametrize(("name", "env", "said"), [
     ("Smollm", {}, "Did you mean smollm2"),
     ("Llama-3.2-1B-Instruct", {}, "OWNER/NAME"),
+    ("llama", {}, "OWNER/NAME.*smollm2, tiny, random:SHAPE"),
     ("random:Llama3.2-1B", {}, "no such shape. There are: .* Did you mean llama-3.2-1b"),
     ("random", {}, "Did you mean random:"),
     ("tiny", {}, "Run `make data` first"),
@@ -366,7 +383,7 @@ def tiny(tmp_path_factory):
              "extra_info": {"answer": f"{n} + {n + 2} = {2 * n + 2} apples.\n#### {2 * n + 2}"}} for n in range(300)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), work / "train.parquet")
     for name in ("one", "two"):
-        result = run_module("model", "tiny", work / name, "--texts", work / "train.parquet", env={})
+        result = run_module("model", "tiny", work / name, work / "train.parquet", env={})
         assert result.returncode == 0, result.stderr
     return work
 

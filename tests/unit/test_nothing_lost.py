@@ -308,7 +308,7 @@ def test_a_reward_that_was_edited_is_another_run(env, tmp_path):
     # A run of before such hashes were recorded goes on.
     recorded = record.read(folder.parent)
     del recorded["inputs"]["code"]
-    record.write(folder.parent, recorded, [])
+    record.write_json(folder.parent / "run.json", recorded, [])
     assert plan(env, "ppo", *mine).resume_step == 4
 
 
@@ -327,7 +327,7 @@ def test_a_model_with_other_weights_of_the_same_size_is_another_run(env, tmp_pat
     # A run of before they were recorded goes on.
     recorded = record.read(folder.parent)
     del recorded["inputs"]["weights"]
-    record.write(folder.parent, recorded, [])
+    record.write_json(folder.parent / "run.json", recorded, [])
     assert plan(mine, "ppo", MORE, "actor_rollout_ref.actor.use_kl_loss=True").resume_step == 4
 
 
@@ -339,7 +339,7 @@ def test_a_second_place_for_checkpoints_is_refused_and_a_run_that_has_one_goes_o
     folder = started(env, stage, MORE, steps=(4,))
     recorded = record.read(folder.parent)
     recorded["config"]["trainer"]["default_hdfs_dir"] = "hdfs://there"
-    record.write(folder.parent, recorded, [])
+    record.write_json(folder.parent / "run.json", recorded, [])
     assert plan(env, stage, MORE).resume_step == 4
 
 

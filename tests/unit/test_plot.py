@@ -23,7 +23,8 @@ def work_dir(tmp_path: Path) -> Path:
         rows = [{"step": step, "critic/score/mean": 0.01 * step + 0.1 * place, "actor/entropy": 1 / step,
                  **({"val/acc": 0.5} if step in (20, 40) and name != "b1" else {})} for step in range(1, 41)]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        record.write(folder, recorded(attempts=[{"command": ["python", f"profile/ppo={profile}", "trainer.x=1"]}]), [])
+        command = ["python", f"profile/ppo={profile}", "trainer.x=1"]
+        record.write_json(folder / "run.json", recorded(attempts=[{"command": command}]), [])
     return tmp_path
 
 

@@ -370,7 +370,7 @@ def test_ppo_says_which_model_it_starts_from(env, merged):
 def test_a_run_with_another_init_or_number_of_gpus_is_refused_by_the_settings_name(env, merged):
     plan = planned(env, "ppo")
     plan.record_dir.mkdir(parents=True)
-    record.write(plan.record_dir, {**record.begin(plan, env), "status": "finished", "last_step": 0}, [])
+    record.write_json(plan.record_dir / "run.json", {**record.begin(plan, env), "status": "finished", "last_step": 0}, [])
     [said] = problems({**env, "INIT": "sft"}, "ppo")
     assert "actor_rollout_ref.model.path: " in said and f"-> {merged} (MODEL= and INIT=)" in said
     [said] = problems({**env, "GPUS": "1"}, "ppo")

@@ -7,6 +7,7 @@ from bridge import settings as settings_module
 from bridge.errors import UsageError
 from bridge.runs import record
 from bridge.stages import upload
+from door import recorded
 from downloads_hub import Account, DownloadsHub
 
 TOKENS = {"hf_writer": Account("alice", organisations=("team",)), "hf_reader": Account("alice", may_write=False),
@@ -104,8 +105,8 @@ def test_weights_of_an_earlier_upload_are_removed(hub, merged):
 @pytest.mark.parametrize(("token", "repo", "said"), [
     ("hf_wrong", "team/ours", "does not accept your token (401)"),
     ("hf_reader", "alice/ours", "may only read"),
-    ("hf_stranger", "team/ours", "your token may not write there (403"),
-    ("hf_writer", "elsewhere/ours", "your token may not write there (403"),
+    ("hf_stranger", "team/ours", "Your token may not write there"),
+    ("hf_writer", "elsewhere/ours", "Your token may not write there"),
     (None, "team/ours", "needs a token"),
 ])
 def test_missing_rights_are_said_with_the_cure_before_anything_is_sent(hub, merged, token, repo, said):
@@ -119,7 +120,7 @@ def test_a_repository_of_others_is_refused_before_anything_is_sent(hub, merged):
     # Here create_repo of the client would take the hub's 403 for success.
     hub.add_model("team/ours", {"README.md": b""})
     result = run_upload(hub, merged, "--public", token="hf_stranger")
-    assert result.returncode == 2 and "your token may not write there (403" in result.stderr
+    assert result.returncode == 2 and "Your token may not write there" in result.stderr
     assert transfers(hub) == []
 
 
@@ -173,8 +174,8 @@ def test_plan_says_which_step_the_model_is_of(tmp_path, merged):
     folder = merged.parent / "merge"
     folder.mkdir()
     shards = merged.parent / "checkpoints" / "global_step_100" / "actor"
-    record.write(folder, {"status": "finished", "last_step": 0, "config": None, "inputs": None, "work_dir": None, "attempts": [
-        {"command": ["python", "-m", "bridge.stages.merge", str(shards), str(merged)], "started": "2026-01-01"}]}, [])
+    command = ["python", "-m", "bridge.stages.merge", str(shards), str(merged)]
+    record.write_json(folder / "run.json", recorded(attempts=[{"command": command, "started": "2026-01-01"}]), [])
     assert f"merged from {shards}, 2026-01-01" in planned(tmp_path).notes
 
 

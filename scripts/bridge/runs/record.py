@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from bridge import hardware
@@ -71,11 +72,6 @@ def read(folder: Path) -> dict[str, Any] | None:
     except ValueError as error:
         raise UsageError(f"{file} is damaged ({error}), so it is not known what this run was. Move {folder} away, or give "
                          "this run another name (RUN=NAME).") from error
-
-
-def write(folder: Path, record: Mapping[str, Any], secrets: list[str]) -> None:
-    """Write a folder's run.json."""
-    write_json(folder / "run.json", record, secrets)
 
 
 def write_json(file: Path, content: Any, secrets: list[str]) -> None:
@@ -141,7 +137,9 @@ def machine(env: Mapping[str, str]) -> dict[str, Any]:
         "python": platform.python_version(),
         "driver": hardware.driver_version(),
         "gpus": [gpu.name for gpu in hardware.visible_gpus(env)],
+        "kernel": platform.release(),
         "cpus": hardware.cpu_count(),
+        "memory_gib": psutil.virtual_memory().total >> 30,
         "git_commit": git_commit(),
         "lock_sha256": sha256(ROOT / "requirements.lock"),
         "configs_sha256": {str(file.relative_to(CONFIGS)): sha256(file) for file in sorted(CONFIGS.rglob("*.yaml"))},

@@ -10,12 +10,6 @@ from typing import Any
 NOT_SENT = ("offline", "disabled", "dryrun")
 
 
-def has_wandb_login(env: Mapping[str, str]) -> bool:
-    """Whether `wandb login` was done before: it leaves its key in the netrc file."""
-    file = Path(env.get("NETRC") or Path.home() / ".netrc")
-    return file.is_file() and wandb_server(env).split("//")[-1].split("/")[0] in file.read_text()
-
-
 def wandb_server(env: Mapping[str, str]) -> str:
     """Address of the server that W&B sends to."""
     return env.get("WANDB_BASE_URL") or "https://api.wandb.ai"
@@ -23,10 +17,13 @@ def wandb_server(env: Mapping[str, str]) -> str:
 
 def go_offline_without_login(env: Mapping[str, str], own_env: dict[str, str], notes: list[str]) -> None:
     """Let W&B be offline where it has no key, unless the user has said what it shall do."""
-    if not (env.get("WANDB_API_KEY") or has_wandb_login(env)) and env.get("WANDB_MODE") is None:
+    netrc = Path(env.get("NETRC") or Path.home() / ".netrc")
+    # `wandb login` leaves its key there.
+    has_login = netrc.is_file() and wandb_server(env).split("//")[-1].split("/")[0] in netrc.read_text()
+    if not (env.get("WANDB_API_KEY") or has_login) and env.get("WANDB_MODE") is None:
         own_env["WANDB_MODE"] = "offline"
         notes.append(f"no WANDB_API_KEY and no wandb login: metrics stay in {own_env['WANDB_DIR']} "
-                     "(send them later with `wandb sync`)")
+                     "(send them later with `wandb sync`, in `make shell`)")
 
 
 def go_offline_without_server(config: Mapping[str, Any], env: Mapping[str, str], own_env: dict[str, str], notes: list[str],

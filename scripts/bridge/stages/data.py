@@ -8,21 +8,20 @@ import codecs
 import json
 import os
 import re
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from bridge.errors import UsageError, exit_status, naming, nearest
+import pyarrow as pa
+import pyarrow.parquet
+
+from bridge.errors import UsageError, exit_status, naming, nearest, refuse
 from bridge.plan import Plan
 from bridge.runs import record
 from bridge.settings import Settings
 from bridge.standins.word_problems import problems
-
-if TYPE_CHECKING:
-    import pyarrow
 
 SPLITS = ("train", "test")
 # Also the name by which verl chooses its scorer, so it stays the same for every source.
@@ -83,11 +82,11 @@ def checked_source(source: str) -> str:
     faults = []
     for file in (folder / f"{split}.jsonl" for split in SPLITS):
         if not file.is_file():
-            faults.append(f"DATA_SOURCE={source!r} lacks the file {file}. A line of it is {FORM}.")
+            other = " Its parquet files are not read." if any(folder.glob("*.parquet")) else ""
+            faults.append(f"DATA_SOURCE={source!r} lacks the file {file}. A line of it is {FORM}.{other}")
         elif not os.access(file, os.R_OK):
             faults.append(f"{file} cannot be read: you lack the permission.")
-    if faults:
-        raise UsageError(*faults)
+    refuse(faults)
     return str(folder)
 
 
@@ -168,7 +167,7 @@ def from_folder(folder: Path) -> dict[str, Rows]:
         lines = file.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
         filled = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
         splits[split] = checked_rows(filled, lambda line: checked_row(parsed(line)), str(file), f"{file}, line", faults)
-    refuse(faults)
+    refuse_rows(faults)
     return splits
 
 
@@ -210,23 +209,20 @@ def from_hub() -> dict[str, Rows]:
     faults: list[str] = []
     splits = {split: checked_rows(enumerate(found[split], start=1), checked_row, f"{GSM8K} {split}", f"{GSM8K} {split}, row",
                                   faults) for split in SPLITS}
-    refuse(faults)
+    refuse_rows(faults)
     return splits
 
 
-def refuse(faults: list[str]) -> None:
+def refuse_rows(faults: list[str]) -> None:
     """Raise a UsageError that shows the first faults and counts the others, if there are any."""
-    if not faults:
-        return
     more = len(faults) - SHOWN
-    raise UsageError(*faults[:SHOWN], *([f"... and {more} more bad row{'s' if more > 1 else ''}."] if more > 0 else []),
-                     f"Nothing was written. Each line must be {FORM}; mend or remove the lines named.")
+    if faults:
+        raise UsageError(*faults[:SHOWN], *([f"... and {more} more bad row{'s' if more > 1 else ''}."] if more > 0 else []),
+                         f"Nothing was written. Each line must be {FORM}; mend or remove the lines named.")
 
 
-def table(split: str, rows: Rows) -> "pyarrow.Table":
+def table(split: str, rows: Rows) -> pa.Table:
     """Rows in the schema that `datasets` gives verl's script: fields within a struct are in alphabetical order."""
-    import pyarrow as pa
-
     text = pa.string()
     schema = pa.schema({
         "data_source": text,
@@ -247,8 +243,6 @@ def table(split: str, rows: Rows) -> "pyarrow.Table":
 
 def write(splits: dict[str, Rows], folder: Path) -> dict[str, Path]:
     """Write one parquet file a split, all or none: after a failure the folder is as it was. Returns the files."""
-    import pyarrow.parquet
-
     folder.mkdir(parents=True, exist_ok=True)
     files = {split: folder / f"{split}.parquet" for split in splits}
     with TemporaryDirectory(prefix=".new-", dir=folder) as name:
@@ -257,21 +251,19 @@ def write(splits: dict[str, Rows], folder: Path) -> dict[str, Path]:
         old.mkdir()
         for split, rows in splits.items():
             with naming(files[split]):
-                pyarrow.parquet.write_table(table(split, rows), new / split)
-            if files[split].exists():
-                shutil.copy2(files[split], old / split)
-        replaced = []
+                pa.parquet.write_table(table(split, rows), new / split)
         try:
             for split, file in files.items():
+                if file.exists():
+                    os.replace(file, old / split)
                 os.replace(new / split, file)
-                replaced.append(split)
         except (OSError, KeyboardInterrupt):
             # A new train file beside an old test file could share questions.
-            for split in replaced:
+            for split, file in files.items():
                 if (old / split).exists():
-                    os.replace(old / split, files[split])
-                else:
-                    files[split].unlink()
+                    os.replace(old / split, file)
+                elif not (new / split).exists():
+                    file.unlink()
             raise
     return files
 

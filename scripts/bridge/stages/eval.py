@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bridge import compose, hardware, model_folder
-from bridge.errors import UsageError, exit_status, say
+from bridge.errors import UsageError, exit_status, refuse, say
 from bridge.plan import Plan
 from bridge.runs import record
 from bridge.settings import Settings
@@ -55,7 +55,10 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
     """
     problems: list[str] = []
     models, notes = chosen_models(settings, problems)
-    config = {**ppo_data_config(settings), "train_files": [], "val_files": [str(settings.data_dir / "test.parquet")]}
+    # What PPO's configuration says of the data: as this run's PPO had it, if there was one, else as the profile has it.
+    config = (record.read(settings.stage_dir("ppo")) or {}).get("config") or compose.compose(
+        "ppo", [f"profile/ppo={settings.profile}"], train.NAMES)
+    config = {**config["data"], "train_files": [], "val_files": [str(settings.data_dir / "test.parquet")]}
     rows = train.data_problems({"data": config}, ppo.columns({"data": config}), problems)
     if rows and not rows[1]:
         problems.append(f"{config['val_files'][0]} has no rows. Run `make data` again.")
@@ -66,8 +69,7 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
         train.limit_gpus(1, env, own_env, notes)
         # In the process that asks, so that the GPU's memory is free when that has ended.
         own_env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    if problems:
-        raise UsageError(*problems)
+    refuse(problems)
     count = min(settings.limit or rows[1], rows[1])
     which = f"all {count}" if count == rows[1] else f"the first {count} of {rows[1]}"
     notes.insert(0, f"eval: {', '.join(models)}; {which} rows, prompts of {config['max_prompt_length']} and answers of "
@@ -122,14 +124,6 @@ def merged_from(settings: Settings, stage: str) -> str | None:
     """The folder of shards that a merged model was made from, as merge recorded it; None if not known (or the base model)."""
     recorded = record.read(settings.stage_dir(stage) / "merge")
     return recorded["attempts"][-1]["command"][-2] if recorded and recorded["status"] == "finished" else None
-
-
-def ppo_data_config(settings: Settings) -> dict[str, Any]:
-    """What PPO's configuration says of the data: as this run's PPO had it, if there was one, else as the profile has it."""
-    recorded = record.read(settings.stage_dir("ppo"))
-    if recorded:
-        return recorded["config"]["data"]
-    return compose.compose("ppo", [f"profile/ppo={settings.profile}"], train.NAMES)["data"]
 
 
 # ---- answers

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from bridge.compose import flatten
-from bridge.errors import UsageError, exit_status, say
+from bridge.errors import UsageError, exit_status, full_disk_explained, refuse, say
 from bridge.plan import Plan
 from bridge.runs import checkpoints, record
 from bridge.settings import Settings
@@ -112,8 +112,6 @@ def base_of(shards: Path) -> Path | None:
 
 def main() -> None:
     """Merge, complete, verify; the output folder appears whole or not at all, and one that was there stays until then."""
-    from safetensors import SafetensorError
-
     parser = argparse.ArgumentParser(description="Merge the shards of a verl checkpoint and verify the result.")
     parser.add_argument("--base", type=Path, help="the model that the training started from")
     parser.add_argument("shards", type=Path)
@@ -139,14 +137,10 @@ def main() -> None:
         if joined.returncode:
             raise UsageError(f"verl's merger failed (exit status {joined.returncode}); the reason is above. "
                              f"{room_in(output.parent)}")
-        complete_and_verify(raw, temporary)
-        shutil.rmtree(raw)
-        replace_folder(temporary, output)
-    except (OSError, SafetensorError) as error:
-        # safetensors keeps the words of the system's error only.
-        if "No space left" in str(error) or "quota exceeded" in str(error):
-            raise UsageError(f"the disk is full: {error}. {room_in(output.parent)}") from error
-        raise
+        with full_disk_explained(lambda: room_in(output.parent)):
+            complete_and_verify(raw, temporary)
+            shutil.rmtree(raw)
+            replace_folder(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     print(f"merged: {output} ({checkpoints.size(output) / 1e6:.1f} MB)")
@@ -238,6 +232,7 @@ def complete_and_verify(raw: Path, output: Path) -> None:
         UsageError: the merged model is not whole; says in what.
     """
     import torch
+    from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     def load(folder: Path):
@@ -254,14 +249,15 @@ def complete_and_verify(raw: Path, output: Path) -> None:
     infinite = [name for name, tensor in model.named_parameters() if not torch.isfinite(tensor).all()]
     if infinite:
         problems.append(f"weights that are not finite: {', '.join(infinite[:5])} (training diverged; try a lower rate)")
-    if model.config.tie_word_embeddings and not saved_tied_equal(raw):
+    saved = [tensor for file in raw.glob("*.safetensors") for name, tensor in load_file(file).items()
+             if name in ("lm_head.weight", "model.embed_tokens.weight")]
+    if model.config.tie_word_embeddings and len(saved) == 2 and not torch.equal(*saved):
         problems.append("the embeddings are tied, but the checkpoint holds two different ones")
     if not tokenizer.chat_template:
         problems.append("the tokenizer has no chat template (the base model's folder has to have one)")
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         problems.append(f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}")
-    if problems:
-        raise UsageError(*problems)
+    refuse(problems)
     # Where it was trained is nobody's business on the hub.
     model.config._name_or_path = ""
     model.save_pretrained(output)
@@ -284,20 +280,6 @@ def complete_and_verify(raw: Path, output: Path) -> None:
     say(f"{count / 1e6:.2f} M parameters; tied embeddings: {'yes' if model.config.tie_word_embeddings else 'no'}")
     say(f"asked:    {QUESTION}")
     say(f"answered: {tokenizer.decode(new, skip_special_tokens=True)!r}")
-
-
-def saved_tied_equal(folder: Path) -> bool:
-    """Whether the output weights in a folder's safetensors files, if there, equal the input embeddings."""
-    import torch
-    from safetensors import safe_open
-
-    found = {}
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            for name in ("lm_head.weight", "model.embed_tokens.weight"):
-                if name in tensors.keys():  # noqa: SIM118 - safe_open is no dict
-                    found[name] = tensors.get_tensor(name)
-    return len(found) < 2 or torch.equal(*found.values())
 
 
 if __name__ == "__main__":

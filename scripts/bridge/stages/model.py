@@ -5,7 +5,6 @@ is checked and used as it is, MODEL=smollm2 is a real small model without a hub,
 MODEL=random:llama-3.2-1b random weights of a real model's shape for measuring speed.
 """
 
-import argparse
 import json
 import os
 import re
@@ -18,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from bridge import model_folder
-from bridge.errors import UsageError, exit_status, nearest, read_json, say
+from bridge.errors import UsageError, exit_status, full_disk_explained, nearest, read_json, refuse, say
 from bridge.plan import Plan
 from bridge.runs import record
 from bridge.settings import Settings, is_local, repository_problems
@@ -35,6 +34,7 @@ FROZEN_DAY = date(2024, 7, 26)
 CLOCK = re.compile(r"""strftime_now\(\s*(?P<quote>\\?["'])(?P<format>.*?)(?P=quote)\s*\)""")
 OFFLINE_CURE = ("Compute nodes often have no internet: run `make model` on a login node first (WORK_DIR must be shared). "
                 "Or use a folder that you have (MODEL=/folder), or the small model of a package (MODEL=smollm2).")
+AGAIN = "Run `make model` again: what was fetched is kept."
 # How the names of a model's weights end.
 WEIGHTS = (".safetensors", ".bin")
 LOGIN_CURE = "Put a token into HF_TOKEN (in .env), or log in once with `huggingface-cli login`."
@@ -49,7 +49,7 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
     name, folder = settings.model, settings.model_dir
     command = [sys.executable, "-m", "bridge.stages.model", str(folder) if is_local(name) else name, str(folder)]
     if name == "tiny":
-        command += ["--texts", str(settings.data_dir / "train.parquet")]
+        command.append(str(settings.data_dir / "train.parquet"))
     finished = already_there(name, folder)
     notes = []
     if is_local(name) and depends_on_day(folder):
@@ -126,9 +126,7 @@ def already_there(name: str, folder: Path) -> str | None:
         UsageError: the folder is damaged, or holds something else.
     """
     if is_local(name):
-        problems = model_folder.check_model_folder(folder, "Give the folder of a whole Hugging Face model: MODEL=/folder.")
-        if problems:
-            raise UsageError(*problems)
+        refuse(model_folder.check_model_folder(folder, "Give the folder of a whole Hugging Face model: MODEL=/folder."))
         return f"MODEL={folder} is whole and used as it is ({model_folder.parameter_count(folder):,} parameters)"
     if not folder.exists() or all(file.name in DOOR_FILES for file in folder.iterdir()):
         return None
@@ -138,9 +136,7 @@ def already_there(name: str, folder: Path) -> str | None:
                          "or move it away.")
     if problem := source_problem(name, folder):
         raise UsageError(problem)
-    problems = model_folder.check_model_folder(folder, f"Remove {folder} and run `make model` again.")
-    if problems:
-        raise UsageError(*problems)
+    refuse(model_folder.check_model_folder(folder, f"Remove {folder} and run `make model` again."))
     return f"{folder} is there and whole ({name}, {model_folder.parameter_count(folder):,} parameters)"
 
 
@@ -183,39 +179,45 @@ def freeze_folder(folder: Path) -> bool:
 
 
 @contextmanager
-def hub_errors_explained(name: str) -> Iterator[None]:
-    """Turn the hub's refusals into what the user can do about them."""
+def hub_errors_explained(what: str, again: str, offline_cure: str, rights_cure: str = "") -> Iterator[None]:
+    """Turn the hub's refusals into what the user can do about them.
+
+    Args:
+        what: the setting that names a repository, as in MODEL=OWNER/NAME.
+        again: how to go on once the hub or the network is well.
+        offline_cure: what to do where there is no internet.
+        rights_cure: what to do where the token may not do this.
+    """
     import requests
     from huggingface_hub import constants
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    page = f"{constants.ENDPOINT}/{name}"
+    page = f"{constants.ENDPOINT}/{what.partition('=')[2]}"
     try:
         yield
     except GatedRepoError as error:
         how = LOGIN_CURE if error.response.status_code == 401 else (
             "That is done by the account whose token this is; some authors then grant access by hand. A fine-grained token "
             "also needs read access to public gated repositories.")
-        raise UsageError(f"MODEL={name} is gated: its licence must be accepted at {page} first. {how}") from error
+        raise UsageError(f"{what} is gated: its licence must be accepted at {page} first. {how}") from error
     except LocalEntryNotFoundError as error:
-        raise UsageError(f"the hub could not be reached for MODEL={name}. What was fetched is kept: run `make model` again. "
-                         f"{OFFLINE_CURE}") from error
+        raise UsageError(f"the hub could not be reached for {what}. {again} {offline_cure}") from error
     except RepositoryNotFoundError as error:
-        raise UsageError(f"MODEL={name} is not at {page}, or it is private and your token may not read it. "
+        raise UsageError(f"{what} is not at {page}, or it is private and your token may not read it. "
                          f"Check the spelling. For a private model: {LOGIN_CURE}") from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code
+    except requests.exceptions.HTTPError as error:
+        status, said = error.response.status_code, getattr(error, "server_message", None) or ""
         if status == 401:
             raise UsageError(f"the hub does not accept your token (401): mistyped or expired. {LOGIN_CURE} "
                              f"Tokens are made at {constants.ENDPOINT}/settings/tokens .") from error
         if status in (403, 429) or status >= 500:
-            raise UsageError(f"the hub refused a request for MODEL={name} ({status} {error.server_message or ''}). "
-                             "Run `make model` again, later if need be: what was fetched is kept.") from error
+            raise UsageError(f"the hub refused a request for {what} ({status} {said}). "
+                             f"{status == 403 and rights_cure or again}") from error
         raise
     except (ConnectionError, requests.exceptions.ConnectionError, requests.exceptions.Timeout,
             requests.exceptions.ChunkedEncodingError) as error:
-        raise UsageError(f"no connection to {constants.ENDPOINT} for MODEL={name}, or it broke ({type(error).__name__}). "
-                         f"What was fetched is kept: run `make model` again. {OFFLINE_CURE}") from error
+        raise UsageError(f"no connection to {constants.ENDPOINT} for {what}, or it broke ({type(error).__name__}). "
+                         f"{again} {offline_cure}") from error
 
 
 def wanted_files(names: list[str]) -> list[str]:
@@ -235,7 +237,7 @@ def ask_hub(name: str):
     from huggingface_hub import HfApi
 
     api = HfApi()
-    with hub_errors_explained(name):
+    with hub_errors_explained(f"MODEL={name}", AGAIN, OFFLINE_CURE):
         # A gated model's information is public. This asks whether its files may be read, before minutes of fetching.
         api.auth_check(name)
         info = api.model_info(name, files_metadata=True)
@@ -255,10 +257,15 @@ def fetch(name: str, info, folder: Path) -> None:
     sizes = {file.rfilename: file.size or 0 for file in info.siblings}
     wanted = wanted_files(list(sizes))
     weights = [file for file in wanted if file.endswith(WEIGHTS)]
-    prepare_partial(folder, {"source": name, "commit": info.sha})
+    source = {"source": name, "commit": info.sha}
+    if recorded_source(folder) == source:
+        say(f"continuing the download in {folder}")
+    else:
+        empty(folder)
+    (folder / SOURCE_FILE).write_text(json.dumps(source))
     model_folder.check_space(folder, sum(sizes[file] for file in wanted))
     for files in ([file for file in wanted if file not in weights], weights):
-        with hub_errors_explained(name):
+        with hub_errors_explained(f"MODEL={name}", AGAIN, OFFLINE_CURE):
             # Weights last: a model without a chat template is refused within seconds. By commit, so that an upload to
             # the hub in between cannot mix two versions.
             snapshot_download(name, revision=info.sha, local_dir=folder, allow_patterns=files)
@@ -266,24 +273,14 @@ def fetch(name: str, info, folder: Path) -> None:
         missing = [file for file in files if not (folder / file).is_file()]
         if missing:
             raise UsageError(f"the hub could not be reached while fetching MODEL={name}; still missing: "
-                             f"{', '.join(missing)}. What was fetched is kept: run `make model` again.")
-        problems = [*model_folder.config_problems(folder), *model_folder.tokenizer_problems(folder)]
-        if problems:
-            raise UsageError(*(f"MODEL={name} {problem}. Use another MODEL." for problem in problems))
+                             f"{', '.join(missing)}. {AGAIN}")
+        refuse(f"MODEL={name} {problem}. Use another MODEL."
+               for problem in (*model_folder.config_problems(folder), *model_folder.tokenizer_problems(folder)))
     if freeze_folder(folder):
         say(f"the chat template of {name} writes today's date into every prompt; in our copy it is "
             f"{FROZEN_DAY:%d %b %Y}, the template's own fallback, so that runs do not depend on the day")
     # The client's notes for continuing, and its locks.
     shutil.rmtree(folder / ".cache", ignore_errors=True)
-
-
-def prepare_partial(folder: Path, source: dict[str, str]) -> None:
-    """Keep an interrupted download if it is of the same version, else start afresh."""
-    if recorded_source(folder) == source:
-        say(f"continuing the download in {folder}")
-    else:
-        empty(folder)
-    (folder / SOURCE_FILE).write_text(json.dumps(source))
 
 
 def empty(folder: Path) -> None:
@@ -323,7 +320,8 @@ def make(name: str, folder: Path, texts: Path) -> str:
     info = None if made_here else ask_hub(name)
     partial = folder.with_name(f".{folder.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
-    with record.locked(partial, "Wait for it: this command then finds the model there."):
+    with (record.locked(partial, "Wait for it: this command then finds the model there."),
+          full_disk_explained(lambda: f"Make room in {folder.parent}, or set WORK_DIR to a larger disk. {AGAIN}")):
         # Another process may have made it before the lock was ours.
         finished = already_there(name, folder)
         if finished:
@@ -340,21 +338,15 @@ def make(name: str, folder: Path, texts: Path) -> str:
             else:
                 make_random(SHAPES[name.removeprefix(RANDOM)], partial)
             (partial / SOURCE_FILE).write_text(json.dumps({"source": name}))
-        problems = model_folder.check_model_folder(partial, f"Remove {partial} and run `make model` again.")
-        if problems:
-            raise UsageError(*problems)
+        refuse(model_folder.check_model_folder(partial, f"Remove {partial} and run `make model` again."))
         put_in_place(partial, folder)
     return f"{name}: {model_folder.parameter_count(folder):,} parameters in {folder}"
 
 
 def main() -> None:
-    """What the stage runs."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="a name on the hub, a folder, smollm2, tiny or random:SHAPE")
-    parser.add_argument("folder", type=Path, help="where it will be")
-    parser.add_argument("--texts", type=Path, default=Path("train.parquet"), help="tiny's tokenizer is made from these")
-    arguments = parser.parse_args()
-    print(make(arguments.model, arguments.folder, arguments.texts))
+    """What the stage runs: MODEL, the folder where it will be, and the data from which tiny's tokenizer is made."""
+    name, folder, *texts = sys.argv[1:]
+    print(make(name, Path(folder), Path(*texts)))
 
 
 if __name__ == "__main__":

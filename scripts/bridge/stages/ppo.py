@@ -57,10 +57,14 @@ def setting_problems(config: Mapping[str, Any], overrides: Sequence[str]) -> lis
     if every != -1 and not (every or 0) > 0:
         problems.append(f"trainer.save_freq={every} saves no checkpoint, not even at the end. Use a number of steps, or -1 if "
                         "that is what you want.")
+    rollout = config["actor_rollout_ref"]["rollout"]
+    if rollout["name"] == "hf" and rollout["n"] > 1:
+        problems.append(f"actor_rollout_ref.rollout.n={rollout['n']}: without a GPU transformers generates, and verl's rollout "
+                        "with it does not go with several answers to a prompt. Use actor_rollout_ref.rollout.n=1, or a GPU.")
     return problems + [
         f"{text}: no effect, since micro batches are counted in tokens here (use_dynamic_bsz). Use "
         f"{name}_max_token_len_per_gpu, or PROFILE=tutorial, which counts rows."
-        for name, part in counted_in_tokens(config) if not (name.endswith(".ppo") and groups_rows(config, part))
+        for name, _part in counted_in_tokens(config) if f"{name}_micro_batch_size" not in group_budgets(config)
         for text in overrides if text.lstrip("+").startswith(f"{name}_micro_batch_size")]
 
 
@@ -98,13 +102,10 @@ def length_problems(config: Mapping[str, Any]) -> list[str]:
             for key, times in limits if (flat[key] or 0) * times < longest]
 
 
-def setting_notes(config: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
-    """What an override changes that its name does not say."""
-    parts = {"actor_rollout_ref.actor": config["actor_rollout_ref"]["actor"], "critic": config["critic"]}
-    return [f"{text}: rows whose tokens the loss averages together. How many are computed at once is "
-            f"{name}.ppo_max_token_len_per_gpu"
-            for name, part in parts.items() if groups_rows(config, part)
-            for text in overrides if text.lstrip("+").startswith(f"{name}.ppo_micro_batch_size")]
+def group_budgets(config: Mapping[str, Any]) -> dict[str, str]:
+    """Setting of the rows whose tokens the loss averages together -> setting of the tokens that are computed at once."""
+    return {f"{name}_micro_batch_size": f"{name}_max_token_len_per_gpu" for name, part in counted_in_tokens(config)
+            if name.endswith(".ppo") and groups_rows(config, part)}
 
 
 def memory_problems(config: Mapping[str, Any], parameters: int, memory: int) -> list[str]:

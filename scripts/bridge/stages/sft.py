@@ -32,12 +32,10 @@ def setting_problems(config: Mapping[str, Any], _overrides: Sequence[str] = ()) 
             for key in ("save_freq", "test_freq") if not (value := config["trainer"][key])] + packing_problems(config)
 
 
-def setting_notes(config: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
-    """What an override changes that its name does not say."""
-    if config["bridge"]["packed_tokens_per_gpu"] is None:
-        return []
-    return [f"{text}: rows whose tokens the loss averages together. How many are computed at once is bridge.packed_tokens_per_gpu"
-            for text in overrides if text.lstrip("+").startswith("data.micro_batch_size_per_gpu")]
+def group_budgets(config: Mapping[str, Any]) -> dict[str, str]:
+    """Setting of the rows whose tokens the loss averages together -> setting of the tokens that are computed at once."""
+    return {} if config["bridge"]["packed_tokens_per_gpu"] is None else {
+        "data.micro_batch_size_per_gpu": "bridge.packed_tokens_per_gpu"}
 
 
 def columns(config: Mapping[str, Any]) -> list[str]:

@@ -4,17 +4,18 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pyarrow.parquet
 
 from bridge import hardware, model_folder
-from bridge.compose import compose, compose_checked, flatten
-from bridge.errors import UsageError
+from bridge.compose import compose, compose_checked, flatten, quote
+from bridge.errors import UsageError, refuse
 from bridge.plan import Plan
 from bridge.runs import checkpoints, record, tracking
 from bridge.settings import CONFIGS, Settings, is_local
-from bridge.stages import model, ppo, sft
+from bridge.stages import data, model, ppo, sft
 
 # What is particular to each.
 TRAINERS = {"sft": sft, "ppo": ppo}
@@ -94,7 +95,7 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
         config, overrides = compose(stage, own, own_env), []
     problems += whole_run_problems(config) + trainer.setting_problems(config, overrides)
     problems += checkpoints.content_problems(stage, config)
-    notes += trainer.setting_notes(config, overrides)
+    notes += group_notes(trainer, config, overrides)
     rows = data_problems(config, trainer.columns(config), problems)
     name_problem = None if from_sft else model.name_problem(settings.model)
     if from_sft:
@@ -126,8 +127,7 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
     if rows:
         notes += data_notes(settings)
         problems += step_problems(config, rows[0]) + trainer.validation_problems(config, gpus, rows[1])
-    if problems:
-        raise UsageError(*problems)
+    refuse(problems)
 
     made = Plan(
         command=[], env=own_env, record_dir=stage_dir, keep_log=True, notes=notes, config=config,
@@ -135,7 +135,9 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
                 "model": model_fingerprint(model_dir),
                 # A reference model is read anew at each start, and a merge of another step has files of the same sizes.
                 "weights": [checkpoints.checksum(file) for file in sorted(model_dir.glob("*.safetensors"))],
-                "code": code_fingerprint(config)},
+                # The user's own code (a reward, a data set), by the key that names it.
+                "code": {key: record.sha256(Path(value)) for key, value in flatten(config).items()
+                         if str(value).endswith(".py") and Path(value).is_file()}},
         checkpoints=stage_dir / "checkpoints", saved=checkpoints.contents(stage, config), keep=settings.keep,
         hang_seconds=settings.hang_seconds,
         # The last, smaller batch of an epoch is dropped.
@@ -166,11 +168,6 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
     arguments = ["--config-dir", str(CONFIGS), "--config-name", stage, *own, *resume, *overrides]
     command = trainer.command(gpus, [*(["bridge.trainers.on_cpu"] if on_cpu else []), *trainer.modules(config)], arguments)
     return Plan(**{**vars(made), "command": command, "resume_step": resume_step})
-
-
-def quote(value: str) -> str:
-    """A value for Hydra's grammar, whatever is in it."""
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def choose_hardware(settings: Settings, env: Mapping[str, str], notes: list[str], problems: list[str],
@@ -256,6 +253,12 @@ def whole_run_problems(config: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+def group_notes(trainer: ModuleType, config: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
+    """What an override of the rows of a micro batch means where micro batches are counted in tokens."""
+    return [f"{text}: rows whose tokens the loss averages together. How many are computed at once is {budget}"
+            for key, budget in trainer.group_budgets(config).items() for text in overrides if text.lstrip("+").startswith(key)]
+
+
 def step_problems(config: Mapping[str, Any], rows: int) -> list[str]:
     """Too few training rows for a step, or for all steps: verl would end well without any, or without the last checkpoint."""
     asked, epochs = config["trainer"]["total_training_steps"], config["trainer"]["total_epochs"]
@@ -277,8 +280,7 @@ def data_files(config: Mapping[str, Any], key: str) -> list[Path]:
 
 def data_notes(settings: Settings) -> list[str]:
     """A word of warning where the data were made up for a rehearsal and the profile is a real one."""
-    recorded = record.read(settings.data_dir)
-    if recorded is None or settings.profile in ON_CPU or "builtin" not in recorded["attempts"][-1]["command"]:
+    if settings.profile in ON_CPU or data.recorded_source(settings.data_dir) != "builtin":
         return []
     return [f"warning: {settings.data_dir} holds made-up problems, not GSM8K. Move it away, then `make data DATA_SOURCE=hub`"]
 
@@ -320,12 +322,6 @@ def model_fingerprint(folder: Path) -> dict[str, Any]:
     """What identifies a model folder without reading gigabytes: its configuration's hash and the sizes of its weights."""
     return {"config": record.sha256(folder / "config.json"),
             "weights": {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))}}
-
-
-def code_fingerprint(config: Mapping[str, Any]) -> dict[str, str]:
-    """Hash of each file of the user's own code that a configuration names (a reward, a data set), by the key that names it."""
-    return {key: record.sha256(Path(value)) for key, value in flatten(config).items()
-            if str(value).endswith(".py") and Path(value).is_file()}
 
 
 def check_continuation(stage: str, settings: Settings, planned: Plan,

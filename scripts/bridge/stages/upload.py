@@ -3,19 +3,22 @@
 The token comes from HF_TOKEN or an existing login; it is in no command line and in no output.
 """
 
-import argparse
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
-from bridge.errors import UsageError, exit_status, say
+from bridge.errors import UsageError, exit_status, refuse, say
 from bridge.model_folder import check_model_folder, is_model_file
 from bridge.plan import Plan
 from bridge.runs import record
 from bridge.settings import Settings
-from bridge.stages.model import LOGIN_CURE, is_offline
+from bridge.stages.model import LOGIN_CURE, hub_errors_explained, is_offline
+
+AGAIN = "Run `make upload` again: files that are there already are not sent twice."
+OFFLINE_CURE = "It needs internet, which a login node has, for instance."
+RIGHTS_CURE = ("Your token may not write there. Use a token with write access (the hub makes one under Settings, Access Tokens), "
+               "and an OWNER that is you or an organisation in which you may write.")
 
 # Weights of an earlier upload that was cut into other files: transformers would find both.
 STALE = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin",
@@ -40,13 +43,13 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
         problems = folder_problems(folder, stage)
     if settings.hf_repo is None:
         problems.append("upload needs HF_REPO=OWNER/NAME, the repository on the hub. Set it in .env (see .env.example).")
-    if not has_token(env):
+    # Where huggingface_hub looks for one; the door sets HF_TOKEN_PATH, if nobody else did.
+    if not (env.get("HF_TOKEN") or env.get("HUGGING_FACE_HUB_TOKEN") or os.path.isfile(os.path.expanduser(env["HF_TOKEN_PATH"]))):
         problems.append(f"upload needs a token that may write. {LOGIN_CURE}")
     if is_offline(env):
         problems.append("HF_HUB_OFFLINE forbids uploading. Run `make upload` where there is internet (a login node), "
                         "with HF_HUB_OFFLINE=0.")
-    if problems:
-        raise UsageError(*problems)
+    refuse(problems)
     if merged := record.read(folder.parent / "merge"):
         notes.append(f"merged from {merged['attempts'][-1]['command'][-2]}, {merged['attempts'][-1]['started']}")
     notes.append(f"{folder} goes to {settings.hf_repo}, " + ("PUBLIC: anyone can see it" if settings.public else "private"))
@@ -72,46 +75,6 @@ def folder_problems(folder: Path, stage: str) -> list[str]:
     return problems
 
 
-def has_token(env: Mapping[str, str]) -> bool:
-    """Whether there is a token where huggingface_hub looks for one; the door sets HF_TOKEN_PATH, if nobody else did."""
-    return bool(env.get("HF_TOKEN") or env.get("HUGGING_FACE_HUB_TOKEN")) or os.path.isfile(
-        os.path.expanduser(env["HF_TOKEN_PATH"]))
-
-
-@contextmanager
-def hub_errors_explained(repo: str) -> Iterator[None]:
-    """Turn the hub's refusals into what the user can do about them."""
-    import requests
-    from huggingface_hub import constants
-
-    again = "Run `make upload` again: files that are there already are not sent twice."
-    try:
-        yield
-    except (requests.exceptions.HTTPError, RuntimeError) as error:
-        # The client wraps what went wrong with one file into a RuntimeError.
-        cause = error if isinstance(error, requests.exceptions.HTTPError) else error.__cause__
-        if isinstance(cause, (ConnectionError, requests.exceptions.ConnectionError, requests.exceptions.Timeout)):
-            raise UsageError(f"the connection to the hub broke ({type(cause).__name__}). {again}") from error
-        if not isinstance(cause, requests.exceptions.HTTPError):
-            raise
-        status, said = cause.response.status_code, getattr(cause, "server_message", None) or ""
-        if cause is not error:
-            raise UsageError(f"the hub did not take a file ({status} {said}). {again}") from error
-        if status == 401:
-            raise UsageError(f"the hub does not accept your token (401): mistyped or expired. {LOGIN_CURE} "
-                             f"Tokens are made at {constants.ENDPOINT}/settings/tokens .") from error
-        if status == 403:
-            raise UsageError(f"HF_REPO={repo}: your token may not write there (403 {said}). Use a token with write access "
-                             f"({constants.ENDPOINT}/settings/tokens), and an OWNER that is you or an organisation in "
-                             "which you may write.") from error
-        if status == 429 or status >= 500:
-            raise UsageError(f"the hub cannot take it now ({status} {said}). {again}") from error
-        raise
-    except (ConnectionError, requests.exceptions.ConnectionError, requests.exceptions.Timeout) as error:
-        raise UsageError(f"no connection to {constants.ENDPOINT} ({type(error).__name__}). Run `make upload` where there "
-                         "is internet, a login node for instance. Files that are there already are not sent twice.") from error
-
-
 def check_rights(repo: str, public: bool, folder: Path) -> None:
     """Ask the hub before anything large is sent: whose token, whether it may write there, and who can see it.
 
@@ -124,7 +87,7 @@ def check_rights(repo: str, public: bool, folder: Path) -> None:
     if get_token() is None:
         raise UsageError(f"upload needs a token that may write. {LOGIN_CURE}")
     api = HfApi()
-    with hub_errors_explained(repo):
+    with hub_errors_explained(f"HF_REPO={repo}", AGAIN, OFFLINE_CURE, RIGHTS_CURE):
         account = api.whoami()
         role = account.get("auth", {}).get("accessToken", {}).get("role")
         if role == "read":
@@ -155,29 +118,32 @@ def upload(folder: Path, repo: str) -> tuple[str, str]:
     see half a model, retries a refusal for ever, and trusts notes that it keeps in our folder.
     """
     from huggingface_hub import HfApi
+    from requests.exceptions import RequestException
 
     api = HfApi()
     names = sorted(file.name for file in folder.iterdir() if file.is_file() and is_model_file(file.name))
     say(f"uploading {len(names)} files, {sum((folder / name).stat().st_size for name in names) / 1e9:.2f} GB")
-    with hub_errors_explained(repo):
-        commit = api.upload_folder(
-            repo_id=repo, folder_path=folder, allow_patterns=names, delete_patterns=STALE,
-            commit_message=f"Upload the {folder.parent.name} model of run {folder.parent.parent.name}")
+    with hub_errors_explained(f"HF_REPO={repo}", AGAIN, OFFLINE_CURE, RIGHTS_CURE):
+        try:
+            commit = api.upload_folder(
+                repo_id=repo, folder_path=folder, allow_patterns=names, delete_patterns=STALE,
+                commit_message=f"Upload the {folder.parent.name} model of run {folder.parent.parent.name}")
+        except RuntimeError as error:
+            # The client wraps what went wrong with one file.
+            if not isinstance(cause := error.__cause__, RequestException):
+                raise
+            status = getattr(cause.response, "status_code", type(cause).__name__)
+            raise UsageError(f"the hub did not take a file ({status}). {AGAIN}") from error
     return f"{api.endpoint}/{repo}", commit.oid
 
 
 def main() -> None:
-    """What the stage runs."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="the merged model")
-    parser.add_argument("repo", help="OWNER/NAME")
-    parser.add_argument("--public", action="store_true", help="a new repository is public")
-    arguments = parser.parse_args()
-    problems = folder_problems(arguments.folder, arguments.folder.parent.name)
-    if problems:
-        raise UsageError(*problems)
-    check_rights(arguments.repo, arguments.public, arguments.folder)
-    address, commit = upload(arguments.folder, arguments.repo)
+    """What the stage runs: the merged model's folder, OWNER/NAME, and --public where a new repository is to be."""
+    folder, repo, *public = sys.argv[1:]
+    folder = Path(folder)
+    refuse(folder_problems(folder, folder.parent.name))
+    check_rights(repo, bool(public), folder)
+    address, commit = upload(folder, repo)
     print(f"{address} (commit {commit})")
 
 

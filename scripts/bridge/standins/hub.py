@@ -12,14 +12,13 @@ Xet. The status codes and X-Error-Code headers are those that huggingface_hub 0.
 import base64
 import hashlib
 import json
-import os
 import re
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 # The hub keeps these outside git; so does it with anything larger than 10 MB.
 LFS_NAMES = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|model)")
@@ -42,12 +41,13 @@ class Repository:
         return identity
 
 
+@dataclass
 class Refusal(Exception):
     """An answer other than 200."""
 
-    def __init__(self, status: int, message: str, code: str | None = None):
-        super().__init__(message)
-        self.status, self.message, self.code = status, message, code
+    status: int
+    message: str
+    code: str | None = None
 
 
 class StandInHub:
@@ -119,19 +119,16 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, status: int, body: object = None, headers: Mapping[str, str] | None = None) -> None:
         data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        for name, value in (headers or {}).items():
+        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **(headers or {})}.items():
             self.send_header(name, value)
-        if not headers or "Content-Length" not in headers:
-            self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)
 
     def serve(self) -> None:
-        address = urlsplit(self.path)
-        path, self.query = unquote(address.path), parse_qs(address.query)
-        self.unread = int(self.headers.get("Content-Length", 0))
+        path = unquote(urlsplit(self.path).path)
+        # Whatever the answer will be: what is left of it would be taken for the next request.
+        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.hub.requests.append((self.command, path))
         try:
             for method, pattern, route in (*ROUTES, *self.more_routes):
@@ -141,22 +138,10 @@ class Handler(BaseHTTPRequestHandler):
                     return
             raise Refusal(404, f"The stand-in hub knows no {self.command} {path}")
         except Refusal as refusal:
-            # What is left of the body would be taken for the next request.
-            while self.unread:
-                self.read(1 << 20)
             code = {"X-Error-Code": refusal.code} if refusal.code else {}
             self.answer(refusal.status, {"error": refusal.message}, {"X-Error-Message": refusal.message, **code})
 
     do_GET = do_HEAD = do_POST = do_PUT = serve
-
-    def read(self, size: int) -> bytes:
-        """Read at most so many bytes of the request's body; nothing at its end or when the client is gone."""
-        piece = self.rfile.read(min(size, self.unread))
-        self.unread = self.unread - len(piece) if piece else 0
-        return piece
-
-    def body(self) -> bytes:
-        return self.read(self.unread)
 
     # ---- information
 
@@ -188,11 +173,9 @@ class Handler(BaseHTTPRequestHandler):
     # ---- upload
 
     def create(self) -> None:
-        asked = json.loads(self.body())
+        asked = json.loads(self.body)
         repo_id = f"{asked['organization']}/{asked['name']}"
         self.authorize(repo_id, write=True)
-        if repo_id in self.hub.repositories:
-            raise Refusal(409, "You already created this model repo")
         self.hub.repositories[repo_id] = repository = Repository(private=bool(asked.get("private")))
         repository.commit({})
         self.answer(200, {"url": f"{self.hub.url}/{repo_id}", "name": repo_id})
@@ -202,7 +185,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, {"files": [
             {"path": file["path"], "shouldIgnore": False, "oid": self.known(repository, file["path"]),
              "uploadMode": "lfs" if is_lfs(file["path"], file["size"]) else "regular"}
-            for file in json.loads(self.body())["files"]
+            for file in json.loads(self.body)["files"]
         ]})
 
     def known(self, repository: Repository, path: str) -> str | None:
@@ -212,7 +195,7 @@ class Handler(BaseHTTPRequestHandler):
     def lfs_batch(self, repo_id: str) -> None:
         self.repository(repo_id, write=True)
         answers = []
-        for asked in json.loads(self.body())["objects"]:
+        for asked in json.loads(self.body)["objects"]:
             oid, size = asked["oid"], asked["size"]
             link = f"{self.hub.url}/objects/{oid}"
             upload = {"href": link, "header": self.parts(link, size)}
@@ -227,22 +210,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def upload(self, sha256: str) -> None:
         """Store an object. Like the hub's signed links it asks for no token."""
-        temporary = self.hub.objects / f"{sha256}.{threading.get_ident()}"
-        digest, size = hashlib.sha256(), self.unread
-        with open(temporary, "wb") as stream:
-            while piece := self.read(1 << 20):
-                digest.update(piece)
-                stream.write(piece)
-        if temporary.stat().st_size < size or digest.hexdigest() != sha256:
-            temporary.unlink()
+        if hashlib.sha256(self.body).hexdigest() != sha256:
             raise Refusal(400, "The bytes are not those announced")
-        os.replace(temporary, self.hub.objects / sha256)
-        self.answer(200, None, {"ETag": f'"{digest.hexdigest()}"'})
+        self.hub.store(self.body)
+        self.answer(200, None, {"ETag": f'"{sha256}"'})
 
     def commit(self, repo_id: str, revision: str) -> None:
         repository = self.repository(repo_id, write=True)
         files = dict(repository.commits[-1][1])
-        for line in self.body().decode().splitlines():
+        for line in self.body.decode().splitlines():
             operation = json.loads(line)
             value = operation["value"]
             if operation["key"] == "file":

@@ -42,8 +42,7 @@ def gives_away(random: Random) -> Problem:
     (name, friend), thing = random.sample(NAMES, 2), random.choice(THINGS)
     given, left = random.randint(2, 20), random.randint(2, 20)
     left, text = step(given + left, "-", given)
-    question = (f"{name} has {given + left} {thing} and gives {given} to {friend}. "
-                f"How many {thing} does {name} have left?")
+    question = f"{name} has {given + left} {thing} and gives {given} to {friend}. How many {thing} does {name} have left?"
     return question, [f"{name} has {text} {thing} left."], left
 
 
@@ -52,8 +51,7 @@ def boxes(random: Random) -> Problem:
     count, size, loose = random.randint(2, 9), random.randint(2, 12), random.randint(2, 9)
     packed, first = step(count, "*", size)
     total, second = step(packed, "+", loose)
-    question = (f"{name} has {count} boxes of {size} {thing} and {loose} loose {thing}. "
-                f"How many {thing} does {name} have in all?")
+    question = f"{name} has {count} boxes of {size} {thing} and {loose} loose {thing}. How many {thing} does {name} have in all?"
     return question, [f"The boxes hold {first} {thing}.", f"In all {name} has {second} {thing}."], total
 
 
@@ -61,8 +59,7 @@ def shares(random: Random) -> Problem:
     name, thing = random.choice(NAMES), random.choice(THINGS)
     friends, each = random.randint(2, 9), random.randint(2, 12)
     each, text = step(friends * each, "/", friends)
-    question = (f"{name} shares {friends * each} {thing} equally among {friends} friends. "
-                f"How many {thing} does each friend get?")
+    question = f"{name} shares {friends * each} {thing} equally among {friends} friends. How many {thing} does each friend get?"
     return question, [f"Each friend gets {text} {thing}."], each
 
 

@@ -9,7 +9,6 @@ goes on.
 """
 
 import json
-import platform
 import re
 import socket
 import time
@@ -19,14 +18,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from bridge import hardware, model_folder
 from bridge import settings as settings_module
 from bridge.errors import UsageError, say
 from bridge.runs import checkpoints, launch, metrics, record
 from bridge.settings import Settings
-from bridge.stages import sft
+from bridge.stages import data, sft
 from bridge.tools import trial
 
 # Training steps: after two a checkpoint is saved and the run is stopped (one more may pass meanwhile), then it is continued.
@@ -72,11 +69,11 @@ class Acceptance:
     def check(self, log: Path) -> str:
         """bridge check, whose own lines tell what is wrong."""
         status = trial.stage("check", self.env, log=log)
-        lines = [line for line in trial.last_lines(log, 100) if line.startswith(("warn", "FAIL"))]
-        if status == 1 and lines:
-            raise StepFailed("; ".join(" ".join(line.split()) for line in lines))
+        seen = "; ".join(" ".join(line.split()) for line in trial.last_lines(log, 100) if line.startswith(("warn", "FAIL")))
+        if status == 1 and seen:
+            raise StepFailed(seen)
         self.command(status)
-        return "; ".join(" ".join(line.split()) for line in lines) or "everything as it should be"
+        return seen or "everything as it should be"
 
     def all_reduce(self, log: Path) -> list[dict[str, float]] | str:
         """Bandwidth between the ranks, a row for each size; one rank has none."""
@@ -171,9 +168,8 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
     with trial.own_folder(settings, "accept") as folder:
         trial.remove(made)
         trial.borrow(settings, folder, data=bool(gpus))
-        for stage, made in (("data", own.data_dir), ("model", own.model_dir)):
-            if not (made / "run.json").is_file() and (status := trial.stage(stage, own_env)):
-                return status
+        if status := trial.make_inputs(own, own_env):
+            return status
         head, hidden = about(own, own_env, gpus), to_hide(settings, env)
 
         def keep(results: list[dict[str, Any]]) -> None:
@@ -193,17 +189,15 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
 def about(settings: Settings, env: Mapping[str, str], gpus: list[hardware.Gpu]) -> dict[str, Any]:
     """The node, what runs on it, and with what."""
     machine = record.machine(env)
-    data = record.read(settings.data_dir)
     return {
         "gpus": [f"{count} x {name}" for name, count in Counter(
             f"{gpu.name} ({gpu.memory / 2**30:.0f} GiB)" for gpu in gpus[:settings.gpus]).items()],
         "ranks": settings.gpus,
-        "driver": machine["driver"], "kernel": platform.release(), "cpus": machine["cpus"],
-        "memory_gib": psutil.virtual_memory().total >> 30,
+        **{fact: machine[fact] for fact in ("driver", "kernel", "cpus", "memory_gib")},
         "infiniband": sorted(card.name for card in Path("/sys/class/infiniband").glob("*")),
         "image": machine["image"] and Path(machine["image"]).name, "git_commit": machine["git_commit"],
         "lock_sha256": machine["lock_sha256"], "model": settings.model_dir.name, "profile": settings.profile,
-        "made_up_data": "builtin" in data["attempts"][-1]["command"],
+        "made_up_data": data.recorded_source(settings.data_dir) == "builtin",
         # NCCL_VERSION only names what a base image once held: NCCL does not read it.
         "settings": {name: value for name, value in sorted(env.items())
                      if name.startswith(("NCCL_", "CUDA_VISIBLE")) and name != "NCCL_VERSION"},

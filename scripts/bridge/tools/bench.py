@@ -7,7 +7,6 @@ case, with tables beside it. `bridge bench --report FILE.json` makes these from 
 
 import json
 import os
-import platform
 import re
 import threading
 import time
@@ -19,14 +18,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import psutil
 import pynvml
 import yaml
 
 from bridge import hardware, model_folder
 from bridge import settings as settings_module
 from bridge.compose import compose_checked
-from bridge.errors import UsageError, nearest, say
+from bridge.errors import UsageError, nearest, refuse, say
 from bridge.runs import metrics, record
 from bridge.settings import CONFIGS, NAME, Settings
 from bridge.stages.table import STAGES
@@ -86,14 +84,12 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
     has_model = any((found.model_dir / "run.json").is_file() for found in (bench, settings))
     trial.check(bench, env, [path for case in cases for path in leftovers(case, bench)], new_model=not has_model)
     with trial.own_folder(settings, "bench") as folder:
+        if env.get("DATA_SOURCE"):
+            # Of an earlier benchmark; the stage refuses to replace data of another source.
+            trial.remove([bench.data_dir])
         trial.borrow(settings, folder, data=not env.get("DATA_SOURCE"))
-        for stage, made in (("data", bench.data_dir), ("model", bench.model_dir)):
-            wanted = not (made / "run.json").is_file() or (stage == "data" and env.get("DATA_SOURCE"))
-            if stage == "data" and wanted and made.is_dir():
-                # Of an earlier benchmark; the stage refuses to replace data of another source.
-                trial.remove([made])
-            if wanted and (status := trial.stage(stage, bench_env)):
-                return status
+        if status := trial.make_inputs(bench, bench_env):
+            return status
         return measure_all(cases, bench, bench_env, gpus[:ranks])
 
 
@@ -154,8 +150,7 @@ def read_cases(file: Path, wanted: str) -> list[Case]:
     names = [name.strip() for name in wanted.split(",") if name.strip()] or list(cases)
     problems += [f"CASES: there is no case {name!r} in {file.name}.{nearest(name, cases)} There are: {', '.join(cases)}."
                  for name in names if name not in cases]
-    if problems:
-        raise UsageError(*problems)
+    refuse(problems)
     return [cases[name] for name in names]
 
 
@@ -270,8 +265,8 @@ def header(settings: Settings, env: Mapping[str, str], gpus: list[hardware.Gpu])
     image = machine["image"]
     return {
         "gpu": gpus[0].name if gpus else None, "gpus": settings.gpus,
-        "machine": {"gpu_memory_gib": round(gpus[0].memory / 2**30, 1) if gpus else None, "driver": machine["driver"],
-                    "cpus": machine["cpus"], "memory_gib": psutil.virtual_memory().total >> 30, "kernel": platform.release()},
+        "machine": {"gpu_memory_gib": round(gpus[0].memory / 2**30, 1) if gpus else None,
+                    **{fact: machine[fact] for fact in ("driver", "cpus", "memory_gib", "kernel")}},
         "image": image and Path(image).name, "git_commit": machine["git_commit"], "lock_sha256": machine["lock_sha256"],
         "model": {"name": settings.model_dir.name, "parameters": model_folder.parameter_count(settings.model_dir)},
         "data": {part: record.sha256(settings.data_dir / f"{part}.parquet") for part in ("train", "test")},

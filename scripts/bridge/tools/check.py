@@ -24,6 +24,7 @@ from bridge.environment import clean_environment, work_dir_problems
 from bridge.errors import UsageError
 from bridge.image import manifest
 from bridge.settings import ROOT, Settings
+from bridge.stages.train import ON_CPU
 
 IMPORTS = ("torch", "vllm", "verl", "ray", "transformers", "datasets", "wandb", "huggingface_hub")
 # NCCL and vLLM's workers share memory through /dev/shm; a container's default of 64 MiB is too small.
@@ -210,8 +211,10 @@ def caches(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
 def machine(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
     """GPUs, cores, shared memory, names and the folder to work in."""
     gpus = hardware.visible_gpus(env)
-    yield Result("GPUs visible", "ok" if gpus else "warn", ", ".join(
-        f"{gpu.name} ({gpu.memory / 2**30:.0f} GiB)" for gpu in gpus) or "none: only the rehearsal runs here")
+    # The profiles for the CPU take GPUS= for a number of ranks.
+    lacking = (settings.gpus or 0) > len(gpus) and settings.profile not in ON_CPU
+    yield Result("GPUs visible", "FAIL" if lacking else "ok" if gpus else "warn", (f"GPUS={settings.gpus}, but " * lacking) + (
+        ", ".join(f"{gpu.name} ({gpu.memory / 2**30:.0f} GiB)" for gpu in gpus) or "none: only the rehearsal runs here"))
     cores = hardware.cpu_count()
     few = hardware.core_problem(cores, settings.gpus or len(gpus)) if gpus else None
     yield Result("CPU cores", "warn" if few else "ok", few or str(cores))

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bridge.errors import UsageError, nearest, say
+from bridge.errors import UsageError, nearest, refuse, say
 from bridge.runs import metrics, record
 from bridge.settings import Settings, is_local
 
@@ -57,8 +57,7 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
     keys = given.keys.split(",")
     problems += [f"no run has the metric {key!r}.{nearest(key, known)} There are: {', '.join(known)}."
                  for key in keys if known and key not in known]
-    if problems:
-        raise UsageError(*problems)
+    refuse(problems)
     for name, key in ((name, key) for name in curves for key in keys if not any(key in row for row in curves[name])):
         say(f"warning: {name} has no {key}: its panel lacks a line")
     draw(curves, keys, given.mean, given.output)

@@ -9,7 +9,7 @@ from pathlib import Path
 from bridge import hardware
 from bridge.compose import compose
 from bridge.environment import work_dir_problems
-from bridge.errors import UsageError
+from bridge.errors import UsageError, refuse
 from bridge.runs import launch, record
 from bridge.settings import Settings, is_local
 from bridge.stages import data, model, train
@@ -30,11 +30,9 @@ def own_folder(settings: Settings, name: str) -> Iterator[Path]:
         UsageError: WORK_DIR cannot be written to, the folder is somebody else's or a link, or another process works in it.
     """
     folder = settings.work_dir / name
-    problems = work_dir_problems(settings.work_dir) + [
+    refuse(work_dir_problems(settings.work_dir) + [
         f"{path} is a link, and what lies behind it is not this tool's to change. Remove the link, or use another WORK_DIR."
-        for path in (folder, *(folder / part for part in PARTS)) if path.is_symlink()]
-    if problems:
-        raise UsageError(*problems)
+        for path in (folder, *(folder / part for part in PARTS)) if path.is_symlink()])
     if folder.exists() and not (folder / MARK).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UsageError(f"{folder} was not made by this tool, or by an older version (it holds no {MARK}), so nothing in it is "
                          "changed or removed. Move it away or remove it yourself, or use another WORK_DIR.")
@@ -66,8 +64,11 @@ def check(settings: Settings, env: Mapping[str, str], removed: list[Path], new_m
     except UsageError as error:
         problems += error.problems
     try:
-        if new_model:
-            check_model(settings, env)
+        # As the model stage will, but for tiny, which is made from the data.
+        if new_model and is_local(settings.model):
+            model.already_there(settings.model, settings.model_dir)
+        elif new_model and settings.model != "tiny":
+            model.check_source(settings.model, Path(), env)
     except UsageError as error:
         problems += error.problems
     if hardware.visible_gpus(env):
@@ -79,16 +80,7 @@ def check(settings: Settings, env: Mapping[str, str], removed: list[Path], new_m
     for name, source in sources.items():
         problems += [f"{name}={source} lies in {path}, which is removed first. Copy it elsewhere."
                      for path in removed if source.resolve().is_relative_to(path.resolve())]
-    if problems:
-        raise UsageError(*problems)
-
-
-def check_model(settings: Settings, env: Mapping[str, str]) -> None:
-    """Look at MODEL as the model stage will, but for tiny, which is made from the data."""
-    if is_local(settings.model):
-        model.already_there(settings.model, settings.model_dir)
-    elif settings.model != "tiny":
-        model.check_source(settings.model, Path(), env)
+    refuse(problems)
 
 
 def made(settings: Settings, *more: Path) -> list[Path]:
@@ -144,6 +136,13 @@ def borrow(settings: Settings, folder: Path, data: bool) -> None:
         if wanted and (path / "run.json").is_file() and not link.exists():
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(path)
+
+
+def make_inputs(settings: Settings, env: Mapping[str, str]) -> int:
+    """Make the data and the model that are not there; returns the exit status of what failed, or 0."""
+    missing = [name for name, folder in (("data", settings.data_dir), ("model", settings.model_dir))
+               if not (folder / "run.json").is_file()]
+    return next((status for name in missing if (status := stage(name, env))), 0)
 
 
 def interrupted(status: int) -> bool:

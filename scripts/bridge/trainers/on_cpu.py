@@ -13,17 +13,6 @@ import sys
 from bridge.trainers import loopback
 
 
-class _Event:
-    """CPU work is done when its call returns: an event has nothing to wait for."""
-
-    def record(self, *_args) -> None: ...
-
-    wait = synchronize = record
-
-    def elapsed_time(self, _other) -> float:
-        return 0.0
-
-
 def fill_torch_cpu() -> None:
     """Give torch.cpu the calls that verl makes on torch.cuda. Memory figures are this process's."""
     import psutil
@@ -37,27 +26,19 @@ def fill_torch_cpu() -> None:
         return memory.available, memory.total
 
     calls = {
-        "memory_allocated": memory_used,
-        "memory_reserved": memory_used,
-        "max_memory_allocated": memory_used,
-        "max_memory_reserved": memory_used,
-        "reset_peak_memory_stats": lambda *_: None,
+        **dict.fromkeys(("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"), memory_used),
         "mem_get_info": memory_info,
         "empty_cache": lambda: None,
         "get_rng_state": lambda *_: torch.get_rng_state(),
         "set_rng_state": lambda state, *_: torch.set_rng_state(state),
         "manual_seed": torch.manual_seed,
-        "manual_seed_all": torch.manual_seed,
         "get_device_name": lambda *_: "cpu",
-        "Event": _Event,
-        "current_device": lambda: "cpu",
     }
     for name, call in calls.items():
-        if not hasattr(torch.cpu, name):
-            setattr(torch.cpu, name, call)
-    torch.cpu.Stream.record_event = lambda self, event=None: event or _Event()
-    for name in ("wait_event", "wait_stream", "synchronize"):
-        setattr(torch.cpu.Stream, name, lambda self, *_args: None)
+        setattr(torch.cpu, name, call)
+    # CPU work is done when its call returns: nothing to wait for.
+    torch.cpu.Stream.record_event = lambda self, event=None: event or torch.cpu.Event()
+    torch.cpu.Stream.wait_event = lambda self, _event: None
 
 
 def use_gloo() -> None:
@@ -131,6 +112,14 @@ def use_float32() -> None:
     torch.autocast = lambda *_args, **_options: contextlib.nullcontext()
 
 
+def offload_without_pinning() -> None:
+    """Keep offloaded weights, as those of the reference model, in ordinary memory: pinned memory is for copies to a GPU."""
+    from torch.distributed import fsdp
+
+    policy = fsdp.CPUOffloadPolicy
+    fsdp.CPUOffloadPolicy = lambda **_options: policy(pin_memory=False)
+
+
 def setup() -> None:
     """Everything of the above; called in the trainer's process and, by Ray, in every worker."""
     fill_torch_cpu()
@@ -138,6 +127,7 @@ def setup() -> None:
     use_sdpa()
     use_varlen_sdpa()
     use_float32()
+    offload_without_pinning()
     loopback.close()
 
 

@@ -11,6 +11,7 @@ What is not said here is verl's: fit, training_step (clipping, learning rate, wh
 import heapq
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from tensordict import TensorDict
 from verl.trainer import fsdp_sft_trainer
 
-from bridge.errors import UsageError
+from bridge.errors import UsageError, refuse
 from bridge.trainers.packed_settings import packing_problems
 from bridge.trainers.packing import group_weights, pack, packed_logits
 from bridge.trainers.stoppable import stoppable_sft
@@ -94,24 +95,11 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return cross_entropy_loss(logits, labels, inplace_backward=True)[0]
 
 
-class WholeBatch:
-    """A batch that verl's training_step takes for a single micro batch."""
-
-    def __init__(self, batch: TensorDict):
-        self.batch = batch
-
-    def split(self, _rows: int) -> list[TensorDict]:
-        """Leave the division to the packing."""
-        return [self.batch]
-
-
 class PackedSFTTrainer(fsdp_sft_trainer.FSDPSFTTrainer):
     """verl's trainer with another way from a batch to its loss and gradient."""
 
     def __init__(self, config, *args, **options):
-        problems = packing_problems(config)
-        if problems:
-            raise UsageError(*problems)
+        refuse(packing_problems(config))
         self.group_rows = config.data.micro_batch_size_per_gpu
         self.budget = config.bridge.packed_tokens_per_gpu
         # Weights that the checkpoint lacks (LoRA's). The order of the rows has a generator of its own.
@@ -144,7 +132,8 @@ class PackedSFTTrainer(fsdp_sft_trainer.FSDPSFTTrainer):
     def training_step(self, batch: TensorDict) -> dict[str, float]:
         """One optimizer step on a batch that is on the host."""
         with self.on_device():
-            return super().training_step(WholeBatch(batch))
+            # All that verl's step asks of a batch is its micro batches: one here, since the packing divides it.
+            return super().training_step(SimpleNamespace(split=lambda _rows: [batch]))
 
     def validation_step(self, batch: TensorDict) -> torch.Tensor:
         """Collect the groups of a validation; the last one computes them all.
