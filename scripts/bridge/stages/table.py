@@ -15,11 +15,13 @@ class Stage:
     Attributes:
         name: the word of the domain: in make, the module, the configuration, the folder, the wandb run.
         help: one line.
+        needs: settings without which the stage cannot start (all missing ones are named at once).
         trains: whether it takes Hydra overrides and is run by verl.
     """
 
     name: str
     help: str
+    needs: tuple[str, ...] = ()
     trains: bool = False
 
     def plan(self, settings: Settings, env: Mapping[str, str], overrides: list[str], dry_run: bool) -> Plan:
@@ -36,6 +38,6 @@ STAGES = {stage.name: stage for stage in (
     Stage("ppo", "PPO with verl (INIT=base|sft)", trains=True),
     Stage("merge", "checkpoint -> Hugging Face model, verified (STAGE=sft|ppo)"),
     Stage("eval", "accuracy on GSM8K of the base, SFT and PPO model (LIMIT=, STAGE=)"),
-    Stage("upload", "merged model -> HF_REPO, private unless PUBLIC=1"),
+    Stage("upload", "merged model -> HF_REPO, private unless PUBLIC=1", needs=("HF_REPO",)),
 )}
 
