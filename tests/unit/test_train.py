@@ -224,7 +224,8 @@ RANK = """
 import os
 import torch.distributed as dist
 dist.init_process_group("gloo")
-print("rank", dist.get_rank(), "of", dist.get_world_size(), "at", os.environ["MASTER_ADDR"], flush=True)
+# In one piece: both write to the same pipe.
+os.write(1, f"rank {dist.get_rank()} of {dist.get_world_size()} at {os.environ['MASTER_ADDR']}\\n".encode())
 dist.destroy_process_group()
 """
 
