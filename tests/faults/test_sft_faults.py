@@ -107,7 +107,9 @@ def went_on(tmp_path_factory, prepared, stopped, through) -> str:
     """How the run whose door was killed in a step went on, where the tracker names a step that is not there."""
     case = new_case(tmp_path_factory, prepared, SFT, copied_from=stopped)
     (case.folder / checkpoints.TRACKER).write_text(str(STEPS - 1))
-    return ended_as(case, through, stopped.complete())
+    said = ended_as(case, through, stopped.complete())
+    assert said.startswith(f"continuing from global_step_{LAST} ")
+    return said
 
 
 def test_the_door_is_killed_during_a_step(went_on, seen):
@@ -242,7 +244,9 @@ def two(tmp_path_factory, prepared, stopped, through) -> dict[str, str]:
         other.wait(timeout=PATIENCE)
     assert sorted([door.returncode, other.returncode]) == [0, 2]
     loser, winner = (out.read_text() for out in (outs if other.returncode else reversed(outs)))
-    return {"loser": loser, "winner": case.went_on(winner), "end": check_end(case, through, stopped.complete())}
+    said = case.went_on(winner)
+    assert said.startswith(f"continuing from global_step_{LAST} ")
+    return {"loser": loser, "winner": said, "end": check_end(case, through, stopped.complete())}
 
 
 def test_the_tracker_is_gone(two, seen):

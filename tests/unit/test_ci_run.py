@@ -33,9 +33,10 @@ def clone(tmp_path) -> Path:
 
 def run(clone: Path, **env: str) -> tuple[int, str]:
     """Its exit status and what it said."""
-    found = subprocess.run([clone / ".ci/run"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=60,
-                           env={"PATH": f"{clone.parent}/bin:{os.environ['PATH']}", "SITE_TOOLS": str(clone / "none"),
-                                "TMPDIR": f"{clone.parent}/tmp", **env})
+    env = {"PATH": f"{clone.parent}/bin:{os.environ['PATH']}", "SITE_TOOLS": str(clone / "none"),
+           "TMPDIR": f"{clone.parent}/tmp", **env}
+    found = subprocess.run([clone / ".ci/run"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+                           timeout=60, env=env)
     assert list((clone.parent / "tmp").iterdir()) == []
     return found.returncode, found.stdout
 
