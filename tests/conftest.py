@@ -23,9 +23,9 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """How many processes run tests at the same time; 0 for pytest's own alone. `--numprocesses=N` overrides."""
     files = [path for path in asked_for(config) if path.is_file()]
     folders = [path for path in asked_for(config) if path.is_dir()]
-    # Those rings have what only one can use: the store of images, all cores, the GPU.
-    if not folders and len(files) == 1 or any(path.is_relative_to(TESTS / ring) for path in (*files, *folders)
-                                              for ring in config.getini("norecursedirs")):
+    # What only one can use: the store of images, all cores, the GPU, the file that --table writes.
+    if not folders and len(files) == 1 or config.getoption("table", False) or any(
+            path.is_relative_to(TESTS / ring) for path in (*files, *folders) for ring in ("eight", "gpu", "image")):
         return 0
     return min(MOST_PROCESSES, len(os.sched_getaffinity(0)))
 

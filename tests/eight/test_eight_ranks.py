@@ -14,8 +14,8 @@ from door import bridge, left_running, stopped_after
 RANKS = 8
 SETTINGS = {"DATA_SOURCE": "builtin", "MODEL": "tiny", "PROFILE": "eight", "GPUS": str(RANKS), "RUN": "eight",
             "CUDA_VISIBLE_DEVICES": ""}
-# The built-in problems are short: less padding to compute on.
-SHORT = {"sft": "data.max_length=128", "ppo": "data.max_prompt_length=64"}
+# The built-in problems are short: less padding to compute on. And what the random model answers says nothing, however long.
+SHORT = {"sft": ["data.max_length=128"], "ppo": ["data.max_prompt_length=64", "data.max_response_length=8"]}
 
 
 def run(work_dir: Path, *arguments: str, **settings: str) -> str:
@@ -31,11 +31,11 @@ def work_dir(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("eight")
     run(folder, "data")
     run(folder, "model")
-    assert stopped_after(2, folder, "sft", SHORT["sft"], **SETTINGS) == 128 + signal.SIGTERM
+    assert stopped_after(2, folder, "sft", *SHORT["sft"], **SETTINGS) == 128 + signal.SIGTERM
     assert left_running(folder) == []
-    assert f"continuing from {folder}/runs/eight/sft/checkpoints/global_step_2 " in run(folder, "sft", SHORT["sft"])
+    assert f"continuing from {folder}/runs/eight/sft/checkpoints/global_step_2 " in run(folder, "sft", *SHORT["sft"])
     run(folder, "merge", STAGE="sft")
-    run(folder, "ppo", SHORT["ppo"], "trainer.total_training_steps=1", INIT="sft")
+    run(folder, "ppo", *SHORT["ppo"], "trainer.total_training_steps=1", INIT="sft")
     run(folder, "merge", STAGE="ppo")
     assert left_running(folder) == []
     return folder / "runs" / "eight"

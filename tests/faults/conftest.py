@@ -6,10 +6,11 @@
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from door import ROOT
+from door import ROOT, bridge
 
 TABLE = ROOT / "docs" / "faults.md"
 HEAD = "| fault | what the door said | the same command again |\n|---|---|---|\n"
@@ -35,3 +36,11 @@ def seen(request) -> Callable[[str, str], None]:
                 f"docs/faults.md does not have this row (--table writes it):\n{row}")
 
     return note
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory) -> Path:
+    work_dir = tmp_path_factory.mktemp("prepared")
+    for stage in ("data", "model"):
+        assert bridge(stage, WORK_DIR=str(work_dir), DATA_SOURCE="builtin", MODEL="tiny").returncode == 0
+    return work_dir

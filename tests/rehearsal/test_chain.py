@@ -4,15 +4,18 @@ import json
 import re
 import subprocess
 import sys
+import time
 from datetime import datetime
 from pathlib import Path
 
+import psutil
 import pytest
 
 from bridge.runs import checkpoints, metrics, record
 from bridge.stages import merge
 from bridge.tools.rehearse import REPOSITORY, STEPS, TOKEN
 from door import SHELL, left_running
+from listeners import listeners_by_stage, rows_of_the_page
 
 # In 64 steps the random model's loss has to fall to less than half (seen: 6.4 -> 2.3).
 LOSS_FALLS_BY = 2.0
@@ -26,10 +29,17 @@ class Rehearsal:
         self.secrets = [*secrets.values(), TOKEN]
         # Without an image `make rehearse` hides what GPUs there are, since .venv has no flash-attn.
         env = {**SHELL, **secrets, "WORK_DIR": str(work_dir), "CUDA_VISIBLE_DEVICES": ""}
-        result = subprocess.run([sys.executable, "-m", "bridge", "rehearse"], env=env,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=1500)
-        self.output = result.stdout
-        assert result.returncode == 0, self.output[-6000:]
+        self.listeners: dict[str, set[tuple[str, str]]] = {"sft": set(), "ppo": set()}
+        said = work_dir.with_name("said.txt")
+        with open(said, "wb") as output:
+            door = subprocess.Popen([sys.executable, "-m", "bridge", "rehearse"], env=env, stdout=output,
+                                    stderr=subprocess.STDOUT)
+            while door.poll() is None:
+                for stage, found in listeners_by_stage(psutil.Process(door.pid)).items():
+                    self.listeners[stage] |= found
+                time.sleep(0.1)
+        self.output = said.read_text()
+        assert door.returncode == 0, self.output[-6000:]
         self.folder = work_dir / "rehearsal"
         self.left_running = left_running(work_dir)
 
@@ -95,6 +105,13 @@ def test_the_records_tell_how_long_the_start_took_and_how_long_a_step(rehearsal,
     # Importing verl alone takes seconds. Written to the second, hence the 1.
     assert started + 2 < times[0] < times[-1] <= ended + 1
     assert times == sorted(set(times))
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_what_listens_during_a_training_is_what_the_page_says(rehearsal, stage):
+    seen = rehearsal.listeners[stage]
+    assert rows_of_the_page(stage, "always") <= seen <= rows_of_the_page(stage, "always", "if free")
+    assert {address for _, address in seen} == {"127.0.0.1"}
 
 
 @pytest.mark.parametrize("stage", ["sft", "ppo"])

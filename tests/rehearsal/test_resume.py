@@ -42,21 +42,23 @@ def uninterrupted(work_dir) -> list[dict]:
 
 
 # In the order of verl's own trainer, of which the uninterrupted run is: packing changes nothing but the time it takes.
-PACKED = ["bridge.packed_tokens_per_gpu=512", "trainer.seed=0"]
+PACKED = ["bridge.packed_tokens_per_gpu=512", "trainer.seed=0", "trainer.save_freq=33"]
 
 
-@pytest.mark.parametrize(("step", "arguments"), [(32, []), (40, []), (33, PACKED)],
-                         ids=["at an epoch's end", "within an epoch", "packed"])
-def test_an_interrupted_sft_goes_on_and_ends_like_an_uninterrupted_one(work_dir, uninterrupted, step, arguments):
-    name, arguments = f"stopped-after-{step}", [f"trainer.save_freq={step}", *arguments]
-    status = interrupted(work_dir, "sft", step, *arguments, RUN=name)
+@pytest.mark.parametrize(("steps", "arguments"), [((32, 48), ["trainer.save_freq=16"]), ((33,), PACKED)],
+                         ids=["at an epoch's end and within the next", "packed"])
+def test_an_interrupted_sft_goes_on_and_ends_like_an_uninterrupted_one(work_dir, uninterrupted, steps, arguments):
+    name = f"stopped-after-{steps[0]}"
     folder = work_dir / "runs" / name / "sft"
-    assert status == 128 + signal.SIGTERM
-    assert left_running(work_dir) == []
-    assert record.read(folder)["status"] == "failed"
+    for step, before in zip(steps, (0, *steps), strict=False):
+        status = interrupted(work_dir, "sft", step, *arguments, RUN=name)
+        assert status == 128 + signal.SIGTERM
+        assert left_running(work_dir) == []
+        recorded = record.read(folder)
+        assert recorded["status"] == "failed" and recorded["attempts"][-1]["from_step"] == before
     result = run(work_dir, "sft", *arguments, RUN=name)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert f"continuing from {folder}/checkpoints/global_step_{step} " in result.stderr
+    assert f"continuing from {folder}/checkpoints/global_step_{steps[-1]} " in result.stderr
     rows = metrics.read(folder / "metrics.jsonl")
     # One line a step, none twice, none skipped: verl alone would skip the whole second epoch after step 32.
     assert [row["step"] for row in rows] == list(range(1, 65))
@@ -66,7 +68,7 @@ def test_an_interrupted_sft_goes_on_and_ends_like_an_uninterrupted_one(work_dir,
     assert rows[-1]["val/loss"] == pytest.approx(uninterrupted[-1]["val/loss"], rel=2e-2)
     recorded = record.read(folder)
     assert recorded["status"] == "finished"
-    assert [attempt["from_step"] for attempt in recorded["attempts"]] == [0, step]
+    assert [attempt["from_step"] for attempt in recorded["attempts"]] == [0, *steps]
 
 
 def test_a_finished_run_is_left_alone(work_dir, uninterrupted):
@@ -107,7 +109,7 @@ def test_an_interrupted_ppo_goes_on_without_repeating_or_skipping_a_step(work_di
 
 
 def test_a_failing_trainers_exit_status_is_passed_on_and_recorded(work_dir):
-    result = run(work_dir, "sft", "data.truncation=error", "data.max_length=8", RUN="fails")
+    result = run(work_dir, "sft", "data.truncation=error", "data.max_length=8", RUN="fails", GPUS="1")
     assert result.returncode == 1
     folder = work_dir / "runs" / "fails" / "sft"
     assert record.read(folder)["status"] == "failed" and record.read(folder)["attempts"][-1]["exit_status"] == 1
@@ -116,7 +118,7 @@ def test_a_failing_trainers_exit_status_is_passed_on_and_recorded(work_dir):
     assert "is larger than self.max_length=8 (sft_dataset.py, line " in why and "NotImplementedError" in why
     assert where.endswith(f"the log is {folder / 'log.txt'}")
     # It saved nothing, so it may be started with other settings.
-    assert run(work_dir, "sft", "--dry-run", RUN="fails").returncode == 0
+    assert run(work_dir, "sft", "--dry-run", RUN="fails", GPUS="1").returncode == 0
 
 
 def test_an_older_step_and_any_folder_that_verl_wrote_can_be_merged(work_dir, uninterrupted):

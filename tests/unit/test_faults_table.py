@@ -6,7 +6,8 @@ from door import ROOT
 
 
 def test_each_fault_that_is_injected_has_its_row_and_no_row_is_left_over():
-    tests = re.findall(r"^def test_(\w+)\(", (ROOT / "tests" / "faults" / "test_faults.py").read_text(), re.MULTILINE)
+    tests = [name for file in (ROOT / "tests" / "faults").glob("test_*.py")
+             for name in re.findall(r"^def test_(\w+)\(", file.read_text(), re.MULTILINE)]
     text = (ROOT / "docs" / "faults.md").read_text()
     rows = re.findall(r"^\| (.+?) \| .*\| (.+) \|$", text[:text.index("## When")], re.MULTILINE)
     faults = {fault: then for fault, then in rows if fault != "fault"}

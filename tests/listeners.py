@@ -1,15 +1,11 @@
 """Who listens while a training runs, and where: what docs/security.md says, and nothing else."""
 
 import re
-import subprocess
-import sys
-import time
-from pathlib import Path
+from contextlib import suppress
 
 import psutil
-import pytest
 
-from door import ROOT, SHELL, bridge
+from door import ROOT
 
 # The last words of a command line that name a program; Ray's workers are called after what they do at the moment.
 PROGRAMS = {r"\.loopback torch\.distributed\.run": "torchrun", r"\.loopback .*main_ppo": "driver",
@@ -17,15 +13,13 @@ PROGRAMS = {r"\.loopback torch\.distributed\.run": "torchrun", r"\.loopback .*ma
             r"/runtime_env/agent/main\.py": "runtime_env agent", r"/_private/monitor\.py": "monitor",
             r"/dashboard/agent\.py": "metrics agent", r"-m (bridge\.trainers\.(on_cpu|packed)|verl\.)": "torchrun's rank"}
 
-pytestmark = pytest.mark.long
-
 
 def program(command_line: str) -> str:
     """Which program of docs/security.md this is."""
     return next((name for pattern, name in PROGRAMS.items() if re.search(pattern, command_line)), command_line)
 
 
-def rows(stage: str, *when: str) -> set[tuple[str, str]]:
+def rows_of_the_page(stage: str, *when: str) -> set[tuple[str, str]]:
     """The rows of docs/security.md about this stage that say this in the column "when": (program, address)."""
     table = [[cell.strip().strip("`") for cell in line.split("|")[1:-1]]
              for line in (ROOT / "docs" / "security.md").read_text().splitlines()]
@@ -51,24 +45,13 @@ def listeners(parent: psutil.Process) -> set[tuple[str, str]]:
     return found
 
 
-@pytest.fixture(scope="module")
-def work_dir(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("ports")
-    for stage in ("data", "model"):
-        assert bridge(stage, WORK_DIR=str(folder), DATA_SOURCE="builtin", MODEL="tiny").returncode == 0
-    return folder
-
-
-@pytest.mark.parametrize(("stage", "steps"), [("sft", 2), ("ppo", 1)])
-def test_what_listens_during_a_training_is_what_the_page_says(work_dir, stage, steps):
-    env = {**SHELL, "WORK_DIR": str(work_dir), "MODEL": "tiny", "PROFILE": "tiny", "GPUS": "2"}
-    seen = set()
-    with open(work_dir / f"{stage}.out", "wb") as output:
-        door = subprocess.Popen([sys.executable, "-m", "bridge", stage, f"trainer.total_training_steps={steps}"], env=env,
-                                stdout=output, stderr=subprocess.STDOUT)
-        while door.poll() is None:
-            seen |= listeners(psutil.Process(door.pid))
-            time.sleep(0.1)
-    assert door.returncode == 0, (work_dir / f"{stage}.out").read_text()[-3000:]
-    assert rows(stage, "always") <= seen <= rows(stage, "always", "if free")
-    assert {address for _, address in seen} == {"127.0.0.1"}
+def listeners_by_stage(rehearsal: psutil.Process) -> dict[str, set[tuple[str, str]]]:
+    """The same of each training that a rehearsal has going on now (at most one)."""
+    found = {}
+    for door in rehearsal.children():
+        # One that has just ended has no command line.
+        with suppress(psutil.NoSuchProcess):
+            stage = door.cmdline()[-1:]
+            if stage in (["sft"], ["ppo"]):
+                found[stage[0]] = listeners(door)
+    return found
