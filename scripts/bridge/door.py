@@ -149,8 +149,10 @@ def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
             say(done)
         metrics = Metrics(plan.record_dir / "metrics.jsonl", plan.resume_step)
         housekeeping = checkpoints.Housekeeping(plan.checkpoints, plan.saved, plan.keep)
-        for left in (request, answer):
-            left.unlink(missing_ok=True)
+        answer.unlink(missing_ok=True)
+        # One that was left over, and not one that came since this run has the folder.
+        if request.exists() and request.stat().st_mtime < (plan.record_dir / ".lock").stat().st_mtime:
+            request.unlink()
     if plan.keep_log:
         record.write_json(plan.record_dir / "run.json", recorded, secrets)
     start = log.stat().st_size if log and log.is_file() else 0
@@ -159,9 +161,9 @@ def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
         housekeeping.start()
     # From here on no error of the file system ends the run.
     try:
-        watch = hang.Watch(plan.hang_seconds) if plan.checkpoints else None
+        watch = hang.Watch(plan.hang_seconds, plan.checkpoints) if plan.checkpoints else None
         status = launch.run(plan.command, env, log, metrics, secrets, watch=watch)
-        if status == 0 and answer.exists():
+        if status == 0 and stoppable.is_answered(answer):
             status = STOPPED
     finally:
         if metrics:

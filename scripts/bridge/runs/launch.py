@@ -62,8 +62,10 @@ def run(command: list[str], env: Mapping[str, str], log: Path | None, metrics_fi
             return bool(received or asked)
         waited = watch and not hung and watch.hanging_for()
         if waited:
-            say(f"no step for {waited} s: it hangs, and is ended (HANG_SECONDS=). What its Python processes were doing:")
-            hang.ask_for_stacks()
+            said = (f"no step for {waited} s: it hangs, and is ended (HANG_SECONDS=). What it was doing: "
+                    + ", ".join(hang.ask_for_stacks()))
+            say(said)
+            Tolerance("writing to log.txt")(partial(metrics.write_all, log_file, f"bridge: {said}\n".encode()))
             hung.append(time.monotonic() + hang.STACKS)
         if until() or hung and time.monotonic() > hung[0]:
             asked.append(signal.SIGTERM)

@@ -247,6 +247,9 @@ def whole_run_problems(config: Mapping[str, Any]) -> list[str]:
     problems += [f"{key}={old}: this module is called {new} now. Use {key}={new}."
                  for key, value in flatten(config).items() if key.endswith("external_lib")
                  for old, new in record.RENAMED_MODULES.items() if value == old]
+    if "console" not in config["trainer"]["logger"]:
+        problems.append(f"trainer.logger={config['trainer']['logger']}: metrics and progress are read from what verl prints. Use "
+                        "[console], or [console,wandb].")
     if config["trainer"]["nnodes"] != 1:
         problems.append(f"trainer.nnodes={config['trainer']['nnodes']}: one node is trained on, whatever this says. Use "
                         "trainer.nnodes=1; GPUS= says how many GPUs of it.")

@@ -23,6 +23,24 @@ def stage_dir() -> Path:
     return Path(os.environ["BRIDGE_STAGE_DIR"])
 
 
+def is_requested() -> bool:
+    """Whether the trainer is asked to stop. What a file system refuses to say is no request."""
+    return os.path.exists(stage_dir() / REQUEST)
+
+
+def is_answered(answer: Path) -> bool:
+    """Whether the trainer has ended because it was asked to; so, too, where it cannot be seen: going on with a finished run is
+    harmless, to take one for finished is not.
+    """
+    try:
+        answer.stat()
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def stoppable_sft(trainer: type) -> type:
     """A class of verl's SFT trainer that can be asked to stop."""
     import torch
@@ -37,39 +55,73 @@ def stoppable_sft(trainer: type) -> type:
             self.steps += 1
             # One rank looks for all: others might see the file a step later, and wait for each other.
             rank = torch.distributed.get_rank()
-            asked = torch.tensor(int(rank == 0 and (stage_dir() / REQUEST).exists()), device=self.config.trainer.device)
+            asked = torch.tensor(int(rank == 0 and is_requested()), device=self.config.trainer.device)
             torch.distributed.broadcast(asked, src=0)
-            if asked and self.resume_global_step + self.steps < self.total_training_steps:
-                # What verl's fit compares the step with next: it validates, saves and ends.
+            if asked and (step := self.resume_global_step + self.steps) < self.total_training_steps:
+                # First, since verl validates before it saves, and who asks may not have the time.
+                self.save_checkpoint(step)
+                # What verl's fit compares the step with next: then it ends.
                 self.total_training_steps, self.stopping = 0, True
             return metrics
 
         def save_checkpoint(self, step: int) -> None:
-            super().save_checkpoint(step)
-            if self.stopping and torch.distributed.get_rank() == 0:
+            if not self.stopping:
+                super().save_checkpoint(step)
+            elif torch.distributed.get_rank() == 0:
                 (stage_dir() / ANSWER).touch()
 
     return StoppableSFTTrainer
 
 
 class UntilAsked:
-    """The batches of a PPO trainer of verl's: none after the step in which it was asked to stop."""
+    """The batches of a PPO trainer of verl's: none after the step in which it was asked to stop.
+
+    After a resume they are those that would have come. verl draws the order of the rows from a generator of its own, which the
+    loader's state does not hold: it would begin with the first epoch's order again, and repeat and leave out rows.
+    """
 
     def __init__(self, trainer: Any):
-        self.trainer, self.loader, self.ended = trainer, trainer.train_dataloader, False
+        self.trainer, self.loader = trainer, trainer.train_dataloader
+        self.state, self.begun, self.ended = None, False, False
 
     def __iter__(self) -> Iterator[dict]:
+        if not self.begun:
+            self.begun = True
+            self.go_on()
+            if is_requested():
+                # While it started: there is nothing new to save.
+                self.end()
         # verl begins its next epoch all the same.
         if self.ended:
             return
         for batch in self.loader:
             yield batch
             # Now the step is over and logged.
-            if (stage_dir() / REQUEST).exists():
-                self.ended = True
+            if is_requested():
                 self.save()
-                (stage_dir() / ANSWER).touch()
+                self.end()
                 return
+
+    def load_state_dict(self, state: dict) -> None:
+        """Keep what a checkpoint holds of the loader till the steps before are known."""
+        self.state = state
+
+    def go_on(self) -> None:
+        """Bring the loader where it was at the end of the last step."""
+        from torch.utils.data import RandomSampler
+
+        # verl counts the step that comes.
+        done, per_epoch = self.trainer.global_steps - 1, len(self.loader)
+        epochs = done // per_epoch if self.state is None else max(done - 1, 0) // per_epoch
+        for _ in range(epochs if isinstance(self.loader.sampler, RandomSampler) else 0):
+            list(self.loader.sampler)
+        if self.state is not None:
+            self.loader.load_state_dict(self.state)
+
+    def end(self) -> None:
+        """Yield no more, and say why."""
+        self.ended = True
+        (stage_dir() / ANSWER).touch()
 
     def save(self) -> None:
         """Save the step that is over, unless verl has: it has counted on already."""

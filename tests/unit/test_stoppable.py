@@ -1,0 +1,72 @@
+"""The batches of a PPO that was stopped and goes on, and what counts as asked and answered. The trainers: tests/rehearsal."""
+
+import pytest
+
+from bridge.trainers import stoppable
+from door import run_python
+
+# verl's loader: a generator of its own for the order of the rows, the last batch left out. Prints the batches of a run of two
+# parts, and those of one that was not stopped.
+ORDER = """
+import os, sys, torch
+from types import SimpleNamespace
+from torch.utils.data import RandomSampler
+from torchdata.stateful_dataloader import StatefulDataLoader
+from bridge.trainers.stoppable import REQUEST, UntilAsked, stage_dir
+EPOCHS, stop, has_state = 3, int(os.environ["STOP"]), os.environ["STATE"] == "with"
+
+def trainer(step):
+    rows = list(range(42))
+    generator = torch.Generator()
+    generator.manual_seed(1)
+    loader = StatefulDataLoader(rows, batch_size=4, drop_last=True, sampler=RandomSampler(rows, generator=generator))
+    made = SimpleNamespace(train_dataloader=loader, global_steps=step + 1, saved=[])
+    made.train_dataloader = UntilAsked(made)
+    made.train_dataloader.save = lambda: made.saved.append(loader.state_dict())
+    return made
+
+def fit(made, stop=None):
+    seen = []
+    for _ in range(EPOCHS):
+        for batch in made.train_dataloader:
+            seen.append(batch.tolist())
+            if len(seen) == stop:
+                (stage_dir() / REQUEST).touch()
+    return seen
+
+whole = fit(trainer(0))
+first = trainer(0)
+before = fit(first, stop)
+(stage_dir() / REQUEST).unlink()
+(stage_dir() / "stopped").unlink()
+then = trainer(stop)
+if has_state:
+    then.train_dataloader.load_state_dict(first.saved[0])
+after = fit(then)
+print(len(whole), len(before), before + after[:len(whole) - stop] == whole)
+"""
+
+
+@pytest.mark.parametrize(("stop", "state"), [(3, "with"), (10, "with"), (13, "with"), (20, "with"), (23, "with"),
+                                             # At an epoch's end the door puts the loader's state aside.
+                                             (10, "without"), (20, "without")])
+def test_a_ppo_that_goes_on_gets_the_batches_that_would_have_come(tmp_path, monkeypatch, stop, state):
+    for name, value in (("BRIDGE_STAGE_DIR", tmp_path), ("STOP", stop), ("STATE", state)):
+        monkeypatch.setenv(name, str(value))
+    assert run_python(ORDER) == f"30 {stop} True"
+
+
+def test_a_request_that_came_during_the_start_ends_it_before_the_first_step(tmp_path, monkeypatch):
+    for name, value in (("BRIDGE_STAGE_DIR", tmp_path), ("STOP", 3), ("STATE", "with")):
+        monkeypatch.setenv(name, str(value))
+    script = ORDER.replace("whole = fit(trainer(0))", "(stage_dir() / REQUEST).touch(); first = trainer(0)\n"
+                           "print(fit(first), first.saved, sorted(os.listdir(stage_dir()))); sys.exit()")
+    assert run_python(script) == "[] [] ['stop-requested', 'stopped']"
+
+
+def test_an_answer_that_cannot_be_seen_counts_as_one(tmp_path):
+    (tmp_path / "file").touch()
+    assert not stoppable.is_answered(tmp_path / "stopped")
+    assert stoppable.is_answered(tmp_path / "file")
+    # As a stale handle: an error that does not say that there is none.
+    assert stoppable.is_answered(tmp_path / "file" / "stopped")
