@@ -505,3 +505,23 @@ with contextlib.redirect_stderr(io.StringIO()) as said:
 print(status, said.getvalue().replace(chr(10), " "))""", preloaded=DOOR)
     assert said.startswith("143 ") and "sft was ended by a signal" in said
     assert ("the same command continues it" in said) is not trial
+
+
+@pytest.mark.parametrize(("asked", "stays"), [(-10, False), (10, True)], ids=["left over", "since this run has the folder"])
+def test_a_request_to_stop_that_was_left_over_is_removed_and_one_that_just_came_is_not(tmp_path, asked, stays):
+    (tmp_path / "stopped").touch()
+    (tmp_path / "stop-requested").touch()
+    (tmp_path / ".lock").touch()
+    now = (tmp_path / ".lock").stat().st_mtime
+    os.utime(tmp_path / "stop-requested", (now + asked, now + asked))
+    said = run_python(f"""
+import os
+from pathlib import Path
+from bridge import door
+from bridge.plan import Plan
+folder = Path({str(tmp_path)!r})
+plan = Plan(["sh", "-c", f"ls {{folder}} > {{folder}}/seen"], {{}}, folder, True, checkpoints=folder / "checkpoints")
+print(door.run_plan("sft", plan, {{"PATH": "/bin:/usr/bin"}}))""", preloaded=DOOR)
+    assert said == "0"
+    seen = (tmp_path / "seen").read_text().split()
+    assert ("stop-requested" in seen) is stays and "stopped" not in seen

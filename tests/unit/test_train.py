@@ -44,6 +44,7 @@ def problems(env: dict[str, str], stage: str, *overrides: str) -> list[str]:
     # All at once: an override and what is said of it.
     ("sft", {"model.lora_rank=8": "verl's merger drops LoRA's adapters", "trainer.nnodes=2": "one node is trained on",
              "trainer.save_freq=0": "verl divides by it", "trainer.test_freq=0": "verl divides by it",
+             "trainer.logger=['wandb']": "progress are read from what verl prints",
              # 512 rows in batches of 16.
              "trainer.total_training_steps=65": "more than the 64 steps of trainer.total_epochs=2: verl would end there"}),
     ("ppo", {"actor_rollout_ref.model.lora_rank=8": "verl's merger drops LoRA's adapters",
