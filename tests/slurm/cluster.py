@@ -60,13 +60,13 @@ ip link set cluster up
 setpriv --reuid=nobody --regid=nogroup --clear-groups munged --foreground --key-file=munge/key --socket=munge/socket \
     --pid-file=munge/pid --log-file=munge/log --seed-file=munge/seed > munge.out 2>&1 &
 until [ -S munge/socket ]; do kill -0 $!; sleep 0.1; done
-$SLURMCTLD -D > slurmctld.out 2>&1 &
+./slurmctld -D > slurmctld.out 2>&1 &
 number=10
 for node in n1 n2; do
     number=$((number + 1))
     unshare --net --uts bash -euc 'hostname "$1"; until ip link show eth0 > /dev/null 2>&1; do sleep 0.1; done
         ip link set lo up; ip addr add "10.77.0.$2/24" dev eth0; ip link set eth0 up
-        exec $SLURMD -D -N "$1"' _ "$node" "$number" > "$node.out" 2>&1 &
+        exec ./slurmd -D -N "$1" -d "$FOLDER/slurmstepd"' _ "$node" "$number" > "$node.out" 2>&1 &
     pid=$!
     # unshare becomes the program that it starts: once that has another network, it is the node's.
     while [ "$(readlink /proc/$pid/ns/net)" = "$(readlink /proc/self/ns/net)" ]; do sleep 0.1; done
@@ -104,8 +104,9 @@ class Cluster:
             raise NotHere("needs root: namespaces, and a Slurm of its own")
         root = Path("/") if shutil.which("slurmctld") and shutil.which("munged") else unpack(folder)
         path = f"{root}/usr/bin:{root}/usr/sbin:{os.environ['PATH']}"
-        program = {name: shutil.which(name, path=path) or shutil.which(f"{name}-wlm", path=path)
-                   for name in ("slurmctld", "slurmd", "slurmstepd")}
+        # By their own names, as which Debian would have installed them: they ask what they are called.
+        for name in ("slurmctld", "slurmd", "slurmstepd"):
+            (folder / name).symlink_to(shutil.which(name, path=path) or shutil.which(f"{name}-wlm", path=path))
         [plugins] = [found.parent for found in root.glob("usr/lib/*/slurm*/auth_munge.so")]
         self.env = {"PATH": path, "LD_LIBRARY_PATH": f"{plugins.parent}:{plugins}", "SLURM_CONF": str(folder / "slurm.conf")}
         (folder / "slurm.conf").write_text(CONF.format(folder=folder, plugins=f"PluginDir={plugins}", cores=CORES, gpus=GPUS))
@@ -123,8 +124,7 @@ class Cluster:
                 above.chmod(above.stat().st_mode | 0o011)
         self.first = subprocess.Popen(
             ["setpriv", "--pdeathsig=KILL", "unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--net", "--uts", "bash", "-c", START],
-            env={**os.environ, **self.env, "FOLDER": str(folder), "SLURMCTLD": program["slurmctld"],
-                 "SLURMD": f"{program['slurmd']} -d {program['slurmstepd']}"},
+            env={**os.environ, **self.env, "FOLDER": str(folder)},
             stdin=subprocess.DEVNULL, stdout=open(folder / "start.out", "wb"), stderr=subprocess.STDOUT, start_new_session=True)
         try:
             self.wait_for(lambda: (folder / "munge" / "socket").exists(), "munged answers")
