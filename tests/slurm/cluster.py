@@ -21,7 +21,7 @@ ClusterName=tests
 SlurmctldHost=head(10.77.0.1)
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge/socket,cred_expire=2
+AuthInfo=socket={folder}/munge/socket,cred_expire=5
 {plugins}
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
