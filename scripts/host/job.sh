@@ -30,11 +30,13 @@ if [[ $stage == sft || $stage == ppo ]]; then
         say "no step can watch for a preemption (see above); the time limit is watched all the same")
     watch_pid=$!
 fi
+# shellcheck disable=SC2329 # by a trap
 ask() {
     [[ -n $watch ]] || return 0
     tell "the time limit is near: $stage is asked to save and to end ($request)"
     touch -- "$request" || true
 }
+# shellcheck disable=SC2329 # by a trap
 cancel() {
     ending=cancelled
     [[ -z $stage_pid ]] || kill -TERM "$stage_pid" 2> /dev/null || true
