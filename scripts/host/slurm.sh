@@ -63,7 +63,7 @@ ask_for() { # STAGE: fills options (of sbatch and srun) and drop (names that the
         fi
         [[ -n $asked ]] || options+=(--gpus-per-node="$gpus")
     else
-        for name in "${gpu_settings[@]}"; do drop+=(-u "SBATCH_$name"); done
+        for name in "${gpu_settings[@]}"; do [[ ! -v SBATCH_$name ]] || drop+=(-u "SBATCH_$name"); done
     fi
     while read -r node_cores node_gpus; do
         ((most >= node_gpus)) || most=$node_gpus

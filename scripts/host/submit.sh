@@ -66,17 +66,17 @@ done
 [[ ${#here[@]} == 0 ]] || echo "bridge: on this machine, as no NET_PARTITION is set: ${here[*]}" >&2
 [[ -z $later ]] || echo "bridge: $later needs internet and no NET_PARTITION is set: left out. When the jobs have ended: make $later" >&2
 [[ -z $from ]] || echo "bridge: INIT=$from: PPO starts from ${from/#sft/"the SFT model of this chain"}" >&2
-for stage in "${here[@]}"; do "$checkout/scripts/host/container.sh" "$stage" ${dry:+--dry-run}; done
+[[ -n $dry ]] || for stage in "${here[@]}"; do "$checkout/scripts/host/container.sh" "$stage"; done
 [[ ${#jobs[@]} != 0 ]] || exit 0
 
-# What the first stage itself would refuse. Later ones have nothing to start from yet.
+# What the first stage itself would refuse. Later ones, and what was not fetched in a dry run, have nothing to start from yet.
 prepare "${jobs[0]}"
-if ! (choose_engine "${jobs[0]%:*}") 2> /dev/null; then
+if [[ -n $dry && ${#here[@]} != 0 ]]; then
+    :
+elif ! (choose_engine "${jobs[0]%:*}") 2> /dev/null; then
     echo "bridge: no image can be started here: what ${jobs[0]} would refuse is seen in the job only" >&2
 elif ! said=$(env "${give[@]}" "$checkout/scripts/host/container.sh" "${job[@]}" --dry-run 2>&1); then
-    printf '%s\n' "$said" >&2
-    # Data that are fetched by the chain itself are not there in a dry run.
-    [[ -n $dry && ${#here[@]} != 0 ]] || fail "${jobs[0]} would end so: nothing was submitted."
+    fail "$said" "${jobs[0]} would end so: nothing was submitted."
 elif [[ -n $dry ]]; then
     printf '%s\n' "$said"
 fi
