@@ -31,13 +31,13 @@ resolve_paths
 source "$checkout/scripts/host/slurm.sh"
 
 what=$1 && shift
-command -v sbatch srun sinfo > /dev/null || problems+=("no Slurm here: sbatch is not on PATH. Log in where jobs are submitted.")
+slurm=$(command -v sbatch srun sinfo) || problems+=("no Slurm here: sbatch is not on PATH. Log in where jobs are submitted.")
 [[ ${NODES:-1} =~ ^[1-9][0-9]*$ ]] || problems+=("NODES=$NODES is no number of nodes.")
 [[ ! ${NODES:-1} =~ ^[1-9][0-9]*$ || ${NODES:-1} == 1 ]] || problems+=("NODES=$NODES: several nodes are not supported yet.")
 [[ ${REQUEUE:-10} =~ ^[0-9]+$ ]] || problems+=("REQUEUE=$REQUEUE is no number: how often at most a job is put back, 0 for never.")
 
 if [[ $what == shell ]]; then
-    [[ ${#problems[@]} != 0 ]] || ask_for shell
+    [[ -z $slurm ]] || ask_for shell
     [[ ${#problems[@]} == 0 ]] || fail "${problems[@]}"
     # The same settings under the names that srun reads.
     for name in $(compgen -e SBATCH_); do [[ " ${drop[*]} " == *" $name "* ]] || export "SLURM_${name#SBATCH_}=${!name}"; done
@@ -51,7 +51,7 @@ for argument; do if [[ $argument == --dry-run ]]; then dry=1; else arguments+=("
 [[ -n $stage$chain ]] || problems+=("Which stage? make submit STAGE=ppo GPUS=8, or CHAIN=sft,merge:sft,ppo,merge:ppo")
 [[ ,$chain, != *,,* || -z $chain ]] || problems+=("CHAIN=$chain has an empty item.")
 read_chain "${chain:-$stage}"
-[[ ${#problems[@]} != 0 ]] || for stage in "${jobs[@]}"; do prepare "$stage"; done
+[[ -z $slurm ]] || for stage in "${jobs[@]}"; do prepare "$stage"; done
 # What Slurm would not take, in its own words.
 [[ ${#problems[@]} != 0 ]] || for stage in "${jobs[@]}"; do
     prepare "$stage" --test-only

@@ -86,8 +86,8 @@ def unpack(folder: Path) -> Path:
     """Debian's packages of Slurm, not installed: they would be services of this machine."""
     archives, root = folder / "archives", folder / "root"
     (archives / "partial").mkdir(parents=True)
-    fetched = subprocess.run(["apt-get", "-qq", "-y", "--no-install-recommends", "--download-only", "-o",
-                              f"Dir::Cache::archives={archives}", "install", *PACKAGES], capture_output=True, text=True, check=False)
+    options = ["-qq", "-y", "--no-install-recommends", "--download-only", "-o", f"Dir::Cache::archives={archives}"]
+    fetched = subprocess.run(["apt-get", *options, "install", *PACKAGES], capture_output=True, text=True, check=False)
     if fetched.returncode:
         raise NotHere(f"apt-get cannot fetch {' '.join(PACKAGES)} (apt-get update?): {fetched.stderr[-300:]}")
     for archive in archives.glob("*.deb"):
@@ -122,10 +122,11 @@ class Cluster:
         for above in (folder, *folder.parents):
             if above != Path("/") and not above.stat().st_mode & 0o001:
                 above.chmod(above.stat().st_mode | 0o011)
-        self.first = subprocess.Popen(
-            ["setpriv", "--pdeathsig=KILL", "unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--net", "--uts", "bash", "-c", START],
-            env={**os.environ, **self.env, "FOLDER": str(folder)},
-            stdin=subprocess.DEVNULL, stdout=open(folder / "start.out", "wb"), stderr=subprocess.STDOUT, start_new_session=True)
+        with open(folder / "start.out", "wb") as said:
+            self.first = subprocess.Popen(
+                ["setpriv", "--pdeathsig=KILL", "unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--net", "--uts",
+                 "bash", "-c", START], env={**os.environ, **self.env, "FOLDER": str(folder)}, stdin=subprocess.DEVNULL,
+                stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             self.wait_for(lambda: (folder / "munge" / "socket").exists(), "munged answers")
             [inside] = Path(f"/proc/{self.first.pid}/task/{self.first.pid}/children").read_text().split()

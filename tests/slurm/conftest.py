@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from cluster import Cluster, NotHere
+
 from door import ROOT, SHELL
 
 # What a stage is here: it shows its environment, and goes on until it is asked to stop, told to end, or ended.

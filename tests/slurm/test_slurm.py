@@ -22,7 +22,7 @@ def running(site, stage: str, *arguments: str, **env: str) -> str:
 
 def begun(site, job: str, stage: str, attempt: int) -> None:
     log = site.work_dir / "jobs" / f"{job}.{attempt}.log"
-    site.cluster.wait_for(lambda: log.exists() and f"{stage} on n" in log.read_text(), f"attempt {attempt} of job {job} has begun")
+    site.cluster.wait_for(lambda: log.exists() and f"{stage} on n" in log.read_text(), f"attempt {attempt} of {job} has begun")
 
 
 def test_a_dry_run_shows_the_script_and_the_whole_call_and_submits_nothing(standin):
@@ -70,7 +70,8 @@ def test_what_cannot_work_is_refused_before_anything_is_submitted(standin, name)
 
 def test_all_mistakes_are_named_at_once(standin):
     result = standin.make("submit", "CHAIN=sft,dpo,ppo", "NODES=0", "REQUEUE=x", "SBATCH_TIMELIMIT=1")
-    assert all(word in result.stderr for word in ("dpo is no stage", "NODES=0", "REQUEUE=x", "SBATCH_TIMELIMIT=1", "sft needs GPUs"))
+    for words in ("dpo is no stage", "NODES=0", "REQUEUE=x", "SBATCH_TIMELIMIT=1", "sft needs GPUs"):
+        assert words in result.stderr
 
 
 @pytest.mark.parametrize("limit", ["7", "7:00", "0:07:00", "1-0", "0-0:7", "0-0:7:00"])
@@ -215,9 +216,11 @@ exec {standin.cluster.bin}/sbatch "$@"
 
 def test_a_shell_on_a_node(standin):
     (standin.checkout / "scripts" / "host" / "container.sh").write_text("#!/bin/sh\nexec bash\n")
-    result = subprocess.run(["script", "-qec", "make --no-print-directory shell SLURM=1 GPUS=2 SBATCH_JOB_NAME=mine", "/dev/null"],
-                            cwd=standin.checkout, env=standin.env, capture_output=True, text=True, timeout=120, check=False,
-                            input="echo $(hostname) $SLURM_JOB_NAME gpus=$CUDA_VISIBLE_DEVICES cores=$SLURM_CPUS_PER_TASK\nexit 3\n")
+    typed = "echo $(hostname) $SLURM_JOB_NAME gpus=$CUDA_VISIBLE_DEVICES cores=$SLURM_CPUS_PER_TASK\nexit\n"
+    # --pty needs a terminal.
+    result = subprocess.run(["script", "-qec", "make --no-print-directory shell SLURM=1 GPUS=2 SBATCH_JOB_NAME=mine",
+                             "/dev/null"], cwd=standin.checkout, env=standin.env, capture_output=True, text=True,
+                            timeout=120, check=False, input=typed)
     assert any(f"{node} mine gpus=0,1 cores=4" in result.stdout for node in ("n1", "n2")), result.stdout
 
 
