@@ -21,18 +21,19 @@ say "$stage on $(hostname), attempt $attempt: $log"
 exec {job}>&1 > "$log" 2>&1
 tell() { say "$*" | tee -a "/dev/fd/$job"; }
 
-watch='' stage_pid='' ending=''
+stage_pid='' ending=''
 if [[ $stage == sft || $stage == ppo ]]; then
     # Slurm tells the steps of a job that it is preempted, not its script: so there is a small one, until its input ends.
     # shellcheck disable=SC2016 # the step expands it
     exec {watch}> >(srun --overlap --export=ALL --nodes=1 --ntasks=1 --cpus-per-task=1 --unbuffered \
         bash -c 'trap "echo bridge: preempted; touch -- \"\$1\"" TERM; read -r || true' _ "$request" ||
         say "no step can watch for a preemption (see above); the time limit is watched all the same")
-    watch_pid=$!
+else
+    exec {watch}> >(:)
 fi
+watch_pid=$!
 # shellcheck disable=SC2329 # by a trap
 ask() {
-    [[ -n $watch ]] || return 0
     tell "the time limit is near: $stage is asked to save and to end ($request)"
     touch -- "$request" || true
 }
@@ -44,23 +45,14 @@ cancel() {
 trap ask USR1
 trap cancel TERM
 
-if [[ -n $watch ]]; then
-    "$checkout/scripts/host/container.sh" "${@:2}" {watch}>&- {job}>&- &
-else
-    "$checkout/scripts/host/container.sh" "${@:2}" {job}>&- &
-fi
+"$checkout/scripts/host/container.sh" "${@:2}" {watch}>&- {job}>&- &
 stage_pid=$!
+# wait returns at each signal, too; the status of what has ended it knows at any time.
+while kill -0 "$stage_pid" 2> /dev/null; do wait "$stage_pid" || true; done
 status=0
-# wait returns at each signal, with more than 128.
-while true; do
-    status=0
-    wait "$stage_pid" || status=$?
-    kill -0 "$stage_pid" 2> /dev/null || break
-done
-if [[ -n $watch ]]; then
-    exec {watch}>&-
-    wait "$watch_pid" || true
-fi
+wait "$stage_pid" || status=$?
+exec {watch}>&-
+wait "$watch_pid" || true
 
 if [[ $status == 75 && -z $ending && $attempt -lt $most ]]; then
     tell "$stage was asked to stop and has saved: the job is put back into the queue"

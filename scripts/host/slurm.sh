@@ -13,15 +13,11 @@ is_training() { [[ $1 == @(sft|ppo) ]]; }
 needs_internet() { [[ $1 == @(data|model|upload|upload:*) ]]; }
 
 seconds() { # LIMIT: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S, as Slurm writes a time limit; fails where it is none
-    local -a part
     [[ $1 =~ ^(([0-9]+)-)?([0-9]+)(:([0-9]+))?(:([0-9]+))?$ ]] || return 1
-    part=(0 0 "${BASH_REMATCH[2]}" "${BASH_REMATCH[3]}" 0 "${BASH_REMATCH[5]}" 0 "${BASH_REMATCH[7]}")
-    local days=$((10#0${part[2]})) a=$((10#${part[3]})) b=$((10#0${part[5]})) c=$((10#0${part[7]}))
-    if [[ -n ${part[2]} || -n ${part[7]} ]]; then
-        echo $((days * 86400 + a * 3600 + b * 60 + c))
-    else
-        echo $((a * 60 + b))
-    fi
+    local days=${BASH_REMATCH[2]} a=${BASH_REMATCH[3]} b=${BASH_REMATCH[5]} c=${BASH_REMATCH[7]}
+    # With days or with two colons the first number is hours, else minutes. 10#: a leading zero is no octal number.
+    [[ -n $days$c ]] || { c=$b b=$a a=0; }
+    echo $((10#0$days * 86400 + 10#0$a * 3600 + 10#0$b * 60 + 10#0$c))
 }
 
 check_limit() { # a training has to start, and to save

@@ -178,11 +178,11 @@ def test_a_failed_job_of_a_chain_cancels_the_rest(standin):
 
 
 def test_a_chain_waits_for_a_job_that_is_put_back_and_hands_on_what_it_says(standin):
-    result = standin.make("submit", "CHAIN=sft,merge:sft,ppo,upload", "GPUS=1", "ARGS=a=b")
+    result = standin.make("submit", "CHAIN=sft,merge:sft,ppo,merge:ppo,upload", "GPUS=1", "ARGS=a=b")
     assert "INIT=sft: PPO starts from the SFT model of this chain" in result.stderr
     assert "left out. When the jobs have ended: make upload" in result.stderr
     jobs = [line.split()[4].rstrip(".") for line in result.stdout.splitlines() if " is job " in line]
-    assert len(jobs) == 3
+    assert len(jobs) == 4
     begun(standin, jobs[0], "sft", 0)
     ask_by_signal(standin, jobs[0])
     begun(standin, jobs[0], "sft", 1)
@@ -193,7 +193,7 @@ def test_a_chain_waits_for_a_job_that_is_put_back_and_hands_on_what_it_says(stan
         standin.cluster.wait(job, "COMPLETED")
     given = {stage: (standin.work_dir / "runs" / "default" / stage / "environment").read_text().split("\0")
              for stage in ("sft", "merge", "ppo")}
-    assert "STAGE=sft" in given["merge"] and "INIT=sft" in given["ppo"]
+    assert "STAGE=ppo" in given["merge"] and "INIT=sft" in given["ppo"]
     assert not [entry for entry in given["sft"] + given["ppo"] if entry.startswith("STAGE=")]
     # The GPUs are for those that need them, and ARGS for the trainings.
     assert not [entry for entry in given["merge"] if entry.startswith("CUDA_VISIBLE_DEVICES=0")]
