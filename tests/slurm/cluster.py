@@ -87,9 +87,10 @@ def unpack(folder: Path) -> Path:
     archives, root = folder / "archives", folder / "root"
     (archives / "partial").mkdir(parents=True)
     options = ["-qq", "-y", "--no-install-recommends", "--download-only", "-o", f"Dir::Cache::archives={archives}"]
-    fetched = subprocess.run(["apt-get", *options, "install", *PACKAGES], capture_output=True, text=True, check=False)
-    if fetched.returncode:
-        raise NotHere(f"apt-get cannot fetch {' '.join(PACKAGES)} (apt-get update?): {fetched.stderr[-300:]}")
+    for command in (["update"], ["install", *PACKAGES]):
+        fetched = subprocess.run(["apt-get", *options, *command], capture_output=True, text=True, check=False)
+        if fetched.returncode:
+            raise NotHere(f"apt-get {' '.join(command)}: {fetched.stderr[-300:]}")
     for archive in archives.glob("*.deb"):
         subprocess.run(["dpkg", "-x", archive, root], check=True)
     return root
@@ -102,6 +103,8 @@ class Cluster:
         self.folder, self.bin = folder, folder / "bin"
         if os.geteuid():
             raise NotHere("needs root: namespaces, and a Slurm of its own")
+        if not shutil.which("apt-get"):
+            raise NotHere("no apt-get: Slurm is taken from Debian's packages")
         root = Path("/") if shutil.which("slurmctld") and shutil.which("munged") else unpack(folder)
         path = f"{root}/usr/bin:{root}/usr/sbin:{os.environ['PATH']}"
         # By their own names, as which Debian would have installed them: they ask what they are called.
