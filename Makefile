@@ -34,6 +34,9 @@ plot: venv
 bench: ## Measure how fast the profiles are; CASES=name,name picks some
 accept: ## Try out this node with all its GPUs: a page and a JSON
 
+submit: ## Hand a stage to Slurm: STAGE=ppo GPUS=8, or CHAIN=sft,merge:sft,ppo. make shell SLURM=1: a shell on a node
+	@scripts/host/submit.sh submit $(ARGS)
+
 ##@ Development
 venv: ## Make .venv from the locks
 	@scripts/host/venv.sh
@@ -48,6 +51,6 @@ help: ## Show this menu
 
 STAGES := check shell data model sft ppo merge eval upload rehearse bench accept plot
 $(STAGES):
-	@scripts/host/container.sh $@ $(ARGS)
+	@scripts/host/$(if $(filter shell1,$@$(SLURM)),submit.sh,container.sh) $@ $(ARGS)
 
-.PHONY: $(STAGES) image oci pull venv lock test lint help
+.PHONY: $(STAGES) submit image oci pull venv lock test lint help

@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# A job of Slurm: one stage. Before the job's end, and at a preemption, it asks a training to save and end; then it begins again.
+# Runs: host (the job's first node), where sbatch copies it to:
+#   sbatch [OPTION...] CHECKOUT/scripts/host/job.sh CHECKOUT STAGE [ARGUMENT...]
+# The stage is a child of this script and no step of Slurm's, whose signals would kill what they are to save.
+set -euo pipefail
+# shellcheck source=scripts/host/read_env.sh
+source "$1/scripts/host/read_env.sh"
+# shellcheck source=scripts/host/paths.sh
+source "$checkout/scripts/host/paths.sh"
+# No secret: only container.sh has those.
+read_settings 'WORK_DIR|RUN|REQUEUE'
+resolve_paths
+stage=$2 attempt=${SLURM_RESTART_COUNT:-0} most=${REQUEUE:-10}
+say() { echo "bridge: $(date '+%F %T') $*"; }
+
+log=$WORK_DIR/jobs/$SLURM_JOB_ID.$attempt.log
+request=$WORK_DIR/runs/${RUN:-default}/$stage/stop-requested
+say "$stage on $(hostname), attempt $attempt: $log"
+# From here all is in the attempt's own log; the job's log says only how it ended.
+exec {job}>&1 > "$log" 2>&1
+tell() { say "$*" | tee -a "/dev/fd/$job"; }
+
+stage_pid='' ending=''
+if [[ $stage == sft || $stage == ppo ]]; then
+    # Slurm tells the steps of a job that it is preempted, not its script: so there is a small one, until its input ends.
+    # shellcheck disable=SC2016 # the step expands it
+    exec {watch}> >(srun --overlap --export=ALL --nodes=1 --ntasks=1 --cpus-per-task=1 --unbuffered \
+        bash -c 'trap "echo bridge: preempted; touch -- \"\$1\"" TERM; read -r || true' _ "$request" ||
+        say "no step can watch for a preemption (see above); the time limit is watched all the same")
+else
+    exec {watch}> >(:)
+fi
+watch_pid=$!
+# shellcheck disable=SC2329 # by a trap
+ask() {
+    tell "the time limit is near: $stage is asked to save and to end ($request)"
+    touch -- "$request" || true
+}
+# shellcheck disable=SC2329 # by a trap
+cancel() {
+    ending=cancelled
+    [[ -z $stage_pid ]] || kill -TERM "$stage_pid" 2> /dev/null || true
+}
+trap ask USR1
+trap cancel TERM
+
+"$checkout/scripts/host/container.sh" "${@:2}" {watch}>&- {job}>&- &
+stage_pid=$!
+# wait returns at each signal, too; the status of what has ended it knows at any time.
+while kill -0 "$stage_pid" 2> /dev/null; do wait "$stage_pid" || true; done
+status=0
+wait "$stage_pid" || status=$?
+exec {watch}>&-
+wait "$watch_pid" || true
+
+if [[ $status == 75 && -z $ending && $attempt -lt $most ]]; then
+    tell "$stage was asked to stop and has saved: the job is put back into the queue"
+    # This ends the script, too: what it says is no preemption.
+    trap '' TERM
+    scontrol requeue "$SLURM_JOB_ID" >> "$log" 2>&1 || tell "Slurm does not put it back (see $log): make submit continues it"
+elif [[ $status == 75 ]]; then
+    tell "$stage was asked to stop and has saved. It was put back $attempt times (REQUEUE=$most): make submit continues it"
+else
+    tell "$stage ended with $status${ending:+, $ending}"
+fi
+exit "$status"
