@@ -18,24 +18,30 @@ log=$WORK_DIR/jobs/$SLURM_JOB_ID.$attempt.log
 request=$WORK_DIR/runs/${RUN:-default}/$stage/stop-requested
 say "$stage on $(hostname), attempt $attempt: $log"
 # From here all is in the attempt's own log; the job's log says only how it ended.
-exec {job}>&1 > "$log" 2>&1
-tell() { say "$*" | tee -a "/dev/fd/$job"; }
+exec {job}>&1 >> "$log" 2>&1
+# A log that cannot be written ends nothing.
+tell() { say "$*" | tee -a "/dev/fd/$job" || true; }
+# SLURM_RESTART_COUNT knows of node failures, too.
+put_back=$(grep -c "put back into the queue" "$WORK_DIR/jobs/$SLURM_JOB_ID.log" || true)
 
 stage_pid='' ending=''
 if [[ $stage == sft || $stage == ppo ]]; then
-    # Slurm tells the steps of a job that it is preempted, not its script: so there is a small one, until its input ends.
+    # One that was left over is for no run; and one may be made before the stage has made its folder.
+    mkdir -p -- "${request%/*}" && rm -f -- "$request"
+    # Slurm tells the steps of a job that it is preempted, not its script: so there is a small one, until its input ends. What
+    # the job asked for is in its environment, and would be the step's, too.
     # shellcheck disable=SC2016 # the step expands it
-    exec {watch}> >(srun --overlap --export=ALL --nodes=1 --ntasks=1 --cpus-per-task=1 --unbuffered \
+    exec {watch}> >(env -u SLURM_GPUS -u SLURM_GPUS_PER_NODE -u SLURM_CPUS_PER_GPU -u SLURM_MEM_PER_CPU -u SLURM_MEM_PER_GPU \
+        srun --overlap --export=ALL --nodes=1 --ntasks=1 --cpus-per-task=1 --gres=none --mem=0 --immediate=60 --unbuffered \
         bash -c 'trap "echo bridge: preempted; touch -- \"\$1\"" TERM; read -r || true' _ "$request" ||
         say "no step can watch for a preemption (see above); the time limit is watched all the same")
 else
     exec {watch}> >(:)
 fi
-watch_pid=$!
 # shellcheck disable=SC2329 # by a trap
 ask() {
-    tell "the time limit is near: $stage is asked to save and to end ($request)"
     touch -- "$request" || true
+    tell "the time limit is near: $stage is asked to save and to end ($request)"
 }
 # shellcheck disable=SC2329 # by a trap
 cancel() {
@@ -47,20 +53,20 @@ trap cancel TERM
 
 "$checkout/scripts/host/container.sh" "${@:2}" {watch}>&- {job}>&- &
 stage_pid=$!
+[[ -z $ending ]] || kill -TERM "$stage_pid"
 # wait returns at each signal, too; the status of what has ended it knows at any time.
 while kill -0 "$stage_pid" 2> /dev/null; do wait "$stage_pid" || true; done
 status=0
 wait "$stage_pid" || status=$?
 exec {watch}>&-
-wait "$watch_pid" || true
 
-if [[ $status == 75 && -z $ending && $attempt -lt $most ]]; then
+if [[ $status == 75 && -z $ending && $put_back -lt $most ]]; then
     tell "$stage was asked to stop and has saved: the job is put back into the queue"
     # This ends the script, too: what it says is no preemption.
     trap '' TERM
     scontrol requeue "$SLURM_JOB_ID" >> "$log" 2>&1 || tell "Slurm does not put it back (see $log): make submit continues it"
-elif [[ $status == 75 ]]; then
-    tell "$stage was asked to stop and has saved. It was put back $attempt times (REQUEUE=$most): make submit continues it"
+elif [[ $status == 75 && -z $ending ]]; then
+    tell "$stage was asked to stop and has saved. It was put back $put_back times (REQUEUE=$most): make submit continues it"
 else
     tell "$stage ended with $status${ending:+, $ending}"
 fi
