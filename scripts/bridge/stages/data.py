@@ -3,7 +3,6 @@
 The rows are those of verl 0.5.0's examples/data_preprocess/gsm8k.py, which its wheel does not hold.
 """
 
-import argparse
 import codecs
 import json
 import os
@@ -51,7 +50,7 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
                          + f"; DATA_SOURCE={source} would replace them. Keep them and go on (`make model`), or move {folder} "
                            "away, or use another WORK_DIR.")
     return Plan(
-        command=[sys.executable, "-m", "bridge.stages.data", source, "--output", str(settings.data_dir)],
+        command=[sys.executable, "-m", "bridge.stages.data", source, str(settings.data_dir)],
         env={},
         record_dir=settings.data_dir,
         keep_log=False,
@@ -223,22 +222,13 @@ def refuse_rows(faults: list[str]) -> None:
 
 def table(split: str, rows: Rows) -> pa.Table:
     """Rows in the schema that `datasets` gives verl's script: fields within a struct are in alphabetical order."""
-    text = pa.string()
-    schema = pa.schema({
-        "data_source": text,
-        "prompt": pa.list_(pa.struct({"content": text, "role": text})),
-        "ability": text,
-        "reward_model": pa.struct({"ground_truth": text, "style": text}),
-        "extra_info": pa.struct({"answer": text, "index": pa.int64(), "question": text, "split": text}),
-    })
-    records = [{
+    return pa.Table.from_pylist([{
         "data_source": GSM8K,
-        "prompt": [{"role": "user", "content": f"{row['question']} {INSTRUCTION}"}],
+        "prompt": [{"content": f"{row['question']} {INSTRUCTION}", "role": "user"}],
         "ability": "math",
-        "reward_model": {"style": "rule", "ground_truth": ground_truth(row["answer"])},
-        "extra_info": {"split": split, "index": index, "answer": row["answer"], "question": row["question"]},
-    } for index, row in enumerate(rows)]
-    return pa.Table.from_pylist(records, schema=schema)
+        "reward_model": {"ground_truth": ground_truth(row["answer"]), "style": "rule"},
+        "extra_info": {"answer": row["answer"], "index": index, "question": row["question"], "split": split},
+    } for index, row in enumerate(rows)])
 
 
 def write(splits: dict[str, Rows], folder: Path) -> dict[str, Path]:
@@ -269,19 +259,16 @@ def write(splits: dict[str, Rows], folder: Path) -> dict[str, Path]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Make both parquet files from the source given on the command line."""
-    parser = argparse.ArgumentParser(prog="bridge.stages.data", description="GSM8K as parquet files for verl.")
-    parser.add_argument("source", help="hub, builtin, or a folder with train.jsonl and test.jsonl")
-    parser.add_argument("--output", type=Path, required=True, help="folder of train.parquet and test.parquet")
-    given = parser.parse_args(arguments)
-    source = checked_source(given.source)
+    """What the stage runs: hub, builtin or a folder of train.jsonl and test.jsonl; and the folder of both parquet files."""
+    source, output = sys.argv[1:] if arguments is None else arguments
+    source = checked_source(source)
     if source == "hub":
         splits, origin = from_hub(), f"{GSM8K} on the hub"
     elif source == "builtin":
         splits, origin = problems(), "builtin problems"
     else:
         splits, origin = from_folder(Path(source)), source
-    for split, file in write(splits, given.output).items():
+    for split, file in write(splits, Path(output)).items():
         print(f"{file}: {len(splits[split])} rows from {origin}")
 
 
