@@ -181,32 +181,23 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, {"url": f"{self.hub.url}/{repo_id}", "name": repo_id})
 
     def preupload(self, repo_id: str, revision: str) -> None:
-        repository = self.repository(repo_id, write=True)
+        self.repository(repo_id, write=True)
+        # oid: None, since nothing was there before.
         self.answer(200, {"files": [
-            {"path": file["path"], "shouldIgnore": False, "oid": self.known(repository, file["path"]),
+            {"path": file["path"], "shouldIgnore": False, "oid": None,
              "uploadMode": "lfs" if is_lfs(file["path"], file["size"]) else "regular"}
             for file in json.loads(self.body)["files"]
         ]})
-
-    def known(self, repository: Repository, path: str) -> str | None:
-        """By what the client sees that a file is there already, unchanged; None if it is not there."""
-        return None
 
     def lfs_batch(self, repo_id: str) -> None:
         self.repository(repo_id, write=True)
         answers = []
         for asked in json.loads(self.body)["objects"]:
-            oid, size = asked["oid"], asked["size"]
-            link = f"{self.hub.url}/objects/{oid}"
-            upload = {"href": link, "header": self.parts(link, size)}
+            upload = {"href": f"{self.hub.url}/objects/{asked['oid']}"}
             # An object that is there already gets no actions: the client skips it.
-            stored = (self.hub.objects / oid).exists()
-            answers.append({"oid": oid, "size": size, **({} if stored else {"actions": {"upload": upload}})})
+            stored = (self.hub.objects / asked["oid"]).exists()
+            answers.append({**asked, **({} if stored else {"actions": {"upload": upload}})})
         self.answer(200, {"transfer": "basic", "objects": answers})
-
-    def parts(self, link: str, size: int) -> dict[str, str]:
-        """Where the parts of a file go that is not uploaded in one piece; nothing for one that is."""
-        return {}
 
     def upload(self, sha256: str) -> None:
         """Store an object. Like the hub's signed links it asks for no token."""
