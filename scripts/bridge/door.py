@@ -9,7 +9,6 @@ from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 
-from bridge import __version__
 from bridge import settings as settings_module
 from bridge.environment import clean_environment, work_dir_problems
 from bridge.errors import Tolerance, UsageError, exit_status, nearest, say
@@ -58,9 +57,6 @@ def run(argv: list[str], env: Mapping[str, str]) -> int:
     """Do what the command line says."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
-        return 0
-    if argv[0] == "--version":
-        print(__version__)
         return 0
     name, arguments = argv[0], argv[1:]
     known = [*STAGES, *TOOLS]
