@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bridge import compose, hardware, model_folder
-from bridge.errors import UsageError, exit_status, refuse, say
+from bridge.errors import UsageError, exit_status, refuse, say, write_whole
 from bridge.plan import Plan
 from bridge.runs import record
 from bridge.settings import Settings
@@ -266,7 +266,7 @@ def main() -> None:
         answers = evaluate(name, Path(folder), arguments.data, arguments.rows, limits, GENERATORS[arguments.engine])
         results[name] = {**summary(answers), "seconds": round(time.monotonic() - started, 1), "folder": folder}
         lines += [json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers]
-        record.write_whole(arguments.output / ANSWERS_FILE, "".join(lines))
+        write_whole(arguments.output / ANSWERS_FILE, "".join(lines))
     result = {"data": str(arguments.data), "rows": arguments.rows, **limits, "confidence": CONFIDENCE,
               "engine": f"{arguments.engine} {version(arguments.engine)}", "models": results}
     record.write_json(arguments.output / RESULT_FILE, result, [])

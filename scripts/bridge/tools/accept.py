@@ -90,7 +90,7 @@ class Acceptance:
 
         def saved() -> bool:
             # SFT writes the step's line before it saves, PPO after.
-            return bool(record.newest_checkpoint(stage_dir, stage)
+            return bool(any(found.complete for found in record.saved_checkpoints(stage_dir, stage))
                         and metrics.read(stage_dir / "metrics.jsonl"))
 
         self.command(trial.stage(stage, {**self.env, **env}, arguments, log, saved if stop else lambda: False))
