@@ -8,7 +8,6 @@ case, with tables beside it. `bridge bench --report FILE.json` makes these from 
 import json
 import os
 import re
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -96,6 +95,9 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
 def measure_all(cases: list[Case], settings: Settings, env: Mapping[str, str], gpus: list[hardware.Gpu]) -> int:
     """Measure case after case; bench.json is whole after each."""
     results = earlier(settings.work_dir / "bench.json", header(settings, env, gpus))
+    if gpus:
+        # Held open: hardware's own init and shutdown, at each look at the memory, are then cheap.
+        pynvml.nvmlInit()
     for case in cases:
         say(f"--- {case.name}")
         found = measure(case, settings, env, gpus)
@@ -168,9 +170,14 @@ def measure(case: Case, settings: Settings, env: Mapping[str, str], gpus: list[h
     case_env = {**env, "RUN": case.name, "PROFILE": case.profile}
     started, result = time.time(), {"profile": case.profile, "overrides": case.overrides, "against": case.against,
                                     "caches": case.caches, "steps": case.steps, "started": record.now()}
-    with PeakMemory(env, len(gpus)) as memory:
-        status = trial.stage(case.stage, case_env, [*ALWAYS, *case.overrides], log,
-                             lambda: len(metrics.read(stage_dir / "metrics.jsonl")) >= case.steps)
+    used: list[int] = []
+
+    def enough() -> bool:
+        # Asked 5 times a second, and so is the driver.
+        used.extend(gpu.memory_used for gpu in hardware.visible_gpus(env)[:len(gpus)])
+        return len(metrics.read(stage_dir / "metrics.jsonl")) >= case.steps
+
+    status = trial.stage(case.stage, case_env, [*ALWAYS, *case.overrides], log, enough)
     rows = metrics.read(stage_dir / "metrics.jsonl")
     if status or len(rows) < case.steps:
         return {**result, "status": "failed", "exit_status": status, "steps_made": len(rows), "log": trial.last_lines(log, 40)}
@@ -183,7 +190,7 @@ def measure(case: Case, settings: Settings, env: Mapping[str, str], gpus: list[h
                               log.read_text(errors="replace"))
     first = figures["first_step_seconds"]
     figures["start_seconds"] = None if first is None else round(rows[0]["time"] - started - first, 2)
-    return {**result, "status": "measured", **figures, "peak_memory_gib": memory.most and round(memory.most / 2**30, 2)}
+    return {**result, "status": "measured", **figures, "peak_memory_gib": round(max(used) / 2**30, 2) if used else None}
 
 
 def ppo_figures(rows: list[dict], config: Mapping[str, Any], gpus: int) -> dict[str, Any]:
@@ -232,31 +239,6 @@ def tokens_per_row(model_dir: Path, data: str) -> float:
     config = json.loads(data)
     rows = SFTDataset(config["train_files"], AutoTokenizer.from_pretrained(model_dir), config)
     return fmean(int(rows[index]["attention_mask"].sum()) for index in range(len(rows)))
-
-
-class PeakMemory(threading.Thread):
-    """The most memory (bytes) used on any of the first `count` visible GPUs while this runs; None without a GPU."""
-
-    def __init__(self, env: Mapping[str, str], count: int):
-        super().__init__(daemon=True)
-        self.env, self.count, self.most, self.done = env, count, None, threading.Event()
-
-    def run(self) -> None:
-        # Held open: hardware's own init and shutdown are then cheap.
-        pynvml.nvmlInit()
-        while not self.done.wait(0.2):
-            self.most = max([self.most or 0, *(gpu.memory_used for gpu in hardware.visible_gpus(self.env)[:self.count])])
-        pynvml.nvmlShutdown()
-
-    def __enter__(self) -> "PeakMemory":
-        if self.count:
-            self.start()
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self.done.set()
-        if self.count:
-            self.join()
 
 
 def header(settings: Settings, env: Mapping[str, str], gpus: list[hardware.Gpu]) -> dict[str, Any]:
