@@ -13,7 +13,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from bridge.standins.hub import ID, INVALID_TOKEN, REVISION, Handler, Refusal, Repository, StandInHub, is_lfs
 
@@ -65,6 +65,12 @@ class GatedRepository(Repository):
 
 class DownloadsHandler(Handler):
     """The routes of the upload by accounts of all kinds, and those of the download."""
+
+    def serve(self) -> None:
+        self.hub.requests.append((self.command, unquote(urlsplit(self.path).path)))
+        super().serve()
+
+    do_GET = do_HEAD = do_POST = do_PUT = serve
 
     def account(self) -> Account | None:
         """Whose token came with the request; None without a token."""
@@ -255,6 +261,7 @@ class DownloadsHub(StandInHub):
     def __init__(self, folder: Path, tokens: Mapping[str, Account], part_size: int = 64_000_000):
         super().__init__(folder, "")
         self.tokens, self.part_size = dict(tokens), part_size
+        self.requests: list[tuple[str, str]] = []
         self.transfers_allowed: int | None = None
         self.lock = threading.Lock()
 

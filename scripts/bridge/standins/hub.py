@@ -58,7 +58,6 @@ class StandInHub:
         token: with which everything may be done.
 
     Attributes:
-        requests: (method, path) of every request so far, in order.
         repositories: by OWNER/NAME.
     """
 
@@ -69,7 +68,6 @@ class StandInHub:
         self.objects = Path(folder) / "objects"
         self.objects.mkdir(parents=True, exist_ok=True)
         self.token = token
-        self.requests: list[tuple[str, str]] = []
         self.repositories: dict[str, Repository] = {}
 
     def __enter__(self) -> "StandInHub":
@@ -114,7 +112,7 @@ class Handler(BaseHTTPRequestHandler):
     more_routes: list[tuple[str, str, str]] = []
 
     def log_message(self, *_arguments) -> None:
-        """Requests are kept in hub.requests instead of being printed."""
+        """What a rehearsal prints is not of this."""
 
     def answer(self, status: int, body: object = None, headers: Mapping[str, str] | None = None) -> None:
         data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -129,7 +127,6 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         # Whatever the answer will be: what is left of it would be taken for the next request.
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.hub.requests.append((self.command, path))
         try:
             for method, pattern, route in (*ROUTES, *self.more_routes):
                 match = re.fullmatch(pattern, path)
