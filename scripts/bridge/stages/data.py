@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,6 +33,8 @@ FORM = '{"question": "...", "answer": "... #### NUMBER"}'
 SHOWN = 20
 
 Rows = list[dict[str, str]]
+# What a row is called before its number, and the rows with their numbers.
+Numbered = tuple[str, list[tuple[int, Any]]]
 
 
 def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
@@ -158,30 +160,13 @@ def from_folder(folder: Path) -> dict[str, Rows]:
     Raises:
         UsageError: with every bad row of every file.
     """
-    faults: list[str] = []
-    splits: dict[str, Rows] = {}
+    splits = {}
     for split in SPLITS:
         file = folder / f"{split}.jsonl"
         # Bytes, because lines of text would also end at U+2028, which JSON may hold within a string.
         lines = file.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
-        filled = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-        splits[split] = checked_rows(filled, lambda line: checked_row(parsed(line)), str(file), f"{file}, line", faults)
-    refuse_rows(faults)
-    return splits
-
-
-def checked_rows(numbered: Iterable[tuple[int, Any]], check: Callable[[Any], dict[str, str]], source: str, place: str,
-                 faults: list[str]) -> Rows:
-    """The rows that `check` takes; what is wrong with the others is appended to faults, by their numbers."""
-    rows, before = [], len(faults)
-    for number, row in numbered:
-        try:
-            rows.append(check(row))
-        except ValueError as error:
-            faults.append(f"{place} {number}: {error}")
-    if not rows and len(faults) == before:
-        faults.append(f"{source} has no rows.")
-    return rows
+        splits[split] = f"{file}, line", [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    return checked_splits(splits, lambda line: checked_row(parsed(line)))
 
 
 def from_hub() -> dict[str, Rows]:
@@ -205,19 +190,30 @@ def from_hub() -> dict[str, Rows]:
             "data folder), or give a folder with train.jsonl and test.jsonl (DATA_SOURCE=folder), or rehearse with "
             "made-up problems (DATA_SOURCE=builtin).",
         ) from error
-    faults: list[str] = []
-    splits = {split: checked_rows(enumerate(found[split], start=1), checked_row, f"{GSM8K} {split}", f"{GSM8K} {split}, row",
-                                  faults) for split in SPLITS}
-    refuse_rows(faults)
-    return splits
+    return checked_splits({split: (f"{GSM8K} {split}, row", list(enumerate(found[split], start=1))) for split in SPLITS},
+                          checked_row)
 
 
-def refuse_rows(faults: list[str]) -> None:
-    """Raise a UsageError that shows the first faults and counts the others, if there are any."""
+def checked_splits(splits: Mapping[str, Numbered], check: Callable[[Any], dict[str, str]]) -> dict[str, Rows]:
+    """What `check` makes of the rows of each split.
+
+    Raises:
+        UsageError: shows the first faults and counts the others, if there are any.
+    """
+    found, faults = {split: [] for split in splits}, []
+    for split, (place, rows) in splits.items():
+        for number, row in rows:
+            try:
+                found[split].append(check(row))
+            except ValueError as error:
+                faults.append(f"{place} {number}: {error}")
+        if not rows:
+            faults.append(f"{place.rpartition(',')[0]} has no rows.")
     more = len(faults) - SHOWN
     if faults:
         raise UsageError(*faults[:SHOWN], *([f"... and {more} more bad row{'s' if more > 1 else ''}."] if more > 0 else []),
                          f"Nothing was written. Each line must be {FORM}; mend or remove the lines named.")
+    return found
 
 
 def table(split: str, rows: Rows) -> pa.Table:
