@@ -188,21 +188,16 @@ def score(text: str, data_source: str, ground_truth: str) -> dict[str, Any]:
             "last_number": last, "last_number_score": float(last == ground_truth)}
 
 
-def wilson(correct: float, count: int) -> tuple[float, float]:
-    """Wilson's confidence interval of a share of successes; unlike the normal one it is right near 0 and 1, too."""
+def summary(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the rows of one model come to; Wilson's confidence interval, unlike the normal one, is right near 0 and 1, too."""
     from scipy.stats import binomtest
 
-    found = binomtest(int(correct), count).proportion_ci(CONFIDENCE, method="wilson")
-    return float(found.low), float(found.high)
-
-
-def summary(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the rows of one model come to."""
     count = len(answers)
     found = {"rows": count}
     for key, name in (("score", "accuracy"), ("last_number_score", "last_number_accuracy")):
         correct = sum(answer[key] for answer in answers)
-        found |= {name: correct / count, f"{name}_interval": wilson(correct, count)}
+        interval = binomtest(int(correct), count).proportion_ci(CONFIDENCE, method="wilson")
+        found |= {name: correct / count, f"{name}_interval": tuple(map(float, interval))}
     return {**found, "mean_response_tokens": sum(answer["response_tokens"] for answer in answers) / count,
             "cut_off": sum(answer["cut_off"] for answer in answers) / count}
 
