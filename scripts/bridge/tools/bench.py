@@ -80,8 +80,7 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
                          f"profiles {', '.join(ON_CPU)} run, from a file of your own.")
     ranks = settings.gpus or len(gpus) or 2
     settings = settings_module.read({**env, "MODEL": env.get("MODEL") or DEFAULT_MODEL})
-    bench_env = trial.environment(env, settings.work_dir / "bench", MODEL=settings.model, GPUS=str(ranks))
-    bench = settings_module.read(bench_env)
+    bench, bench_env = trial.inside(settings.work_dir / "bench", env, MODEL=settings.model, GPUS=str(ranks))
     has_model = any((found.model_dir / "run.json").is_file() for found in (bench, settings))
     trial.check(bench, env, [path for case in cases for path in leftovers(case, bench)], new_model=not has_model)
     with trial.own_folder(settings, "bench") as folder:
@@ -315,10 +314,10 @@ def measured_cases(results: Mapping[str, Any], stage: str) -> Iterator[tuple[str
     return ((f"{stage}-{label}", case) for label, case in results[stage].items() if case["status"] == "measured")
 
 
-def phases(case: Mapping[str, Any]) -> dict[str, float]:
+def phases(case: Mapping[str, Any]) -> list[float]:
     """Seconds of each phase of PHASES in one step."""
-    found = {name: case["phases"][name] for name in PHASES if name != "other"}
-    return {**found, "other": max(0.0, case["phases"]["step"] - sum(found.values()))}
+    found = [case["phases"][name] for name in PHASES if name != "other"]
+    return [*found, max(0.0, case["phases"]["step"] - sum(found))]
 
 
 def number(value: float | None, digits: int = 0) -> str:
@@ -344,7 +343,7 @@ def markdown(results: Mapping[str, Any]) -> str:
             for stage in ("sft", "ppo") for name, case in measured_cases(results, stage)]
     lines += table(["case", "s a step", "tokens/s/GPU", "with padding", "ratio", "MFU (actor)", "MFU critic", "peak GiB",
                     "start s", "first step s"], rows)
-    rows = [[name, *(number(seconds, 2) for seconds in phases(case).values()), number(case["phases"]["step"], 2),
+    rows = [[name, *(number(seconds, 2) for seconds in phases(case)), number(case["phases"]["step"], 2),
              number(case["answer_tokens"])] for name, case in measured_cases(results, "ppo")]
     if rows:
         lines += ["", *table(["PPO, seconds", *PHASES, "step", "answer tokens"], rows)]
