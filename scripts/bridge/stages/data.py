@@ -13,8 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet
+from pyarrow import Table, parquet
 
 from bridge.errors import UsageError, exit_status, naming, nearest, refuse
 from bridge.plan import Plan
@@ -216,9 +215,9 @@ def checked_splits(splits: Mapping[str, Numbered], check: Callable[[Any], dict[s
     return found
 
 
-def table(split: str, rows: Rows) -> pa.Table:
+def table(split: str, rows: Rows) -> Table:
     """Rows in the schema that `datasets` gives verl's script: fields within a struct are in alphabetical order."""
-    return pa.Table.from_pylist([{
+    return Table.from_pylist([{
         "data_source": GSM8K,
         "prompt": [{"content": f"{row['question']} {INSTRUCTION}", "role": "user"}],
         "ability": "math",
@@ -237,7 +236,7 @@ def write(splits: dict[str, Rows], folder: Path) -> dict[str, Path]:
         old.mkdir()
         for split, rows in splits.items():
             with naming(files[split]):
-                pa.parquet.write_table(table(split, rows), new / split)
+                parquet.write_table(table(split, rows), new / split)
         try:
             for split, file in files.items():
                 if file.exists():
