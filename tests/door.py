@@ -83,6 +83,11 @@ def recorded(**changes) -> dict:
             "attempts": [{"command": ["python"]}], **changes}
 
 
+def newest_checkpoint(stage_dir: Path, stage: str):
+    """The newest complete checkpoint of a run; None if there is none."""
+    return next((found for found in reversed(record.saved_checkpoints(stage_dir, stage)) if found.complete), None)
+
+
 def stopped_after(step: int, work_dir: Path, stage: str, *arguments: str, timeout: float = 300, **env: str) -> int:
     """Start a stage, end it with SIGTERM once it has gone past `step`, whose checkpoint is whole; returns its status."""
     folder = work_dir / "runs" / env["RUN"] / stage

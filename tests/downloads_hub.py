@@ -13,7 +13,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from bridge.standins.hub import ID, INVALID_TOKEN, REVISION, Handler, Refusal, Repository, StandInHub, is_lfs
 
@@ -65,6 +65,12 @@ class GatedRepository(Repository):
 
 class DownloadsHandler(Handler):
     """The routes of the upload by accounts of all kinds, and those of the download."""
+
+    def serve(self) -> None:
+        self.hub.requests.append((self.command, unquote(urlsplit(self.path).path)))
+        super().serve()
+
+    do_GET = do_HEAD = do_POST = do_PUT = serve
 
     def account(self) -> Account | None:
         """Whose token came with the request; None without a token."""
@@ -118,9 +124,14 @@ class DownloadsHandler(Handler):
         _, files = self.commit_at(self.repository(repo_id), revision)
         self.answer(200, [file.row() for file in files.values()])
 
-    def known(self, repository: Repository, path: str) -> str | None:
-        _, files = self.commit_at(repository, None)
-        return files[path].oid if path in files else None
+    def preupload(self, repo_id: str, revision: str) -> None:
+        _, there = self.commit_at(self.repository(repo_id, write=True), None)
+        self.answer(200, {"files": [
+            # By oid the client sees that a file is there already, unchanged.
+            {"path": file["path"], "shouldIgnore": False, "oid": there[file["path"]].oid if file["path"] in there else None,
+             "uploadMode": "lfs" if is_lfs(file["path"], file["size"]) else "regular"}
+            for file in json.loads(self.body)["files"]
+        ]})
 
     def whoami(self) -> None:
         self.authorize()
@@ -130,7 +141,18 @@ class DownloadsHandler(Handler):
             "auth": {"type": "access_token", "accessToken": {"role": "write" if account.may_write else "read"}},
         })
 
+    def lfs_batch(self, repo_id: str) -> None:
+        self.repository(repo_id, write=True)
+        answers = []
+        for asked in json.loads(self.body)["objects"]:
+            link = f"{self.hub.url}/objects/{asked['oid']}"
+            upload = {"href": link, "header": self.parts(link, asked["size"])}
+            stored = (self.hub.objects / asked["oid"]).exists()
+            answers.append({**asked, **({} if stored else {"actions": {"upload": upload}})})
+        self.answer(200, {"transfer": "basic", "objects": answers})
+
     def parts(self, link: str, size: int) -> dict[str, str]:
+        """Where the parts of a file go that is not uploaded in one piece; nothing for one that is."""
         count = -(-size // self.hub.part_size)
         return {} if count == 1 else {"chunk_size": str(self.hub.part_size),
                                       **{str(part): f"{link}/{part}" for part in range(1, count + 1)}}
@@ -239,6 +261,7 @@ class DownloadsHub(StandInHub):
     def __init__(self, folder: Path, tokens: Mapping[str, Account], part_size: int = 64_000_000):
         super().__init__(folder, "")
         self.tokens, self.part_size = dict(tokens), part_size
+        self.requests: list[tuple[str, str]] = []
         self.transfers_allowed: int | None = None
         self.lock = threading.Lock()
 

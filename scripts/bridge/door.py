@@ -9,7 +9,6 @@ from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 
-from bridge import __version__
 from bridge import settings as settings_module
 from bridge.environment import clean_environment, work_dir_problems
 from bridge.errors import Tolerance, UsageError, exit_status, nearest, say
@@ -56,19 +55,13 @@ def usage() -> str:
 
 def run(argv: list[str], env: Mapping[str, str]) -> int:
     """Do what the command line says."""
-    if not argv or argv[0] in ("-h", "--help", "help"):
+    if not argv or argv[0] == "help" or {"-h", "--help"} & set(argv):
         print(usage())
-        return 0
-    if argv[0] == "--version":
-        print(__version__)
         return 0
     name, arguments = argv[0], argv[1:]
     known = [*STAGES, *TOOLS]
     if name not in known:
         raise UsageError(f"{name!r} is no stage. Stages: {', '.join(known)}.{nearest(name, known)}")
-    if "--help" in arguments or "-h" in arguments:
-        print(usage())
-        return 0
     if name in TOOLS:
         return import_module(f"bridge.tools.{name}").run(settings_module.read(env), env, arguments)
     overrides = [argument for argument in arguments if argument != "--dry-run"]

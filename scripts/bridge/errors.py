@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -138,3 +139,11 @@ def read_json(file: Path) -> Any:
             return json.loads(file.read_text(encoding="utf-8"))
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = file.with_name(file.name + ".tmp")
+    with naming(temporary):
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, file)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bridge.runs import checkpoints, metrics, record
-from door import bridge, left_running, stopped_after
+from door import bridge, left_running, newest_checkpoint, stopped_after
 
 RANKS = 8
 SETTINGS = {"DATA_SOURCE": "builtin", "MODEL": "tiny", "PROFILE": "eight", "GPUS": str(RANKS), "RUN": "eight",
@@ -57,7 +57,7 @@ def test_the_merged_weights_are_the_eight_shards_one_after_the_other(work_dir, s
     import torch
     from safetensors.torch import load_file
 
-    newest = record.newest_checkpoint(work_dir / stage, stage)
+    newest = newest_checkpoint(work_dir / stage, stage)
     assert newest.step == {"sft": 4, "ppo": 1}[stage]
     folder = newest.path / next(iter(checkpoints.mergeable(stage)))
     shards = [torch.load(folder / f"model_world_size_{RANKS}_rank_{rank}.pt", weights_only=False) for rank in range(RANKS)]

@@ -14,7 +14,7 @@ import pytest
 from bridge.runs import checkpoints, metrics, record
 from bridge.stages import merge
 from bridge.tools.rehearse import REPOSITORY, STEPS, TOKEN
-from door import SHELL, left_running
+from door import SHELL, left_running, newest_checkpoint
 from listeners import listeners_by_stage, rows_of_the_page
 
 # In 64 steps the random model's loss has to fall to less than half (seen: 6.4 -> 2.3).
@@ -85,7 +85,7 @@ def test_ppo_starts_from_the_merged_sft_model(rehearsal):
 
 def test_two_ranks_took_part(rehearsal):
     for stage in ("sft", "ppo"):
-        newest = record.newest_checkpoint(rehearsal.stage(stage), stage)
+        newest = newest_checkpoint(rehearsal.stage(stage), stage)
         shards = newest.path / next(iter(checkpoints.mergeable(stage))) / "fsdp_config.json"
         assert json.loads(shards.read_text())["world_size"] == 2
 
@@ -136,7 +136,7 @@ def test_the_merged_weights_are_those_of_the_checkpoint(rehearsal):
     import torch
     from safetensors.torch import load_file
 
-    shards = record.newest_checkpoint(rehearsal.stage("sft"), "sft").path
+    shards = newest_checkpoint(rehearsal.stage("sft"), "sft").path
     ranks = [torch.load(shards / f"model_world_size_2_rank_{rank}.pt", weights_only=False) for rank in range(2)]
     merged = load_file(rehearsal.stage("sft") / "merged" / "model.safetensors")
     for name, tensor in merged.items():
@@ -207,7 +207,7 @@ def test_the_trainers_shards_are_compared_with_the_model_that_they_started_from(
     import torch
     from safetensors.torch import load_file
 
-    shards = record.newest_checkpoint(rehearsal.stage(stage), stage).path / next(iter(checkpoints.mergeable(stage)))
+    shards = newest_checkpoint(rehearsal.stage(stage), stage).path / next(iter(checkpoints.mergeable(stage)))
     base = merge.base_of(shards)
     assert base == (rehearsal.folder / "models" / "tiny" if stage == "sft" else rehearsal.stage("sft") / "merged")
     assert merge.equal_to_base(shards, base) is False

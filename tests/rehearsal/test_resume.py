@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bridge.runs import checkpoints, metrics, record
-from door import bridge, left_running, stopped_after
+from door import bridge, left_running, newest_checkpoint, stopped_after
 
 pytestmark = pytest.mark.long
 
@@ -124,7 +124,7 @@ def test_a_failing_trainers_exit_status_is_passed_on_and_recorded(work_dir):
 def test_an_older_step_and_any_folder_that_verl_wrote_can_be_merged(work_dir, uninterrupted):
     # The checkpoints of the runs above.
     sft, ppo = work_dir / "runs" / "through" / "sft", work_dir / "runs" / "ppo" / "ppo"
-    newest = record.newest_checkpoint(ppo, "ppo").path
+    newest = newest_checkpoint(ppo, "ppo").path
     for settings, merged, shards in (({"STAGE": "sft", "STEP": "32"}, sft, sft / "checkpoints" / "global_step_32"),
                                      ({"CKPT": str(newest)}, work_dir / "runs" / "through" / "ckpt", newest / "actor")):
         result = run(work_dir, "merge", RUN="through", **settings)

@@ -1,7 +1,7 @@
 """The benchmark: its cases, and figures out of what verl really printed (captured/, from a rehearsal on CPU)."""
 
 import json
-import time
+import shutil
 from pathlib import Path
 
 import pytest
@@ -137,18 +137,30 @@ def test_without_a_gpu_the_real_cases_are_refused_before_anything_is_made(tmp_pa
     assert "Did you mean ppo-tuned?" in bridge("bench", WORK_DIR=str(tmp_path / "work"), CASES="ppo-tuned-").stderr
 
 
-def test_peak_memory_is_the_most_of_any_of_the_gpus_used(monkeypatch):
+def test_peak_memory_is_the_most_of_any_of_the_gpus_used(monkeypatch, tmp_path):
     # (GPU 0, GPU 1, one that is not used), as seen one after another, and so on at the end.
-    seen = iter([(10, 20, 90), (30, 5, 90)] + [(0, 0, 90)] * 100)
+    seen = iter([(gib << 30 for gib in gibs) for gibs in [(10, 20, 90), (30, 5, 90)] + [(0, 0, 90)] * 100])
     monkeypatch.setattr(bench.hardware, "visible_gpus", lambda env: [Gpu("0", "H200", 100, used) for used in next(seen)])
-    for name in ("nvmlInit", "nvmlShutdown"):
-        monkeypatch.setattr(bench.pynvml, name, lambda: None)
-    with bench.PeakMemory({}, 2) as memory:
-        time.sleep(0.7)
-    assert memory.most == 30
-    with bench.PeakMemory({}, 0) as memory:
-        pass
-    assert memory.most is None
+    settings = bench.settings_module.read({"WORK_DIR": str(tmp_path)})
+    case = bench.Case("ppo-tuned", "tuned", steps=2)
+
+    def stage(name, env, arguments, log, until):
+        while not until():
+            with open(tmp_path / "runs" / "ppo-tuned" / "ppo" / "metrics.jsonl", "a") as file:
+                file.write('{"step": 1, "time": 1}\n')
+        return 0
+
+    def measured(gpus: int) -> float | None:
+        (tmp_path / "runs" / "ppo-tuned" / "ppo").mkdir(parents=True)
+        return bench.measure(case, settings, {}, [Gpu("0", "H200", 100, 0)] * gpus)["peak_memory_gib"]
+
+    monkeypatch.setattr(bench.trial, "stage", stage)
+    monkeypatch.setattr(bench.trial, "remove", lambda _paths: None)
+    monkeypatch.setattr(bench.record, "read", lambda _folder: {"config": {}})
+    monkeypatch.setattr(bench, "ppo_figures", lambda *_: {"first_step_seconds": None})
+    assert measured(2) == 30
+    shutil.rmtree(tmp_path / "runs")
+    assert measured(0) is None
 
 
 def case(rate: float, against: str | None = None, **more) -> dict:

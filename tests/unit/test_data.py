@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import pyarrow.parquet
 import pytest
@@ -14,7 +15,7 @@ from bridge import settings
 from bridge.errors import UsageError, exit_status
 from bridge.runs import record
 from bridge.stages import data
-from bridge.standins.word_problems import TEMPLATES, problems
+from bridge.standins.word_problems import TEMPLATES, problem, problems
 from door import recorded
 
 GSM8K_DIR = Path(os.environ.get("GSM8K_DIR") or settings.ROOT.parent / "shared" / "data" / "gsm8k")
@@ -31,7 +32,7 @@ def real(tmp_path_factory):
     if not GSM8K_DIR.is_dir():
         pytest.skip(f"the real GSM8K is not in {GSM8K_DIR} (set GSM8K_DIR)")
     output = tmp_path_factory.mktemp("real")
-    data.main([str(GSM8K_DIR), "--output", str(output)])
+    data.main([str(GSM8K_DIR), str(output)])
     return output
 
 
@@ -59,7 +60,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def fails(source: object, output: Path) -> list[str]:
     with pytest.raises(UsageError) as error:
-        data.main([str(source), "--output", str(output)])
+        data.main([str(source), str(output)])
     return error.value.problems
 
 
@@ -160,7 +161,8 @@ def test_verls_scorer_gives_every_real_answer_full_marks(real):
 
 
 def test_builtin_arithmetic_is_right():
-    for row in [row for rows in problems(3000, 300, seed=7).values() for row in rows]:
+    random = Random(7)
+    for row in [problem(template, random) for template in TEMPLATES for _ in range(400)]:
         *steps, last = row["answer"].split("\n")
         # Numbers that the text has, besides those worked out by earlier steps.
         known = {int(number) for number in re.findall(r"[0-9]+", row["question"])}
@@ -187,10 +189,9 @@ def test_builtin_problems_are_short_and_of_many_kinds(builtin):
 
 def test_builtin_problems_are_the_same_on_every_machine(builtin):
     assert problems() == builtin
-    assert problems(seed=1) != builtin
     assert builtin["train"][0] == {
-        "question": "David has 21 books and gets 8 more. How many books does David have now?",
-        "answer": "David has 21+8=<<21+8=29>>29 books.\n#### 29",
+        "question": "Ken has 12 pencils and gets 12 more. How many pencils does Ken have now?",
+        "answer": "Ken has 12+12=<<12+12=24>>24 pencils.\n#### 24",
     }
     # Python's hash seed, which differs from process to process, plays no part.
     code = "import json; from bridge.standins.word_problems import problems; print(json.dumps(problems()))"
@@ -202,7 +203,7 @@ def test_builtin_problems_are_the_same_on_every_machine(builtin):
 
 def test_builtin_parquet_files_are_the_same_bytes_every_time(tmp_path):
     for name in ("one", "two"):
-        data.main(["builtin", "--output", str(tmp_path / name)])
+        data.main(["builtin", str(tmp_path / name)])
     assert content(tmp_path / "one") == content(tmp_path / "two")
 
 
@@ -211,19 +212,8 @@ def test_no_builtin_question_occurs_twice(builtin):
     assert len(set(questions)) == len(questions)
 
 
-def test_builtin_test_rows_do_not_depend_on_the_number_of_train_rows(builtin):
-    assert problems(train_rows=5)["test"] == builtin["test"]
-
-
-def test_more_builtin_rows_than_there_are_problems_are_refused(monkeypatch):
-    fixed = ("How many?", ["1+1=<<1+1=2>>2"], 2)
-    monkeypatch.setattr("bridge.standins.word_problems.TEMPLATES", (lambda random: fixed,))
-    with pytest.raises(UsageError, match="not 3 different builtin problems"):
-        problems(train_rows=2, test_rows=1)
-
-
 def test_what_was_made_is_said(tmp_path, capsys):
-    data.main(["builtin", "--output", str(tmp_path)])
+    data.main(["builtin", str(tmp_path)])
     assert [len(rows_of(tmp_path / f"{split}.parquet")) for split in data.SPLITS] == [512, 64]
     assert capsys.readouterr().out.splitlines() == [
         f"{tmp_path / 'train.parquet'}: 512 rows from builtin problems",
@@ -235,7 +225,7 @@ def test_folder_rows_keep_their_order_and_commas_leave_only_the_truth(source, tm
     texts = [line(question=f"Number {index}?\u2028\u00e9", id=index) for index in range(30)]
     # As editors on Windows leave them: byte order mark, CRLF, blank lines at the end.
     (source / "train.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(texts) + b"\r\n\r\n")
-    data.main([str(source), "--output", str(tmp_path / "output")])
+    data.main([str(source), str(tmp_path / "output")])
     rows = rows_of(tmp_path / "output" / "train.parquet")
     assert [row["extra_info"]["question"] for row in rows] == [f"Number {index}?\u2028\u00e9" for index in range(30)]
     assert [row["extra_info"]["index"] for row in rows] == list(range(30))
@@ -246,7 +236,7 @@ def test_folder_rows_keep_their_order_and_commas_leave_only_the_truth(source, tm
 def test_line_separators_within_a_text_do_not_end_a_row(source, tmp_path):
     row = json.dumps({**GOOD, "question": "One\u2028two\x85three?"}, ensure_ascii=False)
     (source / "test.jsonl").write_text(row + "\n", encoding="utf-8")
-    data.main([str(source), "--output", str(tmp_path / "output")])
+    data.main([str(source), str(tmp_path / "output")])
     assert len(rows_of(tmp_path / "output" / "test.parquet")) == 1
 
 
@@ -314,7 +304,7 @@ def test_a_long_list_of_bad_rows_is_cut_and_the_rest_counted(source, tmp_path):
 
 def test_bad_rows_leave_old_files_untouched(source, tmp_path):
     output = tmp_path / "output"
-    data.main(["builtin", "--output", str(output)])
+    data.main(["builtin", str(output)])
     before = content(output)
     (source / "test.jsonl").write_bytes(b"{}")
     fails(source, output)
@@ -379,7 +369,7 @@ def test_a_folder_called_hub_needs_a_path(source, tmp_path, monkeypatch):
 def test_both_files_appear_or_none(source, tmp_path, monkeypatch, failing, old, error):
     output = tmp_path / "output"
     if old:
-        data.main(["builtin", "--output", str(output)])
+        data.main(["builtin", str(output)])
     before = content(output)
     replace, failed = os.replace, []
 
@@ -391,7 +381,7 @@ def test_both_files_appear_or_none(source, tmp_path, monkeypatch, failing, old, 
 
     monkeypatch.setattr(os, "replace", fail_once)
     with pytest.raises(error, match="as asked"):
-        data.main([str(source), "--output", str(output)])
+        data.main([str(source), str(output)])
     assert content(output) == before
     assert sorted(os.listdir(output)) == sorted(before)
 
@@ -403,14 +393,14 @@ def test_a_full_disk_leaves_nothing_behind(source, tmp_path, monkeypatch):
 
     monkeypatch.setattr(pyarrow.parquet, "write_table", full)
     with pytest.raises(OSError, match="No space left"):
-        data.main([str(source), "--output", str(tmp_path / "output")])
+        data.main([str(source), str(tmp_path / "output")])
     assert os.listdir(tmp_path / "output") == []
 
 
 def test_new_files_replace_old_ones(source, tmp_path):
     for _ in range(2):
-        data.main([str(source), "--output", str(tmp_path / "output")])
-    data.main(["builtin", "--output", str(tmp_path / "output")])
+        data.main([str(source), str(tmp_path / "output")])
+    data.main(["builtin", str(tmp_path / "output")])
     assert len(rows_of(tmp_path / "output" / "train.parquet")) == 512
     assert sorted(os.listdir(tmp_path / "output")) == ["test.parquet", "train.parquet"]
 
@@ -421,7 +411,7 @@ def test_new_files_replace_old_ones(source, tmp_path):
 def test_unreachable_hub_names_the_cures(tmp_path, surroundings):
     # A process of its own, because the hub's libraries read the environment when they are imported.
     child = subprocess.run(
-        [sys.executable, "-m", "bridge.stages.data", "hub", "--output", str(tmp_path / "output")],
+        [sys.executable, "-m", "bridge.stages.data", "hub", str(tmp_path / "output")],
         env={**os.environ, "HF_HOME": str(tmp_path / "cache"), **surroundings},
         capture_output=True,
         text=True,
@@ -444,7 +434,7 @@ def test_rows_of_the_hub_are_checked_and_written_alike(tmp_path, monkeypatch):
         return datasets.DatasetDict({split: datasets.Dataset.from_list(rows[split]) for split in data.SPLITS})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    data.main(["hub", "--output", str(tmp_path / "output")])
+    data.main(["hub", str(tmp_path / "output")])
     assert asked == [("openai/gsm8k", "main")]
     assert [row["extra_info"]["index"] for row in rows_of(tmp_path / "output" / "train.parquet")] == [0, 1, 2]
     rows["test"] = [GOOD, {**GOOD, "answer": "5"}]
@@ -456,12 +446,12 @@ def test_rows_of_the_hub_are_checked_and_written_alike(tmp_path, monkeypatch):
 def test_builtin_and_folder_do_not_import_datasets(source, tmp_path):
     for name in ("builtin", source):
         code = "import sys; from bridge.stages.data import main; main(sys.argv[1:]); assert 'datasets' not in sys.modules"
-        subprocess.run([sys.executable, "-c", code, str(name), "--output", str(tmp_path / "output")], check=True)
+        subprocess.run([sys.executable, "-c", code, str(name), str(tmp_path / "output")], check=True)
 
 
 def test_mistakes_end_with_status_2(source, tmp_path, monkeypatch, capsys):
     (source / "train.jsonl").write_bytes(b"{}")
-    monkeypatch.setattr(sys, "argv", ["data", str(source), "--output", str(tmp_path / "output")])
+    monkeypatch.setattr(sys, "argv", ["data", str(source), str(tmp_path / "output")])
     assert exit_status(data.main) == 2
     assert f"bridge: {source / 'train.jsonl'}, line 1: has no 'question'" in capsys.readouterr().err
 
@@ -471,7 +461,7 @@ def test_plan_runs_this_module_with_the_checked_source(source, tmp_path, monkeyp
     env = {"WORK_DIR": str(tmp_path / "work"), "DATA_SOURCE": "source"}
     plan = data.plan(settings.read(env), env)
     folder = tmp_path / "work" / "data" / "gsm8k"
-    assert plan.command == [sys.executable, "-m", "bridge.stages.data", str(source), "--output", str(folder)]
+    assert plan.command == [sys.executable, "-m", "bridge.stages.data", str(source), str(folder)]
     assert plan.record_dir == folder
     assert not plan.keep_log
     assert not (tmp_path / "work").exists()
@@ -485,7 +475,7 @@ def test_data_of_another_source_are_not_replaced(source, tmp_path):
 
     (tmp_path / "w").mkdir()
     folder = planned("builtin").record_dir
-    data.write(problems(train_rows=2, test_rows=2), folder)
+    data.write(problems(), folder)
     # Put there by hand, or left by a `make data` that was killed before its record.
     with pytest.raises(UsageError, match="that `make data` did not make"):
         planned("builtin")
@@ -505,7 +495,7 @@ def test_data_of_another_source_are_not_replaced(source, tmp_path):
 
 def planned_command(source: object) -> list[str]:
     """What the record of data made from this source has as its command."""
-    return ["python", "-m", "bridge.stages.data", str(source), "--output", "/somewhere"]
+    return ["python", "-m", "bridge.stages.data", str(source), "/somewhere"]
 
 
 def test_plan_refuses_an_unknown_source(tmp_path):

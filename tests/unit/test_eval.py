@@ -48,7 +48,8 @@ def test_the_score_wants_the_mark_and_the_last_number_does_not(text, truth, expe
 
 @pytest.mark.parametrize(("correct", "count"), [(0, 40), (1, 3), (8, 10), (10, 10), (660, 1319)])
 def test_the_ends_of_the_interval_lie_as_far_away_as_chance_goes_from_there(correct, count):
-    low, high = evaluation.wilson(correct, count)
+    answers = [{"score": place < correct, "last_number_score": 0, "response_tokens": 1, "cut_off": 0} for place in range(count)]
+    low, high = evaluation.summary(answers)["accuracy_interval"]
     assert 0 <= low <= correct / count <= high <= 1
     for end in (low, high):
         if end not in (0, 1):
@@ -191,8 +192,9 @@ class LLM:
 def SamplingParams(**arguments): return arguments
 ''')
     result = run_module(
-        "eval", prepared / "data" / "gsm8k" / "test.parquet", tmp_path, "--rows=3", "--engine=vllm", "--max-prompt-length=384",
-        "--max-response-length=48", "--truncation=error", *(f"{name}={prepared / 'models' / 'tiny'}" for name in ("base", "sft")),
+        "eval", prepared / "data" / "gsm8k" / "test.parquet", tmp_path, "3", "vllm",
+        json.dumps({"max_prompt_length": 384, "max_response_length": 48, "truncation": "error"}),
+        *(f"{name}={prepared / 'models' / 'tiny'}" for name in ("base", "sft")),
         env={"PYTHONPATH": str(tmp_path)})
     assert result.returncode == 0, result.stderr
     processes = (tmp_path / "processes").read_text().split()
@@ -210,7 +212,7 @@ def SamplingParams(**arguments): return arguments
 
 def test_base_is_evaluated_and_what_is_not_there_is_said(env):
     plan = planned(env, LIMIT="5")
-    assert plan.command[-1] == f"base={Path(env['WORK_DIR']) / 'models' / 'tiny'}" and "--rows=5" in plan.command
+    assert plan.command[-1] == f"base={Path(env['WORK_DIR']) / 'models' / 'tiny'}" and plan.command[6:8] == ["5", "transformers"]
     assert plan.notes[0].startswith("eval: base; the first 5 of 64 rows")
     assert ["left out: sft" in plan.notes[1], "left out: ppo" in plan.notes[2]] == [True, True]
     assert "all 64 rows" in planned(env, LIMIT="500").notes[0] == planned(env).notes[0]
@@ -237,21 +239,23 @@ def test_every_model_that_is_there_is_evaluated_or_the_one_that_is_asked_for(env
 
 
 def test_the_lengths_are_those_of_the_profile_or_of_the_ppo_run_that_is_there(env):
-    assert {"--max-prompt-length=384", "--max-response-length=48", "--truncation=right"} <= set(planned(env).command)
-    assert {"--max-prompt-length=512", "--max-response-length=256", "--truncation=error"} <= set(
-        planned(env, PROFILE="tutorial").command)
+    def limits(**settings: str) -> dict[str, int | str]:
+        return json.loads(planned(env, **settings).command[8])
+
+    assert limits() == {"max_prompt_length": 384, "max_response_length": 48, "truncation": "right"}
+    assert limits(PROFILE="tutorial") == {"max_prompt_length": 512, "max_response_length": 256, "truncation": "error"}
     folder = Path(env["WORK_DIR"]) / "runs" / "default" / "ppo"
     folder.mkdir(parents=True)
     config = {**compose("ppo", ["profile/ppo=tiny"], NAMES)["data"], "max_response_length": 99}
     record.write_json(folder / "run.json", recorded(config={"data": config}), [])
-    assert "--max-response-length=99" in planned(env, PROFILE="tutorial").command
+    assert limits(PROFILE="tutorial")["max_response_length"] == 99
 
 
 def test_one_gpu_is_used_through_vllm(env, monkeypatch):
     gpus = [hardware.Gpu(name, "H100", 80 << 30, 1 << 30) for name in ("4", "5")]
     monkeypatch.setattr(hardware, "visible_gpus", lambda env: gpus)
     plan = planned(env)
-    assert "--engine=vllm" in plan.command and plan.env["CUDA_VISIBLE_DEVICES"] == "4"
+    assert "vllm" in plan.command and plan.env["CUDA_VISIBLE_DEVICES"] == "4"
     gpus[0] = hardware.Gpu("4", "H100", 80 << 30, 70 << 30)
     with pytest.raises(UsageError, match="GPU 4 is in use"):
         planned(env)

@@ -30,7 +30,7 @@ from typing import Any
 
 import xxhash
 
-from bridge.errors import Tolerance, UsageError, say
+from bridge.errors import Tolerance, UsageError, say, write_whole
 
 TRACKER = "latest_checkpointed_iteration.txt"
 CHECKSUMS = "checksums.json"
@@ -245,9 +245,7 @@ def record_checksums(path: Path) -> None:
     """Write down size and checksum of every file of a checkpoint that has just been saved; the file appears whole."""
     files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith(CHECKSUMS))
     found = {str(file.relative_to(path)): {"bytes": file.stat().st_size, "xxh3_128": checksum(file)} for file in files}
-    temporary = path / f"{CHECKSUMS}.tmp"
-    temporary.write_text(json.dumps(found, indent=1) + "\n")
-    os.replace(temporary, path / CHECKSUMS)
+    write_whole(path / CHECKSUMS, json.dumps(found, indent=1) + "\n")
 
 
 def damage(path: Path, below: str = "") -> list[str]:
@@ -363,9 +361,7 @@ def prepare_resume(folder: Path, stage: str, wanted: Contents, resume_from: Chec
         return []
     said = [f"set aside the incomplete checkpoint {checkpoint.path.name} as {set_aside(checkpoint.path).name} "
             f"({checkpoint.faults[0]})" for checkpoint in newer_incomplete(folder, wanted, resume_from.step)]
-    temporary = folder / (TRACKER + ".tmp")
-    temporary.write_text(str(resume_from.step))
-    os.replace(temporary, tracker)
+    write_whole(tracker, str(resume_from.step))
     loader = resume_from.path / LOADER
     if stage == "sft" and resume_from.step % steps_per_epoch == 0 and loader.is_file():
         os.replace(loader, resume_from.path / EPOCH_END)

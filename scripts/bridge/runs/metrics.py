@@ -10,6 +10,8 @@ import re
 import time
 from pathlib import Path
 
+from bridge.errors import write_whole
+
 LINE = re.compile(r"(?<![\w/])step:(\d+) - (.*)")
 ITEM = re.compile(r"(?:^| - )([^\s:]+):(-?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|inf|nan))(?= - |\s|$)")
 
@@ -38,9 +40,7 @@ class Metrics:
     def __init__(self, path: Path, after_step: int):
         """Keep the lines up to `after_step` (what a resumed run goes on from) and append."""
         kept = [row for row in read(path) if row["step"] <= after_step]
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(temporary, path)
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
         self.file = open(path, "r+b", buffering=0)  # noqa: SIM115 - held as long as the run
         # The rows from `start` (bytes) on, which are written again with each new value: more than one only after an error.
         self.rows: list[dict] = []

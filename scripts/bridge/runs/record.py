@@ -21,7 +21,7 @@ import yaml
 
 from bridge import hardware
 from bridge.compose import flatten
-from bridge.errors import UsageError, naming, read_json, say
+from bridge.errors import UsageError, read_json, say, write_whole
 from bridge.image import manifest
 from bridge.plan import Plan
 from bridge.runs import checkpoints
@@ -78,14 +78,6 @@ def write_json(file: Path, content: Any, secrets: list[str]) -> None:
     """Write a file of JSON whole or not at all, with any secret that slipped into a value masked."""
     content = masked(content, {re.escape(secret): "***" for secret in secrets})
     write_whole(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = file.with_name(file.name + ".tmp")
-    with naming(temporary):
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, file)
 
 
 def masked(value: Any, hidden: Mapping[str, str]) -> Any:
@@ -207,11 +199,6 @@ def saved_checkpoints(stage_dir: Path, stage: str) -> list[checkpoints.Checkpoin
     if record is None:
         return []
     return checkpoints.list_checkpoints(stage_dir / "checkpoints", checkpoints.contents(stage, record["config"]))
-
-
-def newest_checkpoint(stage_dir: Path, stage: str) -> checkpoints.Checkpoint | None:
-    """The newest complete one of a run."""
-    return next((found for found in reversed(saved_checkpoints(stage_dir, stage)) if found.complete), None)
 
 
 @contextmanager

@@ -3,19 +3,17 @@
 The rows are those of verl 0.5.0's examples/data_preprocess/gsm8k.py, which its wheel does not hold.
 """
 
-import argparse
 import codecs
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet
+from pyarrow import Table, parquet
 
 from bridge.errors import UsageError, exit_status, naming, nearest, refuse
 from bridge.plan import Plan
@@ -34,6 +32,8 @@ FORM = '{"question": "...", "answer": "... #### NUMBER"}'
 SHOWN = 20
 
 Rows = list[dict[str, str]]
+# What a row is called before its number, and the rows with their numbers.
+Numbered = tuple[str, list[tuple[int, Any]]]
 
 
 def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
@@ -51,7 +51,7 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
                          + f"; DATA_SOURCE={source} would replace them. Keep them and go on (`make model`), or move {folder} "
                            "away, or use another WORK_DIR.")
     return Plan(
-        command=[sys.executable, "-m", "bridge.stages.data", source, "--output", str(settings.data_dir)],
+        command=[sys.executable, "-m", "bridge.stages.data", source, str(settings.data_dir)],
         env={},
         record_dir=settings.data_dir,
         keep_log=False,
@@ -159,30 +159,13 @@ def from_folder(folder: Path) -> dict[str, Rows]:
     Raises:
         UsageError: with every bad row of every file.
     """
-    faults: list[str] = []
-    splits: dict[str, Rows] = {}
+    splits = {}
     for split in SPLITS:
         file = folder / f"{split}.jsonl"
         # Bytes, because lines of text would also end at U+2028, which JSON may hold within a string.
         lines = file.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
-        filled = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-        splits[split] = checked_rows(filled, lambda line: checked_row(parsed(line)), str(file), f"{file}, line", faults)
-    refuse_rows(faults)
-    return splits
-
-
-def checked_rows(numbered: Iterable[tuple[int, Any]], check: Callable[[Any], dict[str, str]], source: str, place: str,
-                 faults: list[str]) -> Rows:
-    """The rows that `check` takes; what is wrong with the others is appended to faults, by their numbers."""
-    rows, before = [], len(faults)
-    for number, row in numbered:
-        try:
-            rows.append(check(row))
-        except ValueError as error:
-            faults.append(f"{place} {number}: {error}")
-    if not rows and len(faults) == before:
-        faults.append(f"{source} has no rows.")
-    return rows
+        splits[split] = f"{file}, line", [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    return checked_splits(splits, lambda line: checked_row(parsed(line)))
 
 
 def from_hub() -> dict[str, Rows]:
@@ -206,39 +189,41 @@ def from_hub() -> dict[str, Rows]:
             "data folder), or give a folder with train.jsonl and test.jsonl (DATA_SOURCE=folder), or rehearse with "
             "made-up problems (DATA_SOURCE=builtin).",
         ) from error
-    faults: list[str] = []
-    splits = {split: checked_rows(enumerate(found[split], start=1), checked_row, f"{GSM8K} {split}", f"{GSM8K} {split}, row",
-                                  faults) for split in SPLITS}
-    refuse_rows(faults)
-    return splits
+    return checked_splits({split: (f"{GSM8K} {split}, row", list(enumerate(found[split], start=1))) for split in SPLITS},
+                          checked_row)
 
 
-def refuse_rows(faults: list[str]) -> None:
-    """Raise a UsageError that shows the first faults and counts the others, if there are any."""
+def checked_splits(splits: Mapping[str, Numbered], check: Callable[[Any], dict[str, str]]) -> dict[str, Rows]:
+    """What `check` makes of the rows of each split.
+
+    Raises:
+        UsageError: shows the first faults and counts the others, if there are any.
+    """
+    found, faults = {split: [] for split in splits}, []
+    for split, (place, rows) in splits.items():
+        for number, row in rows:
+            try:
+                found[split].append(check(row))
+            except ValueError as error:
+                faults.append(f"{place} {number}: {error}")
+        if not rows:
+            faults.append(f"{place.rpartition(',')[0]} has no rows.")
     more = len(faults) - SHOWN
     if faults:
         raise UsageError(*faults[:SHOWN], *([f"... and {more} more bad row{'s' if more > 1 else ''}."] if more > 0 else []),
                          f"Nothing was written. Each line must be {FORM}; mend or remove the lines named.")
+    return found
 
 
-def table(split: str, rows: Rows) -> pa.Table:
+def table(split: str, rows: Rows) -> Table:
     """Rows in the schema that `datasets` gives verl's script: fields within a struct are in alphabetical order."""
-    text = pa.string()
-    schema = pa.schema({
-        "data_source": text,
-        "prompt": pa.list_(pa.struct({"content": text, "role": text})),
-        "ability": text,
-        "reward_model": pa.struct({"ground_truth": text, "style": text}),
-        "extra_info": pa.struct({"answer": text, "index": pa.int64(), "question": text, "split": text}),
-    })
-    records = [{
+    return Table.from_pylist([{
         "data_source": GSM8K,
-        "prompt": [{"role": "user", "content": f"{row['question']} {INSTRUCTION}"}],
+        "prompt": [{"content": f"{row['question']} {INSTRUCTION}", "role": "user"}],
         "ability": "math",
-        "reward_model": {"style": "rule", "ground_truth": ground_truth(row["answer"])},
-        "extra_info": {"split": split, "index": index, "answer": row["answer"], "question": row["question"]},
-    } for index, row in enumerate(rows)]
-    return pa.Table.from_pylist(records, schema=schema)
+        "reward_model": {"ground_truth": ground_truth(row["answer"]), "style": "rule"},
+        "extra_info": {"answer": row["answer"], "index": index, "question": row["question"], "split": split},
+    } for index, row in enumerate(rows)])
 
 
 def write(splits: dict[str, Rows], folder: Path) -> dict[str, Path]:
@@ -251,7 +236,7 @@ def write(splits: dict[str, Rows], folder: Path) -> dict[str, Path]:
         old.mkdir()
         for split, rows in splits.items():
             with naming(files[split]):
-                pa.parquet.write_table(table(split, rows), new / split)
+                parquet.write_table(table(split, rows), new / split)
         try:
             for split, file in files.items():
                 if file.exists():
@@ -269,19 +254,16 @@ def write(splits: dict[str, Rows], folder: Path) -> dict[str, Path]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Make both parquet files from the source given on the command line."""
-    parser = argparse.ArgumentParser(prog="bridge.stages.data", description="GSM8K as parquet files for verl.")
-    parser.add_argument("source", help="hub, builtin, or a folder with train.jsonl and test.jsonl")
-    parser.add_argument("--output", type=Path, required=True, help="folder of train.parquet and test.parquet")
-    given = parser.parse_args(arguments)
-    source = checked_source(given.source)
+    """What the stage runs: hub, builtin or a folder of train.jsonl and test.jsonl; and the folder of both parquet files."""
+    source, output = sys.argv[1:] if arguments is None else arguments
+    source = checked_source(source)
     if source == "hub":
         splits, origin = from_hub(), f"{GSM8K} on the hub"
     elif source == "builtin":
         splits, origin = problems(), "builtin problems"
     else:
         splits, origin = from_folder(Path(source)), source
-    for split, file in write(splits, given.output).items():
+    for split, file in write(splits, Path(output)).items():
         print(f"{file}: {len(splits[split])} rows from {origin}")
 
 

@@ -4,7 +4,6 @@ The prompt, its tokens and the score are made by verl's own code, as PPO's valid
 transformers on a CPU. Beside the score (the answer must stand behind "####") the last number of an answer is looked at.
 """
 
-import argparse
 import json
 import re
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bridge import compose, hardware, model_folder
-from bridge.errors import UsageError, exit_status, refuse, say
+from bridge.errors import UsageError, exit_status, refuse, say, write_whole
 from bridge.plan import Plan
 from bridge.runs import record
 from bridge.settings import Settings
@@ -79,8 +78,7 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
     kept = {key: config[key] for key in ("max_prompt_length", "max_response_length", "truncation")}
     return Plan(
         command=[sys.executable, "-u", "-m", "bridge.stages.eval", config["val_files"][0], str(settings.stage_dir("eval")),
-                 f"--rows={count}", f"--engine={'vllm' if gpus else 'transformers'}",
-                 *(f"--{key.replace('_', '-')}={value}" for key, value in kept.items()),
+                 str(count), "vllm" if gpus else "transformers", json.dumps(kept),
                  *(f"{name}={folder}" for name, folder in models.items())],
         env=own_env,
         record_dir=settings.stage_dir("eval"),
@@ -190,21 +188,16 @@ def score(text: str, data_source: str, ground_truth: str) -> dict[str, Any]:
             "last_number": last, "last_number_score": float(last == ground_truth)}
 
 
-def wilson(correct: float, count: int) -> tuple[float, float]:
-    """Wilson's confidence interval of a share of successes; unlike the normal one it is right near 0 and 1, too."""
+def summary(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the rows of one model come to; Wilson's confidence interval, unlike the normal one, is right near 0 and 1, too."""
     from scipy.stats import binomtest
 
-    found = binomtest(int(correct), count).proportion_ci(CONFIDENCE, method="wilson")
-    return float(found.low), float(found.high)
-
-
-def summary(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the rows of one model come to."""
     count = len(answers)
     found = {"rows": count}
     for key, name in (("score", "accuracy"), ("last_number_score", "last_number_accuracy")):
         correct = sum(answer[key] for answer in answers)
-        found |= {name: correct / count, f"{name}_interval": wilson(correct, count)}
+        interval = binomtest(int(correct), count).proportion_ci(CONFIDENCE, method="wilson")
+        found |= {name: correct / count, f"{name}_interval": tuple(map(float, interval))}
     return {**found, "mean_response_tokens": sum(answer["response_tokens"] for answer in answers) / count,
             "cut_off": sum(answer["cut_off"] for answer in answers) / count}
 
@@ -247,31 +240,22 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def main() -> None:
-    """What the stage runs."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data", type=Path, help="the test problems, parquet")
-    parser.add_argument("output", type=Path, help=f"folder for {RESULT_FILE} and {ANSWERS_FILE}")
-    parser.add_argument("models", nargs="+", help="NAME=FOLDER")
-    parser.add_argument("--rows", type=int, required=True, help="so many, from the first")
-    parser.add_argument("--engine", choices=GENERATORS, required=True)
-    parser.add_argument("--max-prompt-length", type=int, required=True, help="tokens")
-    parser.add_argument("--max-response-length", type=int, required=True, help="tokens")
-    parser.add_argument("--truncation", required=True, help="what happens to a longer prompt: error, left, right, middle")
-    arguments = parser.parse_args()
-    limits = {key: getattr(arguments, key) for key in ("max_prompt_length", "max_response_length", "truncation")}
+    """What the stage runs: test.parquet, output folder, number of rows, engine, limits as in evaluate (JSON), NAME=FOLDER..."""
+    data, output, rows, engine, limits, *models = sys.argv[1:]
+    rows, limits, output = int(rows), json.loads(limits), Path(output)
     results, lines = {}, []
-    for name, _, folder in (argument.partition("=") for argument in arguments.models):
+    for name, _, folder in (model.partition("=") for model in models):
         say(f"--- {name}: {folder}")
         started = time.monotonic()
-        answers = evaluate(name, Path(folder), arguments.data, arguments.rows, limits, GENERATORS[arguments.engine])
+        answers = evaluate(name, Path(folder), Path(data), rows, limits, GENERATORS[engine])
         results[name] = {**summary(answers), "seconds": round(time.monotonic() - started, 1), "folder": folder}
         lines += [json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers]
-        record.write_whole(arguments.output / ANSWERS_FILE, "".join(lines))
-    result = {"data": str(arguments.data), "rows": arguments.rows, **limits, "confidence": CONFIDENCE,
-              "engine": f"{arguments.engine} {version(arguments.engine)}", "models": results}
-    record.write_json(arguments.output / RESULT_FILE, result, [])
+        write_whole(output / ANSWERS_FILE, "".join(lines))
+    result = {"data": data, "rows": rows, **limits, "confidence": CONFIDENCE,
+              "engine": f"{engine} {version(engine)}", "models": results}
+    record.write_json(output / RESULT_FILE, result, [])
     print(table(results))
-    print(f"answers: {arguments.output / ANSWERS_FILE}")
+    print(f"answers: {output / ANSWERS_FILE}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """The merge stage: the shards of a checkpoint become one Hugging Face model, which is then tried out.
 
-    python -m bridge.stages.merge [--base=MODEL_FOLDER] CHECKPOINT_FOLDER OUTPUT_FOLDER
+    python -m bridge.stages.merge [BASE_MODEL_FOLDER] CHECKPOINT_FOLDER OUTPUT_FOLDER
 
 verl's own merger joins the shards (verl.model_merger); what it leaves undone is done and verified here. A training that changed
 no weight is not merged: what verl's merger makes of LoRA's shards is the base model.
 """
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -51,7 +50,7 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
     if base is None:
         notes.append("warning: no run.json says which model this training started from, so the two are not compared")
     return Plan(
-        command=[sys.executable, "-u", "-m", "bridge.stages.merge", *([f"--base={base}"] if base else []), str(shards),
+        command=[sys.executable, "-u", "-m", "bridge.stages.merge", *([str(base)] if base else []), str(shards),
                  str(output)],
         env={"WORK_DIR": str(settings.work_dir), "HF_HUB_OFFLINE": "1"},
         record_dir=settings.stage_dir(stage) / "merge",
@@ -112,20 +111,15 @@ def base_of(shards: Path) -> Path | None:
 
 def main() -> None:
     """Merge, complete, verify; the output folder appears whole or not at all, and one that was there stays until then."""
-    parser = argparse.ArgumentParser(description="Merge the shards of a verl checkpoint and verify the result.")
-    parser.add_argument("--base", type=Path, help="the model that the training started from")
-    parser.add_argument("shards", type=Path)
-    parser.add_argument("output", type=Path)
-    arguments = parser.parse_args()
-    shards, output = arguments.shards, arguments.output
+    *base, shards, output = map(Path, sys.argv[1:])
     temporary, older = (output.with_name(output.name + ending) for ending in (".tmp", ".old"))
     if older.is_dir() and not output.exists():
         # An earlier merge was killed between the two renames of replace_folder.
         os.rename(older, output)
     shutil.rmtree(temporary, ignore_errors=True)
     refuse_damaged(shards)
-    if arguments.base:
-        refuse_untouched(shards, arguments.base)
+    if base:
+        refuse_untouched(shards, *base)
     # The model twice in bf16, as much as its shards in fp32.
     needed = sum(file.stat().st_size for file in shards.glob("model_world_size_*.pt"))
     if needed > shutil.disk_usage(output.parent).free:

@@ -124,8 +124,10 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
         problems += [f"GPUS={gpus}: {fault}." for fault in faults]
         problems.append(f"Possible with these settings: GPUS={', '.join(map(str, possible))}." if possible else
                         "No number of GPUs goes with these settings: change TP=, or the batch sizes.")
+    if rows and settings.profile not in ON_CPU and data.recorded_source(settings.data_dir) == "builtin":
+        notes.append(f"warning: {settings.data_dir} holds made-up problems, not GSM8K. Move it away, then `make data "
+                     "DATA_SOURCE=hub`")
     if rows:
-        notes += data_notes(settings)
         problems += step_problems(config, rows[0]) + trainer.validation_problems(config, gpus, rows[1])
     refuse(problems)
 
@@ -279,13 +281,6 @@ def data_files(config: Mapping[str, Any], key: str) -> list[Path]:
     """The parquet files that a configuration names; verl takes one name or a list."""
     value = config["data"][key]
     return [Path(os.path.expanduser(file)) for file in (value if isinstance(value, list) else [value])]
-
-
-def data_notes(settings: Settings) -> list[str]:
-    """A word of warning where the data were made up for a rehearsal and the profile is a real one."""
-    if settings.profile in ON_CPU or data.recorded_source(settings.data_dir) != "builtin":
-        return []
-    return [f"warning: {settings.data_dir} holds made-up problems, not GSM8K. Move it away, then `make data DATA_SOURCE=hub`"]
 
 
 def data_problems(config: Mapping[str, Any], columns: list[str], problems: list[str]) -> tuple[int, int] | None:

@@ -58,7 +58,6 @@ class StandInHub:
         token: with which everything may be done.
 
     Attributes:
-        requests: (method, path) of every request so far, in order.
         repositories: by OWNER/NAME.
     """
 
@@ -69,7 +68,6 @@ class StandInHub:
         self.objects = Path(folder) / "objects"
         self.objects.mkdir(parents=True, exist_ok=True)
         self.token = token
-        self.requests: list[tuple[str, str]] = []
         self.repositories: dict[str, Repository] = {}
 
     def __enter__(self) -> "StandInHub":
@@ -114,7 +112,7 @@ class Handler(BaseHTTPRequestHandler):
     more_routes: list[tuple[str, str, str]] = []
 
     def log_message(self, *_arguments) -> None:
-        """Requests are kept in hub.requests instead of being printed."""
+        """What a rehearsal prints is not of this."""
 
     def answer(self, status: int, body: object = None, headers: Mapping[str, str] | None = None) -> None:
         data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -129,7 +127,6 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         # Whatever the answer will be: what is left of it would be taken for the next request.
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.hub.requests.append((self.command, path))
         try:
             for method, pattern, route in (*ROUTES, *self.more_routes):
                 match = re.fullmatch(pattern, path)
@@ -181,32 +178,23 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, {"url": f"{self.hub.url}/{repo_id}", "name": repo_id})
 
     def preupload(self, repo_id: str, revision: str) -> None:
-        repository = self.repository(repo_id, write=True)
+        self.repository(repo_id, write=True)
+        # oid: None, since nothing was there before.
         self.answer(200, {"files": [
-            {"path": file["path"], "shouldIgnore": False, "oid": self.known(repository, file["path"]),
+            {"path": file["path"], "shouldIgnore": False, "oid": None,
              "uploadMode": "lfs" if is_lfs(file["path"], file["size"]) else "regular"}
             for file in json.loads(self.body)["files"]
         ]})
-
-    def known(self, repository: Repository, path: str) -> str | None:
-        """By what the client sees that a file is there already, unchanged; None if it is not there."""
-        return None
 
     def lfs_batch(self, repo_id: str) -> None:
         self.repository(repo_id, write=True)
         answers = []
         for asked in json.loads(self.body)["objects"]:
-            oid, size = asked["oid"], asked["size"]
-            link = f"{self.hub.url}/objects/{oid}"
-            upload = {"href": link, "header": self.parts(link, size)}
+            upload = {"href": f"{self.hub.url}/objects/{asked['oid']}"}
             # An object that is there already gets no actions: the client skips it.
-            stored = (self.hub.objects / oid).exists()
-            answers.append({"oid": oid, "size": size, **({} if stored else {"actions": {"upload": upload}})})
+            stored = (self.hub.objects / asked["oid"]).exists()
+            answers.append({**asked, **({} if stored else {"actions": {"upload": upload}})})
         self.answer(200, {"transfer": "basic", "objects": answers})
-
-    def parts(self, link: str, size: int) -> dict[str, str]:
-        """Where the parts of a file go that is not uploaded in one piece; nothing for one that is."""
-        return {}
 
     def upload(self, sha256: str) -> None:
         """Store an object. Like the hub's signed links it asks for no token."""

@@ -10,7 +10,7 @@ SEED = 0
 RANDOM = "random:"
 # The shapes of random:NAME, as in the config.json of the models of that name; transformers' defaults fill the rest.
 LLAMA_3_2 = {
-    "model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "intermediate_size": 8192, "tie_word_embeddings": True,
+    "vocab_size": 128256, "num_key_value_heads": 8, "intermediate_size": 8192, "tie_word_embeddings": True,
     "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
     "rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                      "original_max_position_embeddings": 8192},
@@ -18,9 +18,6 @@ LLAMA_3_2 = {
 SHAPES = {
     "llama-3.2-1b": {**LLAMA_3_2, "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "head_dim": 64},
     "llama-3.2-3b": {**LLAMA_3_2, "hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24, "head_dim": 128},
-    "qwen2.5-0.5b": {"model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864,
-                     "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True,
-                     "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0},
 }
 
 
@@ -106,16 +103,13 @@ def make_tiny(folder: Path, texts: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def empty_model(shape: dict[str, Any], **changes: Any):
-    """A model of a shape in bf16, without memory for its weights (on torch's meta device)."""
+def empty_llama(shape: dict[str, Any], **changes: Any):
+    """A Llama of a shape in bf16, without memory for its weights (on torch's meta device)."""
     import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = AutoConfig.for_model(**shape, **changes, torch_dtype="bfloat16")
-    # Looked up first, because importing an architecture computes with tensors, which the meta device cannot.
-    architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with torch.device("meta"):
-        return architecture(config).to(torch.bfloat16)
+        return LlamaForCausalLM(LlamaConfig(**shape, **changes)).to(torch.bfloat16)
 
 
 def make_random(shape: dict[str, Any], folder: Path) -> None:
@@ -127,15 +121,14 @@ def make_random(shape: dict[str, Any], folder: Path) -> None:
     import torch
 
     tokenizer = smollm2_tokenizer(smollm2_gguf())
-    model = empty_model(shape, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    model = empty_llama(shape, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     check_space(folder, 2 * model.num_parameters())
     random, std = torch.Generator().manual_seed(SEED), model.config.initializer_range
     weights = {}
     for name, parameter in model.named_parameters():
-        # As transformers starts a training: ones for norms, zeros for biases. Drawn in float32, which is 4 times as fast.
+        # As transformers starts a training: ones for norms. Drawn in float32, which is 4 times as fast.
         weight = torch.empty(parameter.shape)
-        weight = (weight.normal_(0, std, generator=random) if weight.dim() > 1 else
-                  weight.fill_(0 if name.endswith(".bias") else 1))
+        weight = weight.normal_(0, std, generator=random) if weight.dim() > 1 else weight.fill_(1)
         weights[name] = weight.to(parameter.dtype)
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()

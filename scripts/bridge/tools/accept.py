@@ -90,7 +90,7 @@ class Acceptance:
 
         def saved() -> bool:
             # SFT writes the step's line before it saves, PPO after.
-            return bool(record.newest_checkpoint(stage_dir, stage)
+            return bool(any(found.complete for found in record.saved_checkpoints(stage_dir, stage))
                         and metrics.read(stage_dir / "metrics.jsonl"))
 
         self.command(trial.stage(stage, {**self.env, **env}, arguments, log, saved if stop else lambda: False))
@@ -161,8 +161,7 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
     fetched = gpus and (settings.model_dir / "run.json").is_file()
     name = settings.model if env.get("MODEL") or fetched else "random:llama-3.2-1b" if gpus else "tiny"
     settings = settings_module.read({**env, "MODEL": name})
-    own_env = trial.environment(env, settings.work_dir / "accept", MODEL=name, GPUS=str(count), DATA_SOURCE="builtin")
-    own = settings_module.read(own_env)
+    own, own_env = trial.inside(settings.work_dir / "accept", env, MODEL=name, GPUS=str(count), DATA_SOURCE="builtin")
     made = trial.made(own, *own.work_dir.glob("runs/tp[0-9]*"))
     trial.check(own, env, made, new_model=not (settings.model_dir / "run.json").is_file(), trained=("sft", "ppo"))
     with trial.own_folder(settings, "accept") as folder:

@@ -6,6 +6,7 @@ that is wrong is wrong by far more than bf16 rounds.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -72,16 +73,14 @@ def compare(case: str, attend: Callable, lengths: tuple[int, ...], heads: tuple[
 def comparisons(flash_attn_func: Callable, flash_attn_varlen_func: Callable, device: str = "cuda") -> Iterator[Comparison]:
     """All cases: head sizes, grouped heads, causal or not, two rows of a batch, and sequences packed into one row."""
     ends = torch.tensor((0, *PACKED), device=device).cumsum(0).to(torch.int32)
-    for size in HEAD_SIZES:
-        for heads in HEADS:
-            for causal in (False, True):
-                def batch(q, k, v, causal=causal):
-                    rows = [tensor.unflatten(0, (2, LENGTH)) for tensor in (q, k, v)]
-                    return flash_attn_func(*rows, causal=causal).flatten(0, 1)
+    for size, heads, causal in product(HEAD_SIZES, HEADS, (False, True)):
+        def batch(q, k, v, causal=causal):
+            rows = [tensor.unflatten(0, (2, LENGTH)) for tensor in (q, k, v)]
+            return flash_attn_func(*rows, causal=causal).flatten(0, 1)
 
-                def packed(q, k, v, causal=causal):
-                    return flash_attn_varlen_func(q, k, v, ends, ends, max(PACKED), max(PACKED), causal=causal)
+        def packed(q, k, v, causal=causal):
+            return flash_attn_varlen_func(q, k, v, ends, ends, max(PACKED), max(PACKED), causal=causal)
 
-                what = f"head size {size}, {heads[0]} heads on {heads[1]}{', causal' if causal else ''}"
-                yield compare(f"batch, {what}", batch, (LENGTH, LENGTH), heads, size, causal, device)
-                yield compare(f"packed, {what}", packed, PACKED, heads, size, causal, device)
+        what = f"head size {size}, {heads[0]} heads on {heads[1]}{', causal' if causal else ''}"
+        yield compare(f"batch, {what}", batch, (LENGTH, LENGTH), heads, size, causal, device)
+        yield compare(f"packed, {what}", packed, PACKED, heads, size, causal, device)

@@ -8,9 +8,8 @@ case, with tables beside it. `bridge bench --report FILE.json` makes these from 
 import json
 import os
 import re
-import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import count
@@ -29,11 +28,13 @@ from bridge.runs import metrics, record
 from bridge.settings import CONFIGS, NAME, Settings
 from bridge.stages.table import STAGES
 from bridge.stages.train import NAMES, ON_CPU, OWNED
-from bridge.tools import bench_report, trial
+from bridge.tools import trial
 
 # Dense bf16 FLOP/s, from NVIDIA's data sheets. A GPU that is not here gets no MFU of SFT rather than a guessed one.
 PEAK = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100-SXM4-40GB": 312e12}
 DEFAULT_MODEL = "random:llama-3.2-1b"
+# Phases of a PPO step in their order, as the tables have them. What is left of the step is "other".
+PHASES = ("gen", "old_log_prob", "values", "update_critic", "update_actor", "other")
 # Nothing is saved or validated: neither is the training's speed.
 ALWAYS = ["trainer.save_freq=-1", "trainer.test_freq=-1"]
 METHOD = [
@@ -79,8 +80,7 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
                          f"profiles {', '.join(ON_CPU)} run, from a file of your own.")
     ranks = settings.gpus or len(gpus) or 2
     settings = settings_module.read({**env, "MODEL": env.get("MODEL") or DEFAULT_MODEL})
-    bench_env = trial.environment(env, settings.work_dir / "bench", MODEL=settings.model, GPUS=str(ranks))
-    bench = settings_module.read(bench_env)
+    bench, bench_env = trial.inside(settings.work_dir / "bench", env, MODEL=settings.model, GPUS=str(ranks))
     has_model = any((found.model_dir / "run.json").is_file() for found in (bench, settings))
     trial.check(bench, env, [path for case in cases for path in leftovers(case, bench)], new_model=not has_model)
     with trial.own_folder(settings, "bench") as folder:
@@ -96,6 +96,9 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
 def measure_all(cases: list[Case], settings: Settings, env: Mapping[str, str], gpus: list[hardware.Gpu]) -> int:
     """Measure case after case; bench.json is whole after each."""
     results = earlier(settings.work_dir / "bench.json", header(settings, env, gpus))
+    if gpus:
+        # Held open: hardware's own init and shutdown, at each look at the memory, are then cheap.
+        pynvml.nvmlInit()
     for case in cases:
         say(f"--- {case.name}")
         found = measure(case, settings, env, gpus)
@@ -168,9 +171,14 @@ def measure(case: Case, settings: Settings, env: Mapping[str, str], gpus: list[h
     case_env = {**env, "RUN": case.name, "PROFILE": case.profile}
     started, result = time.time(), {"profile": case.profile, "overrides": case.overrides, "against": case.against,
                                     "caches": case.caches, "steps": case.steps, "started": record.now()}
-    with PeakMemory(env, len(gpus)) as memory:
-        status = trial.stage(case.stage, case_env, [*ALWAYS, *case.overrides], log,
-                             lambda: len(metrics.read(stage_dir / "metrics.jsonl")) >= case.steps)
+    used: list[int] = []
+
+    def enough() -> bool:
+        # Asked 5 times a second, and so is the driver.
+        used.extend(gpu.memory_used for gpu in hardware.visible_gpus(env)[:len(gpus)])
+        return len(metrics.read(stage_dir / "metrics.jsonl")) >= case.steps
+
+    status = trial.stage(case.stage, case_env, [*ALWAYS, *case.overrides], log, enough)
     rows = metrics.read(stage_dir / "metrics.jsonl")
     if status or len(rows) < case.steps:
         return {**result, "status": "failed", "exit_status": status, "steps_made": len(rows), "log": trial.last_lines(log, 40)}
@@ -183,7 +191,7 @@ def measure(case: Case, settings: Settings, env: Mapping[str, str], gpus: list[h
                               log.read_text(errors="replace"))
     first = figures["first_step_seconds"]
     figures["start_seconds"] = None if first is None else round(rows[0]["time"] - started - first, 2)
-    return {**result, "status": "measured", **figures, "peak_memory_gib": memory.most and round(memory.most / 2**30, 2)}
+    return {**result, "status": "measured", **figures, "peak_memory_gib": round(max(used) / 2**30, 2) if used else None}
 
 
 def ppo_figures(rows: list[dict], config: Mapping[str, Any], gpus: int) -> dict[str, Any]:
@@ -232,31 +240,6 @@ def tokens_per_row(model_dir: Path, data: str) -> float:
     config = json.loads(data)
     rows = SFTDataset(config["train_files"], AutoTokenizer.from_pretrained(model_dir), config)
     return fmean(int(rows[index]["attention_mask"].sum()) for index in range(len(rows)))
-
-
-class PeakMemory(threading.Thread):
-    """The most memory (bytes) used on any of the first `count` visible GPUs while this runs; None without a GPU."""
-
-    def __init__(self, env: Mapping[str, str], count: int):
-        super().__init__(daemon=True)
-        self.env, self.count, self.most, self.done = env, count, None, threading.Event()
-
-    def run(self) -> None:
-        # Held open: hardware's own init and shutdown are then cheap.
-        pynvml.nvmlInit()
-        while not self.done.wait(0.2):
-            self.most = max([self.most or 0, *(gpu.memory_used for gpu in hardware.visible_gpus(self.env)[:self.count])])
-        pynvml.nvmlShutdown()
-
-    def __enter__(self) -> "PeakMemory":
-        if self.count:
-            self.start()
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self.done.set()
-        if self.count:
-            self.join()
 
 
 def header(settings: Settings, env: Mapping[str, str], gpus: list[hardware.Gpu]) -> dict[str, Any]:
@@ -317,7 +300,53 @@ def report(file: Path) -> int:
     if not file.is_file():
         raise UsageError(f"{file}: no such file. `make bench` writes WORK_DIR/bench/bench.json.")
     results = load(file)
-    text = bench_report.markdown(results)
+    text = markdown(results)
     file.with_suffix(".md").write_text(text)
     print(text)
     return 0
+
+
+# ---- the tables
+
+
+def measured_cases(results: Mapping[str, Any], stage: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The measured cases of a stage."""
+    return ((f"{stage}-{label}", case) for label, case in results[stage].items() if case["status"] == "measured")
+
+
+def phases(case: Mapping[str, Any]) -> list[float]:
+    """Seconds of each phase of PHASES in one step."""
+    found = [case["phases"][name] for name in PHASES if name != "other"]
+    return [*found, max(0.0, case["phases"]["step"] - sum(found))]
+
+
+def number(value: float | None, digits: int = 0) -> str:
+    """A number as the tables have it; a dash for what was not measured."""
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """A Markdown table: the first column is text, the others are numbers."""
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---", *["---:"] * (len(head) - 1)], *rows)]
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The results as tables."""
+    machine, ratios, trained = results["machine"], results["ratios"], results["model"]
+    lines = [f"{results['gpus']} x {results['gpu'] or 'CPU rank'}, driver {machine['driver'] or '-'}, {machine['cpus']} cores, "
+             f"{trained['name']} ({trained['parameters'] / 1e9:.4g} B parameters), image {results['image'] or '-'}, "
+             f"commit {results['git_commit'] or '-'}.", ""]
+    rows = [[name, number(case["seconds_per_step"], 2), number(case["tokens_per_second"]),
+             number(case["padded_tokens_per_second"]), number(ratios.get(name), 2),
+             number(case["mfu"] if stage == "sft" else case["mfu_actor"], 2), number(case.get("mfu_critic"), 2),
+             number(case["peak_memory_gib"], 1), number(case["start_seconds"]), number(case["first_step_seconds"], 1)]
+            for stage in ("sft", "ppo") for name, case in measured_cases(results, stage)]
+    lines += table(["case", "s a step", "tokens/s/GPU", "with padding", "ratio", "MFU (actor)", "MFU critic", "peak GiB",
+                    "start s", "first step s"], rows)
+    rows = [[name, *(number(seconds, 2) for seconds in phases(case)), number(case["phases"]["step"], 2),
+             number(case["answer_tokens"])] for name, case in measured_cases(results, "ppo")]
+    if rows:
+        lines += ["", *table(["PPO, seconds", *PHASES, "step", "answer tokens"], rows)]
+    failed = [f"{stage}-{label} failed after {case['steps_made']} steps (exit status {case['exit_status']}): {case['log'][-1]}"
+              for stage in ("sft", "ppo") for label, case in results[stage].items() if case["status"] == "failed"]
+    return "\n".join([*lines, *([""] + failed if failed else [])]) + "\n"

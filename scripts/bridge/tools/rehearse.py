@@ -11,7 +11,6 @@ from collections.abc import Mapping
 import pyarrow.parquet
 
 from bridge import hardware, model_folder
-from bridge import settings as settings_module
 from bridge.errors import UsageError, say
 from bridge.runs import checkpoints, metrics
 from bridge.settings import Settings, is_local
@@ -48,11 +47,10 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
     problems = [] if ranks in RANKS else [f"GPUS={ranks}: the rehearsal runs on so many ranks that its batches divide by them. "
                                           f"Possible: GPUS={', '.join(map(str, RANKS))}."]
     name = env.get("MODEL") or "tiny"
-    chain_env = trial.environment(
-        env, settings.work_dir / "rehearsal", MODEL=name, DATA_SOURCE=env.get("DATA_SOURCE") or "builtin",
-        PROFILE=profile(name, ranks), GPUS=str(ranks), HF_REPO=REPOSITORY)
     # A relative folder is meant from where the person stands, which stays the same here.
-    chain = settings_module.read(chain_env)
+    chain, chain_env = trial.inside(
+        settings.work_dir / "rehearsal", env, MODEL=name, DATA_SOURCE=env.get("DATA_SOURCE") or "builtin",
+        PROFILE=profile(name, ranks), GPUS=str(ranks), HF_REPO=REPOSITORY)
     made = trial.made(chain, chain.work_dir / "hub")
     trial.check(chain, env, made, new_model=True, problems=problems)
     if env.get("MODEL") and not gpus and settings.model not in ("tiny", "smollm2") and not is_local(settings.model):

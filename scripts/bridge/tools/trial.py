@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bridge import hardware
+from bridge import settings as settings_module
 from bridge.compose import compose
 from bridge.environment import work_dir_problems
 from bridge.errors import UsageError, refuse
@@ -111,12 +112,13 @@ def remove(paths: list[Path]) -> None:
                              "still uses it, or remove it yourself.") from error
 
 
-def environment(env: Mapping[str, str], folder: Path, **changes: str) -> dict[str, str]:
-    """The environment of stages that run in this folder."""
-    return {**{name: value for name, value in env.items() if name not in LEFT_OUT}, "WORK_DIR": str(folder),
+def inside(folder: Path, env: Mapping[str, str], **changes: str) -> tuple[Settings, dict[str, str]]:
+    """The settings and the environment of stages that run in this folder."""
+    own = {**{name: value for name, value in env.items() if name not in LEFT_OUT}, "WORK_DIR": str(folder),
             "RUN": "default", "PUBLIC": "0", "WANDB_MODE": "offline",
             # The tool begins anew next time: a stage that is ended must not promise that it goes on.
             "BRIDGE_TRIAL": "1", **changes}
+    return settings_module.read(own), own
 
 
 def stage(name: str, env: Mapping[str, str], arguments: list[str] | None = None, log: Path | None = None,

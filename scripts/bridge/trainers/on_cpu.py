@@ -9,6 +9,7 @@ import contextlib
 import os
 import runpy
 import sys
+from operator import attrgetter
 
 from bridge.trainers import loopback
 
@@ -18,16 +19,10 @@ def fill_torch_cpu() -> None:
     import psutil
     import torch
 
-    def memory_used(*_args, **_kwargs) -> int:
-        return psutil.Process().memory_info().rss
-
-    def memory_info(*_args, **_kwargs) -> tuple[int, int]:
-        memory = psutil.virtual_memory()
-        return memory.available, memory.total
-
     calls = {
-        **dict.fromkeys(("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"), memory_used),
-        "mem_get_info": memory_info,
+        **dict.fromkeys(("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"),
+                        lambda *_: psutil.Process().memory_info().rss),
+        "mem_get_info": lambda *_: attrgetter("available", "total")(psutil.virtual_memory()),
         "empty_cache": lambda: None,
         "get_rng_state": lambda *_: torch.get_rng_state(),
         "set_rng_state": lambda state, *_: torch.set_rng_state(state),
