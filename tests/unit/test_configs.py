@@ -287,10 +287,10 @@ def test_the_tuned_sft_packs_in_the_order_of_the_tutorial():
 
 
 def test_a_wrong_budget_and_what_packing_cannot_are_refused_at_once(env):
-    result = bridge("sft", "--dry-run", "bridge.packed_tokens_per_gpu=127", "data.balance_dp_token=True", "model.strategy=fsdp",
+    result = bridge("sft", "--dry-run", "bridge.packed_tokens_per_gpu=255", "data.balance_dp_token=True", "model.strategy=fsdp",
                     "use_remove_padding=True", "ulysses_sequence_parallel_size=2", **env)
     assert result.returncode == 2
-    assert "bridge.packed_tokens_per_gpu=127 is less than the 128 tokens that a row may have" in result.stderr
+    assert "bridge.packed_tokens_per_gpu=255 is less than the 256 tokens that a row may have" in result.stderr
     for problem in ("data.balance_dp_token=True", "model.strategy=fsdp", "use_remove_padding=True",
                     "ulysses_sequence_parallel_size=2"):
         assert f"{problem} does not go with packing." in result.stderr
@@ -299,7 +299,7 @@ def test_a_wrong_budget_and_what_packing_cannot_are_refused_at_once(env):
 
 
 def test_the_budget_on_the_command_line_chooses_the_packed_trainer(env):
-    result = bridge("sft", "--dry-run", "bridge.packed_tokens_per_gpu=128", **env)
+    result = bridge("sft", "--dry-run", "bridge.packed_tokens_per_gpu=256", **env)
     assert result.returncode == 0, result.stderr
     assert "-m bridge.trainers.on_cpu bridge.trainers.packed_sft --config-dir " in result.stdout
 
