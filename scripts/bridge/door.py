@@ -121,7 +121,7 @@ def run_stage(name: str, env: Mapping[str, str], overrides: list[str], dry_run: 
 
 def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
     """Run what was planned, keeping the record; returns the exit status."""
-    from bridge.runs import checkpoints, failure, hang, launch, record
+    from bridge.runs import checkpoints, failure, launch, record
     from bridge.runs.metrics import Metrics
     from bridge.trainers import stoppable
 
@@ -154,8 +154,7 @@ def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
         housekeeping.start()
     # From here on no error of the file system ends the run.
     try:
-        watch = hang.Watch(plan.hang_seconds, plan.checkpoints) if plan.checkpoints else None
-        status = launch.run(plan.command, env, log, metrics, secrets, watch=watch)
+        status = launch.run(plan.command, env, log, metrics, secrets)
         if status == 0 and stoppable.is_answered(answer):
             status = STOPPED
     finally:
@@ -174,7 +173,7 @@ def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
     if status == STOPPED:
         say(f"{name} was asked to stop ({request}): it has saved, and the same command continues it")
     elif status:
-        why = failure.reason(log, start) if log and status < 128 and status != launch.HUNG else None
+        why = failure.reason(log, start) if log and status < 128 else None
         if why:
             say(why)
         say(f"{name} {'was ended by a signal' if status > 128 else 'failed'} (exit status {status})"

@@ -15,18 +15,16 @@ from pathlib import Path
 import psutil
 
 from bridge.errors import Tolerance, say
-from bridge.runs import hang, metrics
+from bridge.runs import metrics
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 # verl's SFT ranks and Ray's daemons need a moment to stop by themselves.
 GRACE_SECONDS = 20
-# Exit status of a program that hung, as that of timeout(1).
-HUNG = 124
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def run(command: list[str], env: Mapping[str, str], log: Path | None, metrics_file: metrics.Metrics | None,
-        secrets: list[str], until: Callable[[], bool] = lambda: False, watch: hang.Watch | None = None) -> int:
+        secrets: list[str], until: Callable[[], bool] = lambda: False) -> int:
     """Run a command to its end.
 
     Args:
@@ -36,10 +34,9 @@ def run(command: list[str], env: Mapping[str, str], log: Path | None, metrics_fi
         metrics_file: gets what verl's console lines say.
         secrets: values that are replaced by *** should the program print them.
         until: asked some times a second; once true, the child is sent SIGTERM, and that it ends so is no failure.
-        watch: asked as often; once it says that the child hangs, its processes are asked for their stacks and ended.
 
     Returns:
-        the exit status; 0 where `until` ended it, HUNG where it hung; 128 + N if the child (or this one) was ended by signal N.
+        the exit status; 0 where `until` ended it, 128 + N if the child (or this program) was ended by signal N.
     """
     # First, since an error here must not end a child that has begun.
     log_file = open(log or os.devnull, "ab", buffering=0)  # noqa: SIM115 - its closing may fail, too
@@ -49,7 +46,6 @@ def run(command: list[str], env: Mapping[str, str], log: Path | None, metrics_fi
                              stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=end_with_parent)
     received: list[int] = []
     asked: list[int] = []
-    hung: list[float] = []
 
     def forward(number, _frame):
         # The second one does not wait: stop_all follows.
@@ -58,25 +54,16 @@ def run(command: list[str], env: Mapping[str, str], log: Path | None, metrics_fi
             child.send_signal(number if len(received) == 1 else signal.SIGKILL)
 
     def is_ending() -> bool:
-        if received or asked or child.poll() is not None:
-            return bool(received or asked)
-        waited = watch and not hung and watch.hanging_for()
-        if waited:
-            said = (f"no step for {waited} s: it hangs, and is ended (HANG_SECONDS=). What it was doing: "
-                    + ", ".join(hang.ask_for_stacks()))
-            say(said)
-            Tolerance("writing to log.txt")(partial(metrics.write_all, log_file, f"bridge: {said}\n".encode()))
-            hung.append(time.monotonic() + hang.STACKS)
-        if until() or hung and time.monotonic() > hung[0]:
+        if not received and not asked and child.poll() is None and until():
             asked.append(signal.SIGTERM)
             child.terminate()
-        return bool(asked)
+        return bool(received or asked)
 
     # SIGHUP comes when the terminal is closed; under nohup it is ignored, and stays so.
     before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
               if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN}
     try:
-        copy_output(child, log_file, metrics_file, secrets, is_ending, watch)
+        copy_output(child, log_file, metrics_file, secrets, is_ending)
         if received:
             say(f"{signal.Signals(received[0]).name} received: passed on to the {Path(command[0]).name} process")
         try:
@@ -91,8 +78,6 @@ def run(command: list[str], env: Mapping[str, str], log: Path | None, metrics_fi
             signal.signal(number, handler)
     if received:
         return 128 + received[0]
-    if hung:
-        return HUNG
     if asked:
         return 0
     return 128 - status if status < 0 else status
@@ -103,8 +88,7 @@ def end_with_parent() -> None:
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
-def copy_output(child: subprocess.Popen, log_file, metrics_file, secrets, is_ending: Callable[[], bool],
-                watch: hang.Watch | None) -> None:
+def copy_output(child: subprocess.Popen, log_file, metrics_file, secrets, is_ending: Callable[[], bool]) -> None:
     """Copy the child's output to stdout and the log until it ends, line by line (a progress bar's \\r ends a line too).
 
     A log or metrics that cannot be written (a quota) end no training: that is said, and tried again with the next line.
@@ -136,8 +120,6 @@ def copy_output(child: subprocess.Popen, log_file, metrics_file, secrets, is_end
                 emit(line)
                 row = metrics_file and metrics.parse(line.decode(errors="replace"))
                 if row:
-                    if watch:
-                        watch.step()
                     recording(partial(metrics_file.add, *row))
         elif pending and len(pending) > 8192:
             # No end of line in sight: show it rather than hold it back.

@@ -11,8 +11,6 @@ import runpy
 import socket
 import sys
 
-from bridge.trainers import stacks
-
 ADDRESS = "127.0.0.1"
 # For gloo, NCCL and vLLM. Within a node NCCL's ranks only find each other over sockets: data go through NVLink or memory.
 ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": ADDRESS}
@@ -20,7 +18,6 @@ ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "VLLM_HOS
 
 def close() -> None:
     """Let this process, and those it starts, find each other over the loopback address; what the user has set wins."""
-    stacks.write_when_asked()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     close_store()

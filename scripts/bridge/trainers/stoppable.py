@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bridge.trainers import stacks
-
 # In the folder of the stage: asked by whoever may write there, answered by the trainer.
 REQUEST, ANSWER = "stop-requested", "stopped"
 
@@ -44,8 +42,6 @@ def is_answered(answer: Path) -> bool:
 def stoppable_sft(trainer: type) -> type:
     """A class of verl's SFT trainer that can be asked to stop."""
     import torch
-
-    stacks.write_when_asked()
 
     class StoppableSFTTrainer(trainer):
         steps, stopping = 0, False
