@@ -51,6 +51,7 @@ for argument; do if [[ $argument == --dry-run ]]; then dry=1; else arguments+=("
 [[ -n $stage$chain ]] || problems+=("Which stage? make submit STAGE=ppo GPUS=8, or CHAIN=sft,merge:sft,ppo,merge:ppo")
 [[ ,$chain, != *,,* || -z $chain ]] || problems+=("CHAIN=$chain has an empty item.")
 read_chain "${chain:-$stage}"
+[[ " ${jobs[*]} " != *\ @(sft|ppo)\ * ]] || check_limit
 [[ -z $slurm ]] || for stage in "${jobs[@]}"; do prepare "$stage"; done
 # What Slurm would not take, in its own words.
 [[ ${#problems[@]} != 0 ]] || for stage in "${jobs[@]}"; do
