@@ -2,6 +2,7 @@
 
 import pytest
 
+from bridge.errors import Tolerance
 from bridge.trainers import stoppable
 from door import run_python
 
@@ -64,9 +65,13 @@ def test_a_request_that_came_during_the_start_ends_it_before_the_first_step(tmp_
     assert run_python(script) == "[] [] ['stop-requested', 'stopped']"
 
 
-def test_an_answer_that_cannot_be_seen_counts_as_one(tmp_path):
+def test_an_answer_that_cannot_be_seen_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Tolerance, "PAUSES", (0, 0))
     (tmp_path / "file").touch()
     assert not stoppable.is_answered(tmp_path / "stopped")
     assert stoppable.is_answered(tmp_path / "file")
+    assert capsys.readouterr().err == ""
     # As a stale handle: an error that does not say that there is none.
-    assert stoppable.is_answered(tmp_path / "file" / "stopped")
+    assert not stoppable.is_answered(tmp_path / "file" / "stopped")
+    said = capsys.readouterr().err
+    assert "looking for the trainer's answer failed: " in said and "was given up" in said

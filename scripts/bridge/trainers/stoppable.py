@@ -9,8 +9,11 @@ What is trained stays verl's.
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from bridge.errors import Tolerance
 
 # In the folder of the stage: asked by whoever may write there, answered by the trainer.
 REQUEST, ANSWER = "stop-requested", "stopped"
@@ -27,16 +30,15 @@ def is_requested() -> bool:
 
 
 def is_answered(answer: Path) -> bool:
-    """Whether the trainer has ended because it was asked to; so, too, where it cannot be seen: going on with a finished run is
-    harmless, to take one for finished is not.
-    """
-    try:
-        answer.stat()
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return True
+    """Whether the trainer has ended because it was asked to. That it cannot be seen is said."""
+    seen = []
+
+    def look() -> None:
+        with suppress(FileNotFoundError):
+            seen.append(answer.stat())
+
+    Tolerance("looking for the trainer's answer").at_last(look)
+    return bool(seen)
 
 
 def stoppable_sft(trainer: type) -> type:
@@ -164,8 +166,7 @@ def main() -> None:
     """Become the module (sys.argv[1]) with the rest of the arguments."""
     sys.argv = sys.argv[1:]
     if sys.argv[0] == "verl.trainer.main_ppo":
-        run_ppo()
-        return
+        return run_ppo()
     from verl.trainer import fsdp_sft_trainer
 
     fsdp_sft_trainer.FSDPSFTTrainer = stoppable_sft(fsdp_sft_trainer.FSDPSFTTrainer)
