@@ -4,8 +4,6 @@
 # Each finding goes to `problems`, so that all are named at once.
 
 problems=()
-# shellcheck source=scripts/host/chain.sh
-source "$checkout/scripts/host/chain.sh"
 signal=${SBATCH_SIGNAL:-B:USR1@300}
 # Of the stages that train or generate, and of an interactive shell.
 gpu_settings=(GPUS GPUS_PER_NODE GPUS_PER_TASK GPUS_PER_SOCKET GRES CPUS_PER_GPU MEM_PER_GPU CPUS_PER_TASK EXCLUSIVE)

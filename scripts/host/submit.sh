@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # Hand stages to Slurm as jobs, or open a shell on one of its nodes. Runs: host (where sbatch and srun are).
 #   STAGE=ppo GPUS=8 scripts/host/submit.sh submit [ARGUMENT...]        one job; --dry-run only shows
-#   CHAIN=data,model,sft,merge:sft,ppo scripts/host/submit.sh submit    a job a stage, each after the one before
-#   GPUS=1 scripts/host/submit.sh shell
+#   CHAIN=sft,merge:sft,ppo GPUS=8 scripts/host/submit.sh submit       a job a stage, each after the one before
 set -euo pipefail
 # shellcheck source=scripts/host/read_env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/read_env.sh"
@@ -27,13 +26,14 @@ stage=${STAGE:-} chain=${CHAIN:-}
 read_settings 'WORK_DIR|GPUS|INIT|NODES|REQUEUE|NET_PARTITION|ENGINE|IMAGE|SBATCH_.*'
 unset STAGE CHAIN
 resolve_paths
+# shellcheck source=scripts/host/chain.sh
+source "$checkout/scripts/host/chain.sh"
 # shellcheck source=scripts/host/slurm.sh
 source "$checkout/scripts/host/slurm.sh"
 
 what=$1 && shift
 slurm=$(command -v sbatch srun sinfo) || problems+=("no Slurm here: sbatch is not on PATH. Log in where jobs are submitted.")
-[[ ${NODES:-1} =~ ^[1-9][0-9]*$ ]] || problems+=("NODES=$NODES is no number of nodes.")
-[[ ! ${NODES:-1} =~ ^[1-9][0-9]*$ || ${NODES:-1} == 1 ]] || problems+=("NODES=$NODES: several nodes are not supported yet.")
+[[ ${NODES:-1} == 1 ]] || problems+=("NODES=$NODES has to be 1: several nodes are not supported yet.")
 [[ ${REQUEUE:-10} =~ ^[0-9]+$ ]] || problems+=("REQUEUE=$REQUEUE is no number: how often at most a job is put back, 0 for never.")
 
 if [[ $what == shell ]]; then

@@ -42,7 +42,7 @@ REFUSED = {
     "unknown stage": (("STAGE=dpo",), "dpo is no stage"),
     "stage and chain": (("STAGE=sft", "CHAIN=ppo", "GPUS=1"), "give one of them"),
     "no nodes": (("STAGE=data", "NODES=0"), "NODES=0"),
-    "several nodes": (("STAGE=ppo", "GPUS=8", "NODES=2"), "NODES=2: several nodes are not supported yet"),
+    "several nodes": (("STAGE=ppo", "GPUS=8", "NODES=2"), "NODES=2 has to be 1: several nodes are not supported yet"),
     "no GPUs": (("STAGE=ppo",), "ppo needs GPUs"),
     "zero GPUs": (("STAGE=ppo", "GPUS=0"), "GPUS=0"),
     "more GPUs than a node has": (("STAGE=ppo", "GPUS=9"), "a node of the default partition has 8"),
