@@ -22,7 +22,7 @@ STEPS, EVERY, LAST = 9, 3, 6
 SFT = ["sft", f"trainer.total_training_steps={STEPS}", f"trainer.save_freq={EVERY}", "data.train_batch_size=8",
        "data.max_length=128"]
 # Words of the command line of the process that is killed.
-RANK = "on_cpu verl.trainer.fsdp_sft_trainer"
+RANK = "on_cpu bridge.trainers.stoppable verl.trainer.fsdp_sft_trainer"
 
 
 @pytest.fixture(scope="module")
