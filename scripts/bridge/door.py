@@ -171,7 +171,7 @@ def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
 
     Tolerance("writing run.json").at_last(end)
     if status == STOPPED:
-        say(f"{name} was asked to stop ({request}): it has saved, and the same command continues it")
+        say(f"{name} was asked to stop ({request}) and did: the same command continues it")
     elif status:
         why = failure.reason(log, start) if log and status < 128 else None
         if why:

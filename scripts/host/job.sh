@@ -61,12 +61,12 @@ wait "$stage_pid" || status=$?
 exec {watch}>&-
 
 if [[ $status == 75 && -z $ending && $put_back -lt $most ]]; then
-    tell "$stage was asked to stop and has saved: the job is put back into the queue"
+    tell "$stage was asked to stop and did: the job is put back into the queue"
     # This ends the script, too: what it says is no preemption.
     trap '' TERM
     scontrol requeue "$SLURM_JOB_ID" >> "$log" 2>&1 || tell "Slurm does not put it back (see $log): make submit continues it"
 elif [[ $status == 75 && -z $ending ]]; then
-    tell "$stage was asked to stop and has saved. It was put back $put_back times (REQUEUE=$most): make submit continues it"
+    tell "$stage was asked to stop and did. It was put back $put_back times (REQUEUE=$most): make submit continues it"
 else
     tell "$stage ended with $status${ending:+, $ending}"
 fi

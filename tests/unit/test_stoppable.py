@@ -49,7 +49,7 @@ print(len(whole), len(before), before + after[:len(whole) - stop] == whole)
 
 
 @pytest.mark.parametrize(("stop", "state"), [(3, "with"), (10, "with"), (13, "with"), (20, "with"), (23, "with"),
-                                             # At an epoch's end the door puts the loader's state aside.
+                                             # A checkpoint that lacks the loader's state: verl warns, and goes on.
                                              (10, "without"), (20, "without")])
 def test_a_ppo_that_goes_on_gets_the_batches_that_would_have_come(tmp_path, monkeypatch, stop, state):
     for name, value in (("BRIDGE_STAGE_DIR", tmp_path), ("STOP", stop), ("STATE", state)):
