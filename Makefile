@@ -51,6 +51,6 @@ help: ## Show this menu
 
 STAGES := check shell data model sft ppo merge eval upload rehearse bench accept plot
 $(STAGES):
-	@scripts/host/$(if $(filter shell1,$@$(SLURM)),submit.sh,container.sh) $@ $(ARGS)
+	@scripts/host/$(if $(filter shell1,$@$(SLURM))$(filter-out check,$(filter check%,$@$(NODES))),submit.sh,container.sh) $@ $(ARGS)
 
 .PHONY: $(STAGES) submit image oci pull venv lock test lint help

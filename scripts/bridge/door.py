@@ -24,6 +24,7 @@ TOOLS = {
     "plot": "curves of runs over each other (RUN... --keys=a,b --mean=N --output=FILE)",
     "bench": "how fast the trainings are (CASES=; --report FILE.json)",
     "accept": "the acceptance test of a GPU node, about ten minutes",
+    "join": "take part in a training over several nodes (make submit NODES=2 starts it)",
 }
 
 
@@ -123,7 +124,7 @@ def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
     """Run what was planned, keeping the record; returns the exit status."""
     from bridge.runs import checkpoints, failure, launch, record
     from bridge.runs.metrics import Metrics
-    from bridge.trainers import stoppable
+    from bridge.trainers import nodes, stoppable
 
     secrets = record.secret_values(env)
     recorded = record.begin(plan, env)
@@ -158,6 +159,9 @@ def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
         if status == 0 and stoppable.is_answered(answer):
             status = STOPPED
     finally:
+        if "BRIDGE_NODES_DIR" in env:
+            # However it has ended: then the other nodes end, too.
+            nodes.listening().unlink(missing_ok=True)
         if metrics:
             Tolerance("writing to metrics.jsonl").at_last(metrics.close)
             housekeeping.close(hurry=status >= 128)

@@ -44,6 +44,7 @@ class Settings:
     ckpt: Path | None
     limit: int | None
     gpus: int | None
+    nodes: int
     tp: int | None
     share_gpu: bool
     keep: int | None
@@ -187,6 +188,7 @@ def read(env: Mapping[str, str]) -> Settings:
         ckpt=Path(os.path.abspath(os.path.expanduser(ckpt))) if ckpt else None,
         limit=number("LIMIT", 1, "a number of rows"),
         gpus=number("GPUS", 1, "a number of GPUs"),
+        nodes=number("NODES", 1, "a number of nodes") or 1,
         tp=number("TP", 1, "a tensor parallel size"),
         share_gpu=share_gpu == "1",
         keep=None if keep == "all" else int(keep),

@@ -4,6 +4,10 @@
 # Sets ENGINE (not given: the first on PATH) and IMAGE; ends the script with 2 where there is no image. Only the
 # rehearsal, which needs no GPU, then makes a .venv by itself and runs there.
 
+image_id() { # what tells this image from another: its size and, in a SIF's header, its UUID
+    [[ ! -f ${IMAGE:-} ]] || { stat -Lc %s -- "$IMAGE" && head -c 4096 -- "$IMAGE" | sha256sum; } | tr -dc '0-9a-f'
+}
+
 choose_engine() { # STAGE
     local asked=${ENGINE:-} there=1 build cure="For what needs no GPU there is also: make venv, then ENGINE=none."
     for ENGINE in ${asked:-apptainer singularity podman docker none}; do

@@ -8,8 +8,10 @@ set -euo pipefail
 source "$1/scripts/host/read_env.sh"
 # shellcheck source=scripts/host/paths.sh
 source "$checkout/scripts/host/paths.sh"
+# shellcheck source=scripts/host/engine.sh
+source "$checkout/scripts/host/engine.sh"
 # No secret: only container.sh has those.
-read_settings 'WORK_DIR|RUN|REQUEUE'
+read_settings 'WORK_DIR|RUN|REQUEUE|ENGINE|IMAGE'
 resolve_paths
 stage=$2 attempt=${SLURM_RESTART_COUNT:-0} most=${REQUEUE:-10}
 say() { echo "bridge: $(date '+%F %T') $*"; }
@@ -51,14 +53,35 @@ cancel() {
 trap ask USR1
 trap cancel TERM
 
+others=$((${SLURM_JOB_NUM_NODES:-1} - 1)) others_pid=''
+if ((others)); then
+    choose_engine "$stage"
+    # Where the nodes meet. It holds a key.
+    export BRIDGE_NODES_DIR=$WORK_DIR/jobs/$SLURM_JOB_ID.$attempt.nodes
+    mkdir -m 700 -- "$BRIDGE_NODES_DIR"
+fi
 "$checkout/scripts/host/container.sh" "${@:2}" {watch}>&- {job}>&- &
 stage_pid=$!
 [[ -z $ending ]] || kill -TERM "$stage_pid"
+if ((others)); then
+    # A node that fails ends the others and, by its message to the first, the stage.
+    (srun --overlap --export=ALL --relative=1 --nodes="$others" --ntasks="$others" --ntasks-per-node=1 --kill-on-bad-exit=1 \
+        ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} --unbuffered --label \
+        "$checkout/scripts/host/node.sh" "$stage" "$(image_id)" < /dev/null {watch}>&- ||
+        { [[ ! -d $BRIDGE_NODES_DIR ]] || { tell "another node's part of $stage has failed (see $log): all end" &&
+            kill -TERM "$stage_pid"; }; }) &
+    others_pid=$!
+fi
 # wait returns at each signal, too; the status of what has ended it knows at any time.
 while kill -0 "$stage_pid" 2> /dev/null; do wait "$stage_pid" || true; done
 status=0
 wait "$stage_pid" || status=$?
 exec {watch}>&-
+if ((others)); then
+    # Now they end. A node that is lost does not.
+    rm -rf -- "$BRIDGE_NODES_DIR"
+    for _ in {1..60}; do kill -0 "$others_pid" 2> /dev/null && sleep 1 || break; done
+fi
 
 if [[ $status == 75 && -z $ending && $put_back -lt $most ]]; then
     tell "$stage was asked to stop and did: the job is put back into the queue"

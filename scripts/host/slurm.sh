@@ -8,7 +8,7 @@ signal=${SBATCH_SIGNAL:-B:USR1@300}
 # Of the stages that train or generate, and of an interactive shell.
 gpu_settings=(GPUS GPUS_PER_NODE GPUS_PER_TASK GPUS_PER_SOCKET GRES CPUS_PER_GPU MEM_PER_GPU CPUS_PER_TASK EXCLUSIVE)
 
-uses_gpus() { [[ $1 == @(sft|ppo|eval|eval:*) || ($1 == shell && -n ${GPUS:-}) ]]; }
+uses_gpus() { [[ $1 == @(sft|ppo|eval|eval:*) || ($1 == @(shell|check) && -n ${GPUS:-}) ]]; }
 
 seconds() { # LIMIT: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S, as Slurm writes a time limit; fails where it is none
     [[ $1 =~ ^(([0-9]+)-)?([0-9]+)(:([0-9]+))?(:([0-9]+))?$ ]] || return 1
@@ -46,7 +46,9 @@ share_of() { # GPUS [PARTITION]: that share of a node's cores (4 for no GPU; the
 
 ask_for() { # STAGE: fills options (of sbatch and srun) and drop (names that the job's call must not have), adds to problems
     local stage=$1 partition=${SBATCH_PARTITION:-} gpus=0 asked='' share most nodes name
-    options=(--nodes=1 --ntasks-per-node=1) drop=()
+    local count=1
+    if is_training "$stage" || [[ $stage == check ]]; then count=${NODES:-1}; fi
+    options=(--nodes="$count" --ntasks-per-node=1) drop=()
     [[ -n ${SBATCH_JOB_NAME:-} ]] || options+=(--job-name="bridge-$stage")
     if needs_internet "$stage"; then partition=$NET_PARTITION && options+=(--partition="$partition") && drop+=(-u SBATCH_PARTITION); fi
     # sbatch does not read these two from its environment.
@@ -75,6 +77,7 @@ ask_for() { # STAGE: fills options (of sbatch and srun) and drop (names that the
 prepare() { # STAGE [OPTION...]: fills command, the whole call of sbatch; give, the job's own settings; job, its stage
     give=() job=("${1%:*}")
     [[ $1 != *:* ]] || give+=("STAGE=${1#*:}")
+    ! is_training "$1" || [[ -z ${NODES:-} ]] || give+=("NODES=$NODES")
     [[ $1 != ppo || -z $from${INIT:-} ]] || give+=("INIT=${from:-$INIT}")
     if [[ -z $chain ]] || is_training "$1"; then job+=("${arguments[@]}"); fi
     ask_for "$1"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Hand stages to Slurm as jobs, or open a shell on one of its nodes. Runs: host (where sbatch and srun are).
+# Hand stages to Slurm as jobs, or open a shell or check the environment on its nodes. Runs: host (where sbatch and srun are).
 #   STAGE=ppo GPUS=8 scripts/host/submit.sh submit [ARGUMENT...]        one job; --dry-run only shows
 #   CHAIN=sft,merge:sft,ppo GPUS=8 scripts/host/submit.sh submit       a job a stage, each after the one before
 set -euo pipefail
@@ -33,16 +33,16 @@ source "$checkout/scripts/host/slurm.sh"
 
 what=$1 && shift
 slurm=$(command -v sbatch srun sinfo) || problems+=("no Slurm here: sbatch is not on PATH. Log in where jobs are submitted.")
-[[ ${NODES:-1} == 1 ]] || problems+=("NODES=$NODES has to be 1: several nodes are not supported yet.")
+[[ ${NODES:-1} =~ ^[1-9][0-9]*$ ]] || problems+=("NODES=$NODES is no number of nodes. Use NODES=1 or more.")
 [[ ${REQUEUE:-10} =~ ^[0-9]+$ ]] || problems+=("REQUEUE=$REQUEUE is no number: how often at most a job is put back, 0 for never.")
 
-if [[ $what == shell ]]; then
-    [[ -z $slurm ]] || ask_for shell
+if [[ $what != submit ]]; then
+    [[ -z $slurm ]] || ask_for "$what"
     [[ ${#problems[@]} == 0 ]] || fail "${problems[@]}"
     # The same settings under the names that srun reads.
     for name in $(compgen -e SBATCH_); do [[ " ${drop[*]} " == *" $name "* ]] || export "SLURM_${name#SBATCH_}=${!name}"; done
     unset SLURM_SIGNAL SLURM_REQUEUE
-    exec srun "${options[@]}" --pty "$checkout/scripts/host/container.sh" shell "$@"
+    exec srun "${options[@]}" "$([[ $what == shell ]] && echo --pty || echo --label)" "$checkout/scripts/host/container.sh" "$what" "$@"
 fi
 
 dry='' arguments=()

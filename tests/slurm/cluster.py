@@ -1,16 +1,18 @@
 """A real Slurm on this machine: one controller and two nodes with names and addresses of their own, of Debian's packages.
 
-Everything lives in namespaces of its own (processes, network, host names): nothing of it is seen by other programs, two such
-clusters do not meet, and all of it is gone when the tests' process ends, however it ends. Needs root. Each node
-says that it has 16 cores and 8 GPUs, which are terminals: enough for Slurm to count.
+Everything lives in namespaces of its own (processes, network, host names; on each node a /var/tmp of its own): nothing of it is
+seen by other programs, two such clusters do not meet, and all of it is gone when the tests' process ends, however it ends. Needs
+root. Each node says that it has 16 cores and 8 GPUs, which are terminals: enough for Slurm to count.
 """
 
 import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+import psutil
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 NODES = ("n1", "n2")
@@ -64,7 +66,8 @@ until [ -S munge/socket ]; do kill -0 $!; sleep 0.1; done
 number=10
 for node in n1 n2; do
     number=$((number + 1))
-    unshare --net --uts bash -euc 'hostname "$1"; until ip link show eth0 > /dev/null 2>&1; do sleep 0.1; done
+    unshare --net --uts --mount bash -euc 'hostname "$1"; mount -t tmpfs tmpfs /var/tmp
+        until ip link show eth0 > /dev/null 2>&1; do sleep 0.1; done
         ip link set lo up; ip addr add "10.77.0.$2/24" dev eth0; ip link set eth0 up
         exec ./slurmd -D -N "$1" -d "$FOLDER/slurmstepd"' _ "$node" "$number" > "$node.out" 2>&1 &
     pid=$!
@@ -150,6 +153,13 @@ class Cluster:
         """What one of Slurm's commands prints."""
         return subprocess.run([str(self.bin / command[0]), *command[1:]], capture_output=True, text=True,
                               check=False, timeout=60).stdout.strip()
+
+    def on(self, node: str, *command: str, env: Mapping[str, str] | None = None, timeout: float = 60) -> subprocess.CompletedProcess:
+        """Run a command on a node, as another program of it: in its network and with its folders."""
+        [daemon] = [process for process in psutil.Process(self.first.pid).children(recursive=True)
+                    if process.cmdline()[:4] == ["./slurmd", "-D", "-N", node]]
+        return subprocess.run(["nsenter", f"--target={daemon.pid}", "--net", "--uts", "--mount", *command], capture_output=True,
+                              text=True, check=False, timeout=timeout, env=env)
 
     def wait_for(self, condition: Callable[[], object], what: str, seconds: float = 300) -> None:
         """Returns once the condition holds; fails with what the daemons said where it does not."""

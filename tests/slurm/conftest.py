@@ -20,11 +20,11 @@ mkdir -p "$folder"
 rm -f "$folder/stop-requested"
 env -0 > "$folder/environment"
 echo "$1 on $(hostname) with ${*:2}"
-until [[ -e $WORK_DIR/end-$1 ]]; do
+until [[ -e $WORK_DIR/end-$1 || $1 == check ]]; do
     [[ ! -e $folder/stop-requested ]] || exit 75
     sleep 0.2
 done
-exit "$(< "$WORK_DIR/end-$1")"
+[[ $1 == check ]] || exit "$(< "$WORK_DIR/end-$1")"
 """
 
 

@@ -372,7 +372,7 @@ def test_every_configuration_says_what_it_is_and_every_key_why(file):
     ("data.train_batch_size=null", "data.train_batch_size cannot be null"),
     ("++data.train_batch_size=null", "data.train_batch_size cannot be null"),
     ("actor_rollout_ref.rollout.n=0", "actor_rollout_ref.rollout.n has to be a whole number of at least 1"),
-    ("trainer.nnodes=null", "trainer.nnodes cannot be null"),
+    ("trainer.nnodes=2", "trainer.nnodes is set by the bridge. Use NODES="),
     ("actor_rollout_ref.actor.optim.lr=nan", "actor_rollout_ref.actor.optim.lr is a number"),
     ("actor_rollout_ref.actor.optim={lr: null}", "actor_rollout_ref.actor.optim.lr cannot be null"),
     ("~actor_rollout_ref.actor.optim.lr", "actor_rollout_ref.actor.optim.lr would be gone"),

@@ -42,13 +42,13 @@ def problems(env: dict[str, str], stage: str, *overrides: str) -> list[str]:
 
 @pytest.mark.parametrize(("stage", "overrides"), [
     # All at once: an override and what is said of it.
-    ("sft", {"model.lora_rank=8": "verl's merger drops LoRA's adapters", "trainer.nnodes=2": "one node is trained on",
+    ("sft", {"model.lora_rank=8": "verl's merger drops LoRA's adapters",
              "trainer.save_freq=0": "verl divides by it", "trainer.test_freq=0": "verl divides by it",
              "trainer.logger=['wandb']": "progress are read from what verl prints",
              # 512 rows in batches of 16.
              "trainer.total_training_steps=65": "more than the 64 steps of trainer.total_epochs=2: verl would end there"}),
     ("ppo", {"actor_rollout_ref.model.lora_rank=8": "verl's merger drops LoRA's adapters",
-             "critic.model.lora_rank=8": "Use critic.model.lora_rank=0.", "trainer.nnodes=2": "one node is trained on",
+             "critic.model.lora_rank=8": "Use critic.model.lora_rank=0.",
              "trainer.save_freq=0": "saves no checkpoint",
              "trainer.total_training_steps=961": "more than the 960 steps of trainer.total_epochs=15"}),
     *((stage, {f"{key}={value}": "cannot be null" if value == "null" else "has to be a whole number of at least 1"

@@ -40,8 +40,7 @@ def run(command: list[str], env: Mapping[str, str], log: Path | None, metrics_fi
     """
     # First, since an error here must not end a child that has begun.
     log_file = open(log or os.devnull, "ab", buffering=0)  # noqa: SIM115 - its closing may fail, too
-    # Descendants whose parent dies (Ray's daemons) become ours instead of init's, so that they can be found and ended.
-    LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    adopt_orphans()
     child = subprocess.Popen(command, env=dict(env), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                              stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=end_with_parent)
     received: list[int] = []
@@ -81,6 +80,11 @@ def run(command: list[str], env: Mapping[str, str], log: Path | None, metrics_fi
     if asked:
         return 0
     return 128 - status if status < 0 else status
+
+
+def adopt_orphans() -> None:
+    """Descendants whose parent dies (Ray's daemons) become ours instead of init's, so that they can be found and ended."""
+    LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def end_with_parent() -> None:
@@ -135,9 +139,9 @@ def copy_output(child: subprocess.Popen, log_file, metrics_file, secrets, is_end
     emit(pending)
 
 
-def stop_all() -> None:
-    """End every descendant that is left: ask first, then kill. Those of the killed become ours and follow."""
-    for number, seconds in ((signal.SIGTERM, GRACE_SECONDS / 2), (signal.SIGKILL, GRACE_SECONDS)):
+def stop_all(signals=((signal.SIGTERM, GRACE_SECONDS / 2), (signal.SIGKILL, GRACE_SECONDS))) -> None:
+    """End every descendant that is left: ask first, then kill (signal, seconds). Those of the killed become ours and follow."""
+    for number, seconds in signals:
         deadline, asked = time.monotonic() + seconds, set()
         while (left := psutil.Process().children()) and time.monotonic() < deadline:
             for process in left:

@@ -45,9 +45,10 @@ def cpus(config: Mapping[str, Any], gpus: int, cores: int) -> int:
     return max(cores, gpus + 1 + bool(config["reward_model"]["launch_reward_fn_async"]))
 
 
-def command(ranks: int, modules: list[str], arguments: list[str]) -> list[str]:
+def command(_ranks: int, modules: list[str], arguments: list[str], nodes: int = 1) -> list[str]:
     """One process; Ray starts the workers."""
-    return [sys.executable, "-u", "-m", "bridge.trainers.loopback", *modules, *arguments]
+    launcher = "bridge.trainers.loopback" if nodes == 1 else "bridge.trainers.nodes"
+    return [sys.executable, "-u", "-m", launcher, *modules, *arguments]
 
 
 def setting_problems(config: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:

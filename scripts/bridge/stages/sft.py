@@ -19,11 +19,12 @@ def environment(_env: Mapping[str, str]) -> dict[str, str]:
     return {"OMP_NUM_THREADS": "1"}
 
 
-def command(ranks: int, modules: list[str], arguments: list[str]) -> list[str]:
+def command(ranks: int, modules: list[str], arguments: list[str], nodes: int = 1) -> list[str]:
     """torchrun with one process a GPU (or CPU rank)."""
     # torchrun would tell the ranks the node's name, which need not resolve.
-    return [sys.executable, "-u", "-m", "bridge.trainers.loopback", "torch.distributed.run", "--standalone", "--nnodes=1",
-            "--local_addr=127.0.0.1", f"--nproc_per_node={ranks}", "-m", *modules, *arguments]
+    one = ["bridge.trainers.loopback", "torch.distributed.run", "--standalone", "--nnodes=1", "--local_addr=127.0.0.1"]
+    return [sys.executable, "-u", "-m", *(one if nodes == 1 else ["bridge.trainers.nodes", "torch.distributed.run"]),
+            f"--nproc_per_node={ranks}", "-m", *modules, *arguments]
 
 
 def setting_problems(config: Mapping[str, Any], _overrides: Sequence[str] = ()) -> list[str]:

@@ -22,6 +22,7 @@ TRAINERS = {"sft": sft, "ppo": ppo}
 # Keys that only the door sets, and the setting that does.
 OWNED = {
     "trainer.n_gpus_per_node": "GPUS=",
+    "trainer.nnodes": "NODES=",
     "trainer.default_local_dir": "WORK_DIR= and RUN=",
     "trainer.default_hdfs_dir": "WORK_DIR= and RUN=",  # verl's PPO saves nothing there, and then cannot resume
     "trainer.resume_mode": "RUN= (a run is continued by itself)",
@@ -87,6 +88,11 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
         gpus = compose(stage, own, own_env)["trainer"]["n_gpus_per_node"]
         notes.append(f"GPUS is not given and no GPU is visible here: shown for {gpus}")
     own.append(f"trainer.n_gpus_per_node={gpus}")
+    nodes = settings.nodes
+    world = gpus * nodes
+    if nodes > 1:
+        own.append(f"trainer.nnodes={nodes}")
+        problems += node_problems(settings, env, gpus, dry_run)
     try:
         config = compose_checked(stage, own, overrides, own_env, OWNED)
     except UsageError as error:
@@ -118,17 +124,17 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
         problems += trainer.position_problems(config, model_folder.longest_sequence(model_dir))
     if stage == "ppo" and visible and not model_problems:
         problems += trainer.memory_problems(config, model_folder.parameter_count(model_dir), min(gpu.memory for gpu in visible))
-    faults = trainer.divisibility(config, gpus, heads)
+    faults = trainer.divisibility(config, world, heads)
     if faults:
-        possible = [n for n in range(1, 65) if not trainer.divisibility(config, n, heads)]
-        problems += [f"GPUS={gpus}: {fault}." for fault in faults]
+        possible = [n for n in range(1, 65) if not trainer.divisibility(config, n * nodes, heads)]
+        problems += [f"GPUS={gpus}{f' NODES={nodes}' * (nodes > 1)}: {fault}." for fault in faults]
         problems.append(f"Possible with these settings: GPUS={', '.join(map(str, possible))}." if possible else
                         "No number of GPUs goes with these settings: change TP=, or the batch sizes.")
     if rows and settings.profile not in ON_CPU and data.recorded_source(settings.data_dir) == "builtin":
         notes.append(f"warning: {settings.data_dir} holds made-up problems, not GSM8K. Move it away, then `make data "
                      "DATA_SOURCE=hub`")
     if rows:
-        problems += step_problems(config, rows[0]) + trainer.validation_problems(config, gpus, rows[1])
+        problems += step_problems(config, rows[0]) + trainer.validation_problems(config, world, rows[1])
     refuse(problems)
 
     made = Plan(
@@ -164,10 +170,11 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
         if visible and (few := hardware.core_problem(hardware.cpu_count(), gpus)):
             notes.append(f"warning: {few}")
     device = "ranks on CPU" if on_cpu else "GPUs"
+    device += f" on each of {nodes} nodes" * (nodes > 1)
     notes.insert(0, f"{stage}: {gpus} {device}, profile {settings.profile}, run {settings.run}, "
                     f"{'the SFT model of this run' if from_sft else f'model {model_dir.name}'}")
     arguments = ["--config-dir", str(CONFIGS), "--config-name", stage, *own, *resume, *overrides]
-    command = trainer.command(gpus, [*(["bridge.trainers.on_cpu"] if on_cpu else []), *trainer.modules(config)], arguments)
+    command = trainer.command(gpus, [*(["bridge.trainers.on_cpu"] if on_cpu else []), *trainer.modules(config)], arguments, nodes)
     return Plan(**{**vars(made), "command": command, "resume_step": resume_step})
 
 
@@ -193,6 +200,16 @@ def choose_hardware(settings: Settings, env: Mapping[str, str], notes: list[str]
     elif problem:
         notes.append(f"warning: {problem}")
     return settings.gpus or len(gpus) or None, False
+
+
+def node_problems(settings: Settings, env: Mapping[str, str], gpus: int, dry_run: bool) -> list[str]:
+    """What keeps several nodes from training together."""
+    problems = []
+    if not (env.get("BRIDGE_NODES_DIR") or dry_run):
+        problems.append(f"NODES={settings.nodes}: make submit starts trainings over several nodes. Use it, or NODES=1.")
+    if gpus % (settings.tp or 1):
+        problems.append(f"TP={settings.tp} does not divide the {gpus} GPUs of a node: one copy of the model has to fit into it.")
+    return problems
 
 
 def memory_preset(stage: str, gpus: list[hardware.Gpu], notes: list[str]) -> str:
@@ -251,9 +268,6 @@ def whole_run_problems(config: Mapping[str, Any]) -> list[str]:
     if "console" not in config["trainer"]["logger"]:
         problems.append(f"trainer.logger={config['trainer']['logger']}: metrics and progress are read from what verl prints. Use "
                         "[console], or [console,wandb].")
-    if config["trainer"]["nnodes"] != 1:
-        problems.append(f"trainer.nnodes={config['trainer']['nnodes']}: one node is trained on, whatever this says. Use "
-                        "trainer.nnodes=1; GPUS= says how many GPUs of it.")
     return problems
 
 

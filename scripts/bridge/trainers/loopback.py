@@ -3,7 +3,7 @@
 Ray takes work from whoever reaches its ports, the dashboard's and its agent's among them, and does it as the owner of the
 trainer: so they are closed, and the others listen on 127.0.0.1 (other users of the node still reach that: docs/security.md).
 torch's store would listen on all addresses, gloo and NCCL on the network's. And ray.init() waits seconds for the dashboard.
-verl 0.5.0 has no settings for this; its module runs unchanged. For one node.
+verl 0.5.0 has no settings for this; its module runs unchanged. Over several nodes (trainers.nodes) it is the node's own address.
 """
 
 import os
@@ -11,37 +11,39 @@ import runpy
 import socket
 import sys
 
-ADDRESS = "127.0.0.1"
-# For gloo, NCCL and vLLM. Within a node NCCL's ranks only find each other over sockets: data go through NVLink or memory.
-ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": ADDRESS}
+
+def address() -> str:
+    """Where this process is found."""
+    return os.environ.get("BRIDGE_NODE_ADDRESS", "127.0.0.1")
 
 
 def close() -> None:
-    """Let this process, and those it starts, find each other over the loopback address; what the user has set wins."""
-    for name, value in ENVIRONMENT.items():
+    """Let this process, and those it starts, find each other over this address; what the user has set wins."""
+    # For gloo, NCCL and vLLM. Within a node NCCL's ranks only find each other over sockets: data go through NVLink or memory.
+    for name, value in {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": address()}.items():
         os.environ.setdefault(name, value)
     close_store()
 
 
 def close_store() -> None:
-    """Let torch's TCPStore listen on the loopback address: it has no setting for that, but takes a socket that listens."""
+    """Let torch's TCPStore listen on this address only: it has no setting for that, but takes a socket that listens."""
     from torch.distributed import TCPStore
 
     init = TCPStore.__init__
 
-    def listen(self, host_name, port, world_size=None, is_master=False, **options) -> None:
+    def listen(self, host_name, port, world_size=None, is_master=False, *more, **options) -> None:
         if is_master and "master_listen_fd" not in options:
-            listener = socket.create_server((ADDRESS, port))
+            listener = socket.create_server((address(), port))
             host_name, port = listener.getsockname()
             # The store closes it. Its newer backend, libuv's, takes no socket.
             options.update(master_listen_fd=listener.detach(), use_libuv=False)
-        init(self, host_name, port, world_size, is_master, **options)
+        init(self, host_name, port, world_size, is_master, *more, **options)
 
     TCPStore.__init__ = listen
 
 
 def close_ray() -> None:
-    """Let Ray, once started here, listen on the loopback address, without its dashboard, and call close() in its workers."""
+    """Let Ray, once started here, listen on this address, without its dashboard, and call close() in its workers."""
     import ray
     from ray._private import utils
 
@@ -51,7 +53,7 @@ def close_ray() -> None:
         # A hook that is there (on_cpu's) calls it itself.
         runtime_env = {"worker_process_setup_hook": "bridge.trainers.loopback.close", **(runtime_env or {})}
         # "local": not the cluster that a RAY_ADDRESS in the environment names.
-        return ray_init(*args, address="local", runtime_env=runtime_env, include_dashboard=False, _node_ip_address=ADDRESS,
+        return ray_init(*args, address="local", runtime_env=runtime_env, include_dashboard=False, _node_ip_address=address(),
                         **options)
 
     ray.init = init

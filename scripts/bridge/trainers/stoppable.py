@@ -150,7 +150,8 @@ def run_ppo() -> None:
     import ray
     from verl.trainer import main_ppo
 
-    @ray.remote(num_cpus=1)
+    # On the first node, where it is seen and where W&B's login is looked for.
+    @ray.remote(num_cpus=1, resources={"node:__internal_head__": 0.001})
     class TaskRunner:
         def run(self, config) -> None:
             from bridge.trainers.stoppable import stoppable_ppo

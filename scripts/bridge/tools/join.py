@@ -1,0 +1,77 @@
+"""bridge join STAGE: another node's part in a training over several nodes. scripts/host/node.sh starts it on each.
+
+It leaves its address where the nodes meet (trainers.nodes), waits until the first one listens, and then runs that one's command.
+What that says goes into the job's log.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+
+from bridge import hardware
+from bridge.environment import clean_environment
+from bridge.errors import UsageError, read_json, say, write_whole
+from bridge.runs import launch, record
+from bridge.settings import Settings
+from bridge.stages import train
+from bridge.trainers import nodes
+
+# Seconds in which it may turn out that the first node has ended, too.
+GRACE = 10
+
+
+def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int:
+    """Take part till the first node ends; returns 0, or the status of this part if it failed before."""
+    if len(arguments) != 1 or arguments[0] not in train.TRAINERS or not env.get("BRIDGE_NODES_DIR"):
+        raise UsageError("join is for the jobs of make submit NODES=2, and takes the stage: sft or ppo.")
+    # A preemption's signal, which all processes of a job step get, would end what is to be saved. Children inherit both: one
+    # is for threads that libraries have begun here, the other for programs that handle the signal themselves.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    host, number = socket.gethostname(), int(env["SLURM_PROCID"]) + 1
+    notes: list[str] = []
+    problems: list[str] = []
+    gpus, on_cpu = train.choose_hardware(settings, env, notes, problems, dry_run=False)
+    if problems:
+        raise UsageError(*(f"{host}: {problem}" for problem in problems))
+    # Where srun was started the door is.
+    first = env["SLURM_LAUNCH_NODE_IPADDR"]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
+        route.connect((first, 9))
+        address = route.getsockname()[0]
+    write_whole(nodes.folder() / f"{number}.json", json.dumps({"host": host, "address": address, "first": first}))
+    while not nodes.listening().exists():
+        if not nodes.folder().exists():
+            return 0
+        time.sleep(0.5)
+    attempt = record.read(settings.stage_dir(arguments[0]))["attempts"][-1]
+    own = {**clean_environment(settings, env), **attempt["environment"], "BRIDGE_NODE": str(number),
+           "BRIDGE_NODE_CPUS": str(max(hardware.cpu_count(), gpus + 1))}
+    if not on_cpu:
+        own["CUDA_VISIBLE_DEVICES"] = ",".join(gpu.device for gpu in hardware.visible_gpus(env)[:gpus])
+    if folder := read_json(nodes.listening())["temporary"]:
+        # Ray's folder has one name on all nodes, and is each node's own.
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        own["RAY_TMPDIR"] = folder
+    say(f"node {number} ({host}, {address}) joins")
+    launch.adopt_orphans()
+    child = subprocess.Popen([sys.executable, *attempt["command"][1:]], env=own, stdin=subprocess.DEVNULL, start_new_session=True)
+    status, failed_at = 0, None
+    while nodes.listening().exists():
+        if child.poll():
+            failed_at = failed_at or time.monotonic()
+            if time.monotonic() > failed_at + GRACE:
+                status = child.returncode
+                say(f"{arguments[0]} on node {number} ({host}) ended with {status}")
+                break
+        time.sleep(0.5)
+    launch.stop_all(((signal.SIGKILL, GRACE),))
+    if folder:
+        shutil.rmtree(folder, ignore_errors=True)
+    return 128 - status if status < 0 else status

@@ -1,0 +1,163 @@
+"""A training over two nodes of a real Slurm: who joins, how it ends, what others reach of it, and what is left."""
+
+import json
+import re
+import signal
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from bridge.runs import metrics, record
+from bridge.trainers import nodes
+from door import SHELL, left_running
+
+# /var/tmp is each node's own.
+TINY = {"PROFILE": "tiny", "MODEL": "tiny", "DATA_SOURCE": "builtin", "GPUS": "1", "NODES": "2", "RAY_TMPDIR": "/var/tmp"}
+ADDRESSES = {"n1": "10.77.0.11", "n2": "10.77.0.12"}
+
+
+# How a rank of SFT is started here, and not torchrun, which starts it.
+RANK = "-u -m bridge.trainers.on_cpu"
+
+
+def begin(site, stage: str, overrides: str, **env: str) -> str:
+    """A job that trains."""
+    for first in ("data", "model"):
+        assert site.make(first, **TINY).returncode == 0
+    [job] = site.submit(f"STAGE={stage}", f"ARGS={overrides}", **{**TINY, **env}).values()
+    return job
+
+
+def steps(site, stage: str) -> list[int]:
+    """The steps that were made."""
+    return [row["step"] for row in metrics.read(site.work_dir / "runs" / "default" / stage / "metrics.jsonl")]
+
+
+def ended_well(site, job: str, stage: str, last: int) -> Path:
+    """The folder of a stage that is finished, and of which nothing is left on either node."""
+    assert site.cluster.wait(job, "COMPLETED", "FAILED")["JobState"] == "COMPLETED", site.log(f"{job}.0.log")
+    folder = site.work_dir / "runs" / "default" / stage
+    assert steps(site, stage) == list(range(1, last + 1)) and record.read(folder)["status"] == "finished"
+    assert record.read(folder)["config"]["trainer"]["nnodes"] == 2
+    nothing_left(site)
+    return folder
+
+
+def nothing_left(site) -> None:
+    """No process of the training, no folder of Ray's, no key."""
+    site.cluster.wait_for(lambda: left_running(site.work_dir) == [], "nothing runs")
+    for node in ADDRESSES:
+        assert site.cluster.on(node, "ls", "/var/tmp").stdout == ""
+    assert list((site.work_dir / "jobs").glob("*.nodes")) == []
+
+
+def process(site, words: str, node: str) -> psutil.Process:
+    """A process of the training on a node."""
+    return next(found for found in psutil.process_iter() if words in " ".join(found.cmdline())
+                and str(site.work_dir) in found.environ().values() and found.environ().get("SLURMD_NODENAME") == node)
+
+
+def test_sft_over_two_nodes(site):
+    job = begin(site, "sft", "trainer.total_training_steps=4 trainer.save_freq=2")
+    folder = ended_well(site, job, "sft", 4)
+    # A shard of each node's rank.
+    shards = {file.name for file in (folder / "checkpoints" / "global_step_4").glob("model_*.pt")}
+    assert shards == {f"model_world_size_2_rank_{rank}.pt" for rank in (0, 1)}
+    assert "node 1 (n2, 10.77.0.12) joins" in site.log(f"{job}.0.log")
+    # The next stage takes it as that of one node.
+    assert site.make("merge", STAGE="sft", **TINY).returncode == 0
+
+
+STRANGER = """
+import sys
+from ray._raylet import GcsClient
+print(len(GcsClient(address=sys.argv[1]).get_all_node_info(timeout=10)))
+"""
+
+
+def test_ppo_over_two_nodes_of_which_strangers_get_no_answer(site):
+    job = begin(site, "ppo", "trainer.total_training_steps=2")
+    meeting = site.work_dir / "jobs" / f"{job}.0.nodes"
+    site.cluster.wait_for(lambda: (meeting / "listening.json").exists(), "Ray listens")
+    ray = json.loads((meeting / "listening.json").read_text())
+    assert ray["address"] == ADDRESSES["n1"] and meeting.stat().st_mode & 0o077 == 0
+    with_key = {"RAY_USE_TLS": "1", "RAY_TLS_SERVER_KEY": str(meeting / nodes.KEY),
+                **dict.fromkeys(("RAY_TLS_SERVER_CERT", "RAY_TLS_CA_CERT"), str(meeting / nodes.CERTIFICATE))}
+    other = site.work_dir.parent / "other"
+    other.mkdir()
+    nodes.make_key(other, list(ADDRESSES.values()))
+    others_key = {name: value.replace(str(meeting), str(other)) for name, value in with_key.items()}
+    seen = {}
+    for name, env in (("the key", with_key), ("another key", others_key), ("no key", {})):
+        result = site.cluster.on("n2", sys.executable, "-c", STRANGER, f"{ray['address']}:{ray['port']}", env={**SHELL, **env})
+        seen[name] = result.returncode
+    assert seen["the key"] == 0 and seen["another key"] and seen["no key"], seen
+    # The agents for runtime environments speak no TLS, and answer their own nodes only.
+    agents = {}
+    for found in psutil.process_iter():
+        told = dict(re.findall(r"--(node-ip-address|runtime-env-agent-port)=(\S+)", " ".join(found.cmdline())))
+        if "runtime_env/agent/main.py" in " ".join(found.cmdline()) and ray["temporary"] in " ".join(found.cmdline()):
+            agents[told["node-ip-address"]] = told["runtime-env-agent-port"]
+    assert sorted(agents) == sorted(ADDRESSES.values())
+    ask = "import sys, urllib.request as r; print(r.urlopen(r.Request(sys.argv[1], data=b''), timeout=10).status)"
+    for asking in ADDRESSES:
+        for asked, address in ADDRESSES.items():
+            said = site.cluster.on(asking, sys.executable, "-c", ask, f"http://{address}:{agents[address]}/get_runtime_envs_info")
+            assert said.stdout.strip() == "200" if asking == asked else "403: Forbidden" in said.stderr, (asking, asked, said)
+    ended_well(site, job, "ppo", 2)
+
+
+def test_a_preempted_training_over_two_nodes_saves_and_goes_on(site):
+    job = begin(site, "sft", "trainer.save_freq=-1 trainer.total_epochs=200")
+    site.cluster.wait_for(lambda: steps(site, "sft"), "the first step is made")
+    # All processes of the job's steps get it, those on the other node among them.
+    site.cluster.run("scancel", "--signal=TERM", job)
+    site.cluster.wait_for(lambda: site.cluster.job(job)["Restarts"] == "1", "put back")
+    folder = site.work_dir / "runs" / "default" / "sft"
+    saved = record.read(folder)["last_step"]
+    assert saved >= 1 and record.read(folder)["attempts"][0]["exit_status"] == 75
+    site.cluster.wait_for(lambda: steps(site, "sft")[-1] > saved, "it goes on")
+    site.cluster.run("scancel", job)
+    site.cluster.wait(job, "CANCELLED")
+    assert steps(site, "sft") == list(range(1, len(steps(site, "sft")) + 1))
+    assert record.read(folder)["attempts"][1]["from_step"] == saved
+    site.cluster.wait_for(lambda: left_running(site.work_dir) == [], "nothing runs")
+
+
+@pytest.mark.parametrize(("node", "words"), [("n2", RANK), ("n2", "/bridge join"), ("n1", RANK)])
+def test_a_process_that_dies_on_either_node_ends_the_job(site, node, words):
+    job = begin(site, "sft", "trainer.save_freq=-1 trainer.total_epochs=200")
+    site.cluster.wait_for(lambda: steps(site, "sft"), "the first step is made")
+    process(site, words, node).send_signal(signal.SIGKILL)
+    assert site.cluster.wait(job, "FAILED", seconds=120)["Restarts"] == "0"
+    nothing_left(site)
+
+
+def test_a_node_that_does_not_see_the_folder_or_has_another_image_ends_the_job(standin):
+    standin.make("submit", "STAGE=sft", "GPUS=1", "ARGS=--dry-run")
+    image, other, commands = (standin.work_dir.parent / name for name in ("bridge.sif", "other.sif", "bin"))
+    image.write_bytes(b"an image")
+    other.write_bytes(b"an older one")
+    commands.mkdir()
+    (commands / "apptainer").write_text("#!/bin/sh\n")
+    (commands / "apptainer").chmod(0o755)
+    env = {"ENGINE": "apptainer", "IMAGE": str(image), "PATH": f"{commands}:{standin.env['PATH']}", "NODES": "2"}
+    jobs = standin.work_dir / "jobs"
+    jobs.mkdir(parents=True)
+    for mount, words in ((("--bind", other, image), f"n2: IMAGE={image} is another image than on the first node"),
+                         (("-t", "tmpfs", "tmpfs", jobs), f"n2 does not see {jobs}/")):
+        assert standin.cluster.on("n2", "mount", *map(str, mount)).returncode == 0
+        try:
+            [job] = standin.submit("STAGE=sft", "GPUS=1", **env).values()
+            standin.cluster.wait(job, "FAILED")
+        finally:
+            standin.cluster.on("n2", "umount", str(mount[-1]))
+        assert words in standin.log(f"{job}.0.log") and "another node's part of sft has failed" in standin.log(f"{job}.log")
+
+
+def test_the_environment_is_checked_on_each_node(standin):
+    result = standin.make("check", "NODES=2")
+    assert result.returncode == 0, result.stderr
+    assert {"0: check on n1 with ", "1: check on n2 with "} <= {line for line in result.stdout.splitlines()}
