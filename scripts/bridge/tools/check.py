@@ -122,7 +122,7 @@ def site(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
     for folder in sorted({tempfile.gettempdir(), *([] if no_ray else [ray])}):
         disk = shutil.disk_usage(folder)
         full, free = disk.free < LEAST_FREE, f"{disk.free / 2**30:.1f} of {disk.total / 2**30:.1f} GiB free"
-        cure = f"{free}: full, for Ray. Make room there, or name folders on a local disk that has room: TMPDIR= and RAY_TMPDIR="
+        cure = f"{free}: full, for Ray. Make room there, or name a local disk that has room: RAY_TMPDIR=, and export TMPDIR="
         # Ray makes no object that it would have to spill to a disk that is fuller than 95 % (ray#25370).
         rows.append((f"room in {folder}", "FAIL" if full else "warn", [cure] * (full or disk.free < 0.05 * disk.total), free))
     for check, server, off, otherwise in (
