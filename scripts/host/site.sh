@@ -24,12 +24,12 @@ if [[ $ENGINE == @(apptainer|singularity) && $EUID != 0 ]]; then
 longer. For many: $ENGINE build --sandbox /local/bridge $IMAGE, then IMAGE=/local/bridge; or the package apptainer-suid."
 fi
 
-# Only writing shows a quota. 5 GiB, a guess, is much of a small home; what takes over 3 s to count is left out.
-said=''
+# Only writing shows a quota. 5 GiB, a guess, is much of a small home; counting may take long.
+said='' caches='no large cache'
 file=$(mktemp "$home/.bridge-check.XXXXXX" 2> /dev/null) && head -c 1048576 /dev/zero 2> /dev/null > "$file" ||
     said="$home does not take 1 MiB (full, a quota, or read-only). "
 rm -f -- "$file"
-while read -r kib folder; do ((kib < 5 << 20)) || said+="$folder holds $((kib >> 20)) GiB. "; done < \
-    <(timeout 3 du -sk "$home"/.{apptainer,singularity,cache} 2> /dev/null)
-[[ -n $said ]] || finding ok home "$home takes files and holds no large cache"
-[[ -z $said ]] || finding warn home "${said}Empty it (apptainer cache clean), export APPTAINER_CACHEDIR=/larger/disk, or ask for a larger quota."
+sizes=$(timeout 3 du -sk "$home"/.{apptainer,singularity,cache} 2> /dev/null) || [[ $? != 124 ]] || caches='caches not counted'
+while read -r kib folder; do ((kib < 5 << 20)) || said+="$folder holds $((kib >> 20)) GiB. "; done <<< "$sizes"
+[[ -n $said ]] || finding ok home "$home takes files; $caches"
+[[ -z $said ]] || finding warn home "${said}Empty it (apptainer cache clean), and export APPTAINER_CACHEDIR=/larger/disk."

@@ -541,7 +541,7 @@ def test_where_there_are_no_user_namespaces_it_is_said_before_the_engine_starts(
 def test_a_good_host_has_nothing_to_say(host):
     host.engine("apptainer")
     found, result = host_checks(host, *in_a_namespace(*A_USER), IMAGE=str(host.home))
-    assert found == {"user namespaces": ("ok", "there"), "home": ("ok", f"{host.home} takes files and holds no large cache")}
+    assert found == {"user namespaces": ("ok", "there"), "home": ("ok", f"{host.home} takes files; no large cache")}
     assert "warning" not in result.stderr and list(host.home.iterdir()) == []
 
 
@@ -577,6 +577,14 @@ def test_a_large_cache_in_the_home_is_a_warning_with_the_cure(host, kib, status)
     assert found["home"][0] == status
     for said in (f"{host.home}/.apptainer holds 5 GiB", "export APPTAINER_CACHEDIR="):
         assert (said in found["home"][1]) == (status == "warn")
+
+
+def test_caches_that_take_too_long_to_count_are_not_called_small(host):
+    host.engine("apptainer")
+    (host.bin / "timeout").unlink()
+    (host.bin / "timeout").write_text("#!/bin/sh\nexit 124\n")
+    (host.bin / "timeout").chmod(0o755)
+    assert host_checks(host)[0]["home"] == ("ok", f"{host.home} takes files; caches not counted")
 
 
 def test_a_full_home_is_a_warning_and_nothing_is_left_in_it(host):
