@@ -16,7 +16,7 @@ oci: ## Build the same image for Podman and Docker
 	@scripts/host/build.sh oci
 pull: ## Fetch a prebuilt image by digest: IMAGE=oras://...@sha256:... or docker://...
 	@scripts/host/pull.sh
-check: ## Test this environment: versions, GPUs, folders
+check: ## Test this environment and site: versions, GPUs, network, folders
 shell: ## Open a shell in the image
 
 ##@ Training, in this order. ARGS='key=value ...' goes to sft and ppo; ARGS=--dry-run (data to upload) only shows

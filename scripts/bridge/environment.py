@@ -1,9 +1,11 @@
 """Where a stage works and with which variables: WORK_DIR, the caches below it, what is taken out of the environment."""
 
+import fcntl
 import hashlib
 import os
 import resource
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,6 +32,22 @@ def work_dir_problems(work_dir: Path) -> list[str]:
     if free < LEAST_FREE:
         return [f"WORK_DIR={work_dir} is full: {free >> 20} MiB are free. {cure}"]
     return []
+
+
+def lock_problems(folder: Path) -> list[str]:
+    """Why locks do not work in a folder, in which a file is made for a moment."""
+    # The caches below WORK_DIR need them: where one is refused, the library filelock stops or tries for ever (datasets#2618).
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".lock-") as file, open(file.name, "rb+") as again:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            seen = "a lock is given to two"
+        except BlockingIOError:
+            return []
+        except OSError as error:
+            seen = f"locks do not work ({error.strerror})"
+    return [f"{folder}: {seen}, so a start may wait for ever, and nothing keeps two runs apart. Set WORK_DIR to a file system "
+            "with locks, or ask the administrator for them (Lustre: mounted with flock; NFS: without nolock)."]
 
 
 def clean_environment(settings: Settings, env: Mapping[str, str]) -> dict[str, str]:

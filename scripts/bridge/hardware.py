@@ -1,11 +1,15 @@
 """What this process may use: GPUs and CPU cores. Never imports torch (7 s)."""
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pynvml
+
+# The oldest driver for programs of CUDA 12 (docs.nvidia.com/deploy/cuda-compatibility, minor version compatibility).
+LEAST_DRIVER = "525.60.13"
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,26 @@ def driver_version() -> str | None:
         return pynvml.nvmlSystemGetDriverVersion()
     finally:
         pynvml.nvmlShutdown()
+
+
+def driver_problems(version: str | None) -> list[str]:
+    """Why this driver does not go with CUDA 12.4; nothing of one that is not there."""
+    found, least = ([int(part) for part in re.findall(r"\d+", text)] for text in (version or LEAST_DRIVER, LEAST_DRIVER))
+    return [f"driver {version} is too old for CUDA 12.4, which needs {LEAST_DRIVER} or newer. Ask the administrator for one, "
+            "or for nodes that have one."] if found < least else []
+
+
+def infiniband(root: Path = Path("/")) -> tuple[list[str], list[str]]:
+    """Cards of InfiniBand or RoCE with an active port, and why NCCL would take TCP all the same, in silence (nccl#451)."""
+    states = root.glob("sys/class/infiniband/*/ports/*/state")
+    active = sorted({state.parents[2] for state in states if "ACTIVE" in state.read_text()})
+    # A container shows the host's /sys, and of /dev what it was given.
+    wanted = [root / "dev/infiniband" / file.name for card in active
+              for file in list(card.glob("device/infiniband_verbs/uverbs*")) or [Path("uverbs*")]]
+    missing = [str(device) for device in wanted if not os.access(device, os.R_OK | os.W_OK)]
+    return [card.name for card in active], [
+        f"{', '.join(missing)} cannot be opened here, so NCCL would use TCP between nodes. With Apptainer: export APPTAINER_BIND="
+        "/dev/infiniband; else ask the administrator."] if missing else []
 
 
 def cpu_count(cgroup: Path = Path("/sys/fs/cgroup")) -> int:

@@ -17,6 +17,8 @@ machine='WORK_DIR|ENGINE|IMAGE|CUDA_VISIBLE_DEVICES|NCCL_.*|.*_(proxy|PROXY)|SSL
 if [[ $1 == rehearse || $1 == bench ]]; then read_settings "$machine"; else read_settings; fi
 resolve_paths
 choose_engine "$1"
+# shellcheck source=scripts/host/site.sh
+[[ $1 != @(check|accept|shell) ]] || source "$checkout/scripts/host/site.sh"
 USER=${USER:-$(id -un 2> /dev/null || id -u)}
 export USER
 # For run.json, which is written where there is no checkout. Without git it says what the image was built from.

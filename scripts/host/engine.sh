@@ -16,7 +16,7 @@ choose_engine() { # STAGE
     case $ENGINE in
     apptainer | singularity)
         IMAGE=${IMAGE:-$checkout/bridge.sif} build=image
-        [[ -f $IMAGE || $IMAGE == *://* ]] || there=0
+        [[ -e $IMAGE || $IMAGE == *://* ]] || there=0
         ;;
     podman | docker)
         IMAGE=${IMAGE:-localhost/bridge:latest} build=oci

@@ -1,7 +1,10 @@
-"""What several unit tests need: a small model and data to point the door at."""
+"""What several unit tests need: a small model and data to point the door at, servers to ask."""
 
 import fcntl
 import os
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -33,3 +36,36 @@ def env(prepared: Path, tmp_path: Path) -> dict[str, str]:
     for name in ("data", "models"):
         (tmp_path / name).symlink_to(prepared / name)
     return {"WORK_DIR": str(tmp_path), "MODEL": "tiny", "PROFILE": "tiny", "GPUS": "2"}
+
+
+@pytest.fixture
+def server():
+    """Makes servers on this machine: `server(status)` answers every request so, `server(None)` takes it and never answers."""
+    made = []
+
+    def make(status: int | None) -> str:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(status)
+                self.end_headers()
+
+            def log_message(self, *_args) -> None: ...
+
+        if status is None:
+            listening = socket.create_server(("127.0.0.1", 0))
+            made.append(listening.close)
+            return f"http://127.0.0.1:{listening.getsockname()[1]}"
+        answering = HTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=answering.serve_forever, daemon=True).start()
+        made.extend((answering.shutdown, answering.server_close))
+        return f"http://127.0.0.1:{answering.server_port}"
+
+    yield make
+    for end in made:
+        end()
+
+
+@pytest.fixture
+def no_proxy(monkeypatch):
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)

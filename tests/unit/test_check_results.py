@@ -169,5 +169,5 @@ def test_little_shared_memory_is_a_warning(monkeypatch, some_settings, size, sta
     usage = check.shutil.disk_usage
     monkeypatch.setattr(check.shutil, "disk_usage", lambda path: (
         usage(path)._replace(total=size) if path == "/dev/shm" else usage(path)))
-    found = statuses(check.machine(some_settings, {}))["/dev/shm"]
-    assert found == (status, f"{size / 2**30:.1f} GiB")
+    found, seen = statuses(check.machine(some_settings, {}))["/dev/shm"]
+    assert found == status and seen.startswith(f"{size / 2**30:.1f} GiB") and ("--ipc=host" in seen) == (status == "warn")

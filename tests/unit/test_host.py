@@ -24,6 +24,9 @@ from pathlib import Path
 if sys.argv[1:3] == ["image", "inspect"]:
     print("sha256:0123")
     sys.exit(int(os.environ.get("FAKE_NO_IMAGE", "0")))
+if sys.argv[1:] == ["buildcfg"]:
+    print("PREFIX=/usr", "LIBEXECDIR=" + os.environ.get("FAKE_LIBEXEC", "/nowhere"), sep="\\n")
+    sys.exit()
 if sys.argv[1:] == ["info"]:
     sys.exit(int(os.environ.get("FAKE_NO_DAEMON", "0")))
 Path(os.environ["FAKE_RECORD"]).write_text(json.dumps({{
@@ -45,7 +48,7 @@ class Host:
             made.mkdir()
         # What the scripts call, and no engine of this machine.
         for tool in ("bash", "sed", "env", "realpath", "id", "git", "mkdir", "dirname", "head", "make", "awk", "sha256sum",
-                     "cat", "sh", "stat", "rmdir"):
+                     "cat", "sh", "stat", "rmdir", "rm", "mktemp", "du", "timeout", "unshare", "true"):
             (self.bin / tool).symlink_to(shutil.which(tool))
         self.record = folder / "record.json"
         self.image = folder / "bridge.sif"
@@ -511,6 +514,98 @@ def test_oci_engines_get_infinibands_cards_where_there_are_any(host, engine):
         assert not set(wanted) & set(host.seen()["argv"])
 
 
+# ---- what a container does not show of its host
+
+
+A_USER = ("--user", "--map-user=1000", "--map-group=1000")
+
+
+def host_checks(host: Host, *start: str, **env: str) -> tuple[dict[str, tuple[str, str]], subprocess.CompletedProcess]:
+    """What `check` hands to the container, by its names, and how it ended. `start` starts it as somebody else."""
+    result = host.run(*start, CONTAINER, "check", **{"IMAGE": str(host.image), "ENGINE": "apptainer", **env})
+    assert result.returncode == 0 and result.stdout == "", result.stderr
+    lines = host.seen()["env"]["APPTAINERENV_BRIDGE_HOST_CHECKS"].splitlines()
+    return {name: (status, seen) for status, name, seen in (line.split("\t") for line in lines)}, result
+
+
+def test_where_there_are_no_user_namespaces_it_is_said_before_the_engine_starts(host):
+    host.engine("apptainer")
+    # In a namespace in which the user is nobody, no other can be made.
+    found, result = host_checks(host, *in_a_namespace("--user"))
+    status, seen = found["user namespaces"]
+    assert status == "warn" and "max_user_namespaces" in seen and "apptainer-suid" in seen
+    assert f"bridge: warning: user namespaces: {seen}" in result.stderr
+    assert result.stderr.index("warning: user") < result.stderr.index("\n+ ")
+
+
+def test_a_good_host_has_nothing_to_say(host):
+    host.engine("apptainer")
+    found, result = host_checks(host, *in_a_namespace(*A_USER), IMAGE=str(host.home))
+    assert found == {"user namespaces": ("ok", "there"), "home": ("ok", f"{host.home} takes files; no large cache")}
+    assert "warning" not in result.stderr and list(host.home.iterdir()) == []
+
+
+def test_a_setuid_apptainer_needs_no_namespaces_and_no_squashfuse(host):
+    host.engine("apptainer")
+    starter = host.home / "apptainer/bin/starter-suid"
+    starter.parent.mkdir(parents=True)
+    starter.touch()
+    for mode, setuid in ((0o755, False), (0o4755, True)):
+        starter.chmod(mode)
+        found, result = host_checks(host, *in_a_namespace("--user"), FAKE_LIBEXEC=str(host.home))
+        assert (found["user namespaces"] == ("ok", f"not needed: {starter}")) == setuid
+        assert ("image mount" not in found) == ("warning" not in result.stderr) == setuid
+
+
+def test_an_image_that_squashfuse_mounts_is_a_warning_with_a_folder_as_the_cure(host):
+    host.engine("apptainer")
+    found, _ = host_checks(host, *in_a_namespace(*A_USER))
+    assert found["image mount"][0] == "warn" and f"build --sandbox /local/bridge {host.image}" in found["image mount"][1]
+    # The cure works: a folder is an image.
+    (host.home / "unpacked").mkdir()
+    found, _ = host_checks(host, *in_a_namespace(*A_USER), IMAGE=f"{host.home}/unpacked")
+    assert "image mount" not in found and f"{host.home}/unpacked" in host.seen()["argv"]
+
+
+@pytest.mark.parametrize(("kib", "status"), [(5 << 20, "warn"), ((5 << 20) - 1, "ok")])
+def test_a_large_cache_in_the_home_is_a_warning_with_the_cure(host, kib, status):
+    host.engine("apptainer")
+    (host.bin / "du").unlink()
+    (host.bin / "du").write_text(f"#!/bin/sh\n[ \"$1\" = -sk ] && printf '{kib}\\t%s\\n' \"$2\"\nexit 1\n")
+    (host.bin / "du").chmod(0o755)
+    found, _ = host_checks(host)
+    assert found["home"][0] == status
+    for said in (f"{host.home}/.apptainer holds 5 GiB", "export APPTAINER_CACHEDIR="):
+        assert (said in found["home"][1]) == (status == "warn")
+
+
+def test_caches_that_take_too_long_to_count_are_not_called_small(host):
+    host.engine("apptainer")
+    (host.bin / "timeout").unlink()
+    (host.bin / "timeout").write_text("#!/bin/sh\nexit 124\n")
+    (host.bin / "timeout").chmod(0o755)
+    assert host_checks(host)[0]["home"] == ("ok", f"{host.home} takes files; caches not counted")
+
+
+def test_a_full_home_is_a_warning_and_nothing_is_left_in_it(host):
+    host.engine("apptainer")
+    (host.bin / "mount").symlink_to(shutil.which("mount"))
+    options = ["--mount"] if os.geteuid() == 0 else ["--user", "--map-root-user", "--mount"]
+    script = 'mount -t tmpfs -o size=512k none "$HOME" && "$@" && ! compgen -G "$HOME/.bridge*" >&2'
+    result = host.run(*in_a_namespace(*options), "bash", "-c", script, "bash", CONTAINER, "check", IMAGE=str(host.image),
+                      ENGINE="apptainer")
+    assert result.returncode == 0, result.stderr
+    [line] = host.seen()["env"]["APPTAINERENV_BRIDGE_HOST_CHECKS"].splitlines()[-1:]
+    assert line.startswith(f"warn\thome\t{host.home} does not take 1 MiB")
+
+
+@pytest.mark.parametrize(("stage", "looked"), [("check", True), ("accept", True), ("shell", True), ("ppo", False)])
+def test_the_host_is_looked_at_only_for_a_report(host, stage, looked):
+    host.engine("apptainer")
+    assert host.container(stage).returncode == 0
+    assert ("APPTAINERENV_BRIDGE_HOST_CHECKS" in host.seen()["env"]) == looked
+
+
 def test_a_user_keeps_the_own_id_in_podman_and_root_does_not_ask_for_it(host):
     host.engine("podman")
     seen = {}
@@ -619,8 +714,7 @@ def checkout_with_fake_uv(host: Host) -> Path:
     copy = checkout_with_recording_bridge(host)
     for name in ("requirements.lock", "requirements-dev.lock", "pyproject.toml"):
         (copy / name).write_text(name)
-    for name in ("rm", "grep"):
-        (host.bin / name).symlink_to(shutil.which(name))
+    (host.bin / "grep").symlink_to(shutil.which("grep"))
     uv = f"echo $* >> {host.record}; [[ $1 != $FAKE_UV_FAILS ]]"
     for file, text in ((host.bin / "uv", uv), (copy / ".venv/bin/python", ":")):
         file.write_text(f"#!/usr/bin/env bash\n{text}\n")

@@ -21,15 +21,18 @@ print(json.dumps([hardware.driver_version(), [[gpu.device, gpu.name, gpu.memory,
 GPUS = [[device, "a fake GPU", 80 << 30, 1 << 30] for device in ("0", "1")]
 
 
-@pytest.fixture(scope="module")
-def node(tmp_path_factory) -> dict[str, str]:
-    """The environment of a node with two GPUs."""
+def node_with(folder: Path, *options: str) -> dict[str, str]:
+    """The environment of a node with two GPUs; -D options of the compiler make it another (fake_nvml.c)."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if not compiler:
         pytest.skip("the fake of NVML has to be compiled: no cc or gcc on PATH")
-    folder = tmp_path_factory.mktemp("fake-nvml")
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", folder / "libnvidia-ml.so.1", SOURCE], check=True)
+    subprocess.run([compiler, "-shared", "-fPIC", *options, "-o", folder / "libnvidia-ml.so.1", SOURCE], check=True)
     return {**{name: value for name, value in SHELL.items() if name != "CUDA_VISIBLE_DEVICES"}, "LD_LIBRARY_PATH": str(folder)}
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory) -> dict[str, str]:
+    return node_with(tmp_path_factory.mktemp("fake-nvml"))
 
 
 def look(env: dict[str, str]) -> list:
@@ -42,6 +45,41 @@ def look(env: dict[str, str]) -> list:
     (None, GPUS), ("1", GPUS[1:]), ("GPU-fake-1,0", GPUS[::-1]), ("-1", []), ("2,0", [])])
 def test_nvml_is_asked_for_the_gpus_and_the_driver(node, visible, gpus):
     assert look(node if visible is None else {**node, "CUDA_VISIBLE_DEVICES": visible}) == ["570.00.fake", gpus]
+
+
+SITE = """
+import json, os, sys
+from bridge import settings
+from bridge.tools import check
+rows = [[row.check, row.status, row.seen] for row in check.site(settings.read(os.environ), os.environ)]
+print(json.dumps([rows, "torch" in sys.modules]))
+"""
+
+
+def site(env: dict[str, str]) -> dict[str, tuple[str, str]]:
+    """What `bridge check` says of the site, by its names; the servers are not asked."""
+    quiet = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+    found = subprocess.run([sys.executable, "-c", SITE], env={**env, **quiet}, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    rows, torch = json.loads(found.stdout)
+    assert not torch, "it takes seconds"
+    return {check: (status, seen) for check, status, seen in rows}
+
+
+@pytest.mark.parametrize(("driver", "status"), [
+    ("525.60.13", "ok"), ("525.60.11", "FAIL"), ("470.223.02", "FAIL"), ("570.00", "ok")])
+def test_a_driver_too_old_for_cuda_12_fails_with_the_oldest_that_goes(tmp_path, driver, status):
+    (tmp_path / "work").mkdir()
+    found, seen = site({**node_with(tmp_path, f'-DDRIVER="{driver}"'), "WORK_DIR": str(tmp_path / "work")})["NVIDIA driver"]
+    assert found == status and (seen == driver if status == "ok" else f"driver {driver}" in seen and "525.60.13 or newer" in seen)
+
+
+@pytest.mark.parametrize(("gib", "share", "status"), [(1, "0", "ok"), (40, "0", "FAIL"), (40, "1", "ok")])
+def test_a_gpu_that_others_use_fails_unless_it_may_be_shared(tmp_path, gib, share, status):
+    (tmp_path / "work").mkdir()
+    env = {**node_with(tmp_path, f"-DUSED={gib}ull"), "WORK_DIR": str(tmp_path / "work"), "SHARE_GPU": share, "GPUS": "1"}
+    found, seen = site(env)["GPUs"]
+    assert found == status and seen.startswith("free, or" if status == "ok" else "GPU 0 is in use (40 of 80 GiB). Name free ones")
 
 
 def test_without_the_drivers_library_there_is_no_gpu(node):

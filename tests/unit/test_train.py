@@ -6,9 +6,7 @@ import shlex
 import socket
 import subprocess
 import sys
-import threading
 from contextlib import closing
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -253,39 +251,6 @@ def test_the_longest_folder_that_is_taken_leaves_room_for_rays_sockets():
 
 
 # ---- W&B
-
-
-@pytest.fixture
-def server():
-    """Makes servers on this machine: `server(status)` answers every request so, `server(None)` takes it and never answers."""
-    made = []
-
-    def make(status: int | None) -> str:
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                self.send_response(status)
-                self.end_headers()
-
-            def log_message(self, *_args) -> None: ...
-
-        if status is None:
-            listening = socket.create_server(("127.0.0.1", 0))
-            made.append(listening.close)
-            return f"http://127.0.0.1:{listening.getsockname()[1]}"
-        answering = HTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=answering.serve_forever, daemon=True).start()
-        made.extend((answering.shutdown, answering.server_close))
-        return f"http://127.0.0.1:{answering.server_port}"
-
-    yield make
-    for end in made:
-        end()
-
-
-@pytest.fixture
-def no_proxy(monkeypatch):
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
 
 
 def nobody() -> str:

@@ -11,6 +11,7 @@ import pyarrow.parquet
 
 from bridge import hardware, model_folder
 from bridge.compose import compose, compose_checked, flatten, quote
+from bridge.environment import lock_problems
 from bridge.errors import UsageError, refuse
 from bridge.plan import Plan
 from bridge.runs import checkpoints, record, tracking
@@ -169,6 +170,8 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
         limit_gpus(gpus, env, own_env, notes)
         if visible and (few := hardware.core_problem(hardware.cpu_count(), gpus)):
             notes.append(f"warning: {few}")
+        notes += [f"warning: {problem}" for problem in (*hardware.driver_problems(hardware.driver_version()),
+                                                        *hardware.infiniband()[1], *lock_problems(settings.work_dir))]
     device = "ranks on CPU" if on_cpu else "GPUs"
     device += f" on each of {nodes} nodes" * (nodes > 1)
     notes.insert(0, f"{stage}: {gpus} {device}, profile {settings.profile}, run {settings.run}, "

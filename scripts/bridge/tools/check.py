@@ -1,4 +1,4 @@
-"""bridge check: one self-test of the environment, for people, for the image's %test and for the first line of a job.
+"""bridge check: one self-test of environment and site, for people, for the image's %test and for the first line of a job.
 
 Prints one line a check: ok, warn or FAIL, with the value seen. Exit status 1 if any failed. `--json` prints the same as JSON.
 """
@@ -20,11 +20,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bridge import hardware
-from bridge.environment import clean_environment, work_dir_problems
+from bridge.environment import LEAST_FREE, clean_environment, lock_problems, work_dir_problems
 from bridge.errors import UsageError
 from bridge.image import manifest
+from bridge.runs import tracking
 from bridge.settings import ROOT, Settings
-from bridge.stages.train import ON_CPU
+from bridge.stages import model, ppo, train
 
 IMPORTS = ("torch", "vllm", "verl", "ray", "transformers", "datasets", "wandb", "huggingface_hub")
 # NCCL and vLLM's workers share memory through /dev/shm; a container's default of 64 MiB is too small.
@@ -94,6 +95,46 @@ def image(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
 def locked_versions() -> dict[str, str]:
     """Package -> version, from requirements.lock; lines with a marker for another platform are left out."""
     return dict(re.findall(r"^([\w.-]+)==([^\s;\\]+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE))
+
+
+def host(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
+    """What scripts/host/site.sh saw before the container started."""
+    lines = env.get("BRIDGE_HOST_CHECKS") or "ok\thost\tnot looked at (Apptainer, the home): `make check` does"
+    for status, check, seen in (line.split("\t") for line in lines.splitlines()):
+        yield Result(check, status, seen)
+
+
+def site(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
+    """What lets a training fail late, or be slow, on this node. Within seconds, without torch."""
+    driver, gpus, (cards, unseen) = hardware.driver_version(), hardware.visible_gpus(env), hardware.infiniband()
+    if unwanted := bool(cards) and (env.get("NCCL_IB_DISABLE") or "0") != "0":
+        unseen = ["NCCL_IB_DISABLE is set, so NCCL uses TCP between nodes. Unset it, in .env too."]
+    work_dir, ray = settings.work_dir, ppo.environment(env)["RAY_TMPDIR"]
+    unfit, no_ray = work_dir_problems(work_dir), ppo.folder_problems(ray)
+    locks = [] if unfit else lock_problems(work_dir if work_dir.is_dir() else work_dir.parent)
+    rows = [
+        ("NVIDIA driver", "FAIL", hardware.driver_problems(driver), driver or "none, as on a login node: not looked at"),
+        ("GPUs", "FAIL", train.busy_problems(settings, gpus[:settings.gpus]), "free, or shared" if gpus else "not looked at"),
+        ("network card", "FAIL", train.interface_problems(env), env.get("NCCL_SOCKET_IFNAME") or "lo, as none is named"),
+        ("InfiniBand", "warn" if unwanted else "FAIL", unseen, ", ".join(cards) or "no active port here"),
+        ("locks in WORK_DIR", "FAIL", locks, "WORK_DIR is wrong: not looked at" if unfit else "given"),
+        ("RAY_TMPDIR", "FAIL", no_ray, ray)]
+    for folder in sorted({tempfile.gettempdir(), *([] if no_ray else [ray])}):
+        disk = shutil.disk_usage(folder)
+        full, free = disk.free < LEAST_FREE, f"{disk.free / 2**30:.1f} of {disk.total / 2**30:.1f} GiB free"
+        cure = f"{free}: full, for Ray. Make room there, or name a local disk that has room: RAY_TMPDIR=, and export TMPDIR="
+        # Ray makes no object that it would have to spill to a disk that is fuller than 95 % (ray#25370).
+        rows.append((f"room in {folder}", "FAIL" if full else "warn", [cure] * (full or disk.free < 0.05 * disk.total), free))
+    for check, server, off, otherwise in (
+            ("hub", env.get("HF_ENDPOINT") or "https://huggingface.co", model.is_offline(env) and "HF_HUB_OFFLINE",
+             "run `make data model` and `make upload` where it answers."),
+            ("W&B", tracking.wandb_server(env), env.get("WANDB_MODE") in tracking.NOT_SENT and "WANDB_MODE",
+             "runs are offline then; `wandb sync` sends them from where it answers.")):
+        reason = None if off else tracking.connection_problem(server, 2)
+        said = f"does not answer ({reason}). No failure on a node without internet: {otherwise}"
+        rows.append((check, "warn", [said] * bool(reason), f"not asked: {off} is set" if off else "answers"))
+    for check, status, problems, seen in rows:
+        yield Result(check, status if problems else "ok", "; ".join(problems) or seen)
 
 
 def imports(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
@@ -212,14 +253,15 @@ def machine(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
     """GPUs, cores, shared memory, names and the folder to work in."""
     gpus = hardware.visible_gpus(env)
     # The profiles for the CPU take GPUS= for a number of ranks.
-    lacking = (settings.gpus or 0) > len(gpus) and settings.profile not in ON_CPU
+    lacking = (settings.gpus or 0) > len(gpus) and settings.profile not in train.ON_CPU
     yield Result("GPUs visible", "FAIL" if lacking else "ok" if gpus else "warn", (f"GPUS={settings.gpus}, but " * lacking) + (
         ", ".join(f"{gpu.name} ({gpu.memory / 2**30:.0f} GiB)" for gpu in gpus) or "none: only the rehearsal runs here"))
     cores = hardware.cpu_count()
     few = hardware.core_problem(cores, settings.gpus or len(gpus)) if gpus else None
     yield Result("CPU cores", "warn" if few else "ok", few or str(cores))
     shared = shutil.disk_usage("/dev/shm").total
-    yield Result("/dev/shm", "ok" if shared >= LEAST_SHM else "warn", f"{shared / 2**30:.1f} GiB")
+    yield Result("/dev/shm", "ok" if shared >= LEAST_SHM else "warn", f"{shared / 2**30:.1f} GiB" + (
+        shared < LEAST_SHM) * ": too little for NCCL and Ray. Docker: --ipc=host, as `make` does; else ask the administrator")
     try:
         yield Result("localhost", "ok", socket.gethostbyname("localhost"))
     except OSError as error:
@@ -231,4 +273,5 @@ def machine(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
 
 
 CHECKS: list[Callable[[Settings, Mapping[str, str]], Iterator[Result]]] = [
-    python_environment, image, imports, nccl, flash_attention, infiniband, machine, caches]
+    # The site first: what comes after takes memory of a GPU.
+    python_environment, image, host, site, imports, nccl, flash_attention, infiniband, machine, caches]
