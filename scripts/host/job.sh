@@ -80,7 +80,10 @@ exec {watch}>&-
 if ((others)); then
     # Now they end. A node that is lost does not.
     rm -rf -- "$BRIDGE_NODES_DIR"
-    for _ in {1..60}; do kill -0 "$others_pid" 2> /dev/null && sleep 1 || break; done
+    for _ in {1..60}; do
+        kill -0 "$others_pid" 2> /dev/null || break
+        sleep 1
+    done
 fi
 
 if [[ $status == 75 && -z $ending && $put_back -lt $most ]]; then

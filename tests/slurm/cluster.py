@@ -154,12 +154,12 @@ class Cluster:
         return subprocess.run([str(self.bin / command[0]), *command[1:]], capture_output=True, text=True,
                               check=False, timeout=60).stdout.strip()
 
-    def on(self, node: str, *command: str, env: Mapping[str, str] | None = None, timeout: float = 60) -> subprocess.CompletedProcess:
+    def on(self, node: str, *command: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess:
         """Run a command on a node, as another program of it: in its network and with its folders."""
         [daemon] = [process for process in psutil.Process(self.first.pid).children(recursive=True)
                     if process.cmdline()[:4] == ["./slurmd", "-D", "-N", node]]
         return subprocess.run(["nsenter", f"--target={daemon.pid}", "--net", "--uts", "--mount", *command], capture_output=True,
-                              text=True, check=False, timeout=timeout, env=env)
+                              text=True, check=False, timeout=60, env=env)
 
     def wait_for(self, condition: Callable[[], object], what: str, seconds: float = 300) -> None:
         """Returns once the condition holds; fails with what the daemons said where it does not."""
