@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 
 from bridge import hardware
 from bridge.environment import clean_environment
@@ -61,7 +62,8 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
         own["RAY_TMPDIR"] = folder
     say(f"node {number} ({host}, {address}) joins")
     launch.adopt_orphans()
-    child = subprocess.Popen([sys.executable, *attempt["command"][1:]], env=own, stdin=subprocess.DEVNULL, start_new_session=True)
+    child = subprocess.Popen([sys.executable, *attempt["command"][1:]], env=own, stdin=subprocess.DEVNULL, start_new_session=True,
+                             preexec_fn=partial(launch.end_with_parent, signal.SIGKILL))
     status, failed_at = 0, None
     while nodes.listening().exists():
         if child.poll():
