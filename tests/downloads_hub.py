@@ -4,6 +4,7 @@ The rehearsal only uploads, as one who may do everything (bridge.standins.hub); 
 the stages model and upload.
 """
 
+import base64
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from bridge.standins.hub import ID, INVALID_TOKEN, REVISION, Handler, Refusal, Repository, StandInHub, is_lfs
+from bridge.standins.hub import ID, REVISION, Handler, Refusal, StandInHub, is_lfs
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,23 @@ class StoredFile:
 
 
 @dataclass
-class GatedRepository(Repository):
-    """A repository whose files, if it is gated, only those may have to whom access was granted."""
+class Repository:
+    """A model repository: who sees it, and its commits, oldest first, each an id and {path: sha256 of the bytes}.
 
+    If it is gated, only those may have its files to whom access was granted.
+    """
+
+    private: bool = False
     gated: bool = False
     granted: set[str] = field(default_factory=set)
+    commits: list[tuple[str, dict[str, str]]] = field(default_factory=list)
+
+    def commit(self, files: Mapping[str, str]) -> str:
+        """Add a commit that consists of these files; return its id."""
+        parent = self.commits[-1][0] if self.commits else ""
+        identity = hashlib.sha1(json.dumps([parent, sorted(files.items())]).encode()).hexdigest()
+        self.commits.append((identity, dict(files)))
+        return identity
 
 
 class DownloadsHandler(Handler):
@@ -78,10 +91,14 @@ class DownloadsHandler(Handler):
         if given is None:
             return None
         if given.removeprefix("Bearer ") not in self.hub.tokens:
-            raise Refusal(401, INVALID_TOKEN)
+            raise Refusal(401, "Invalid credentials in Authorization header")
         return self.hub.tokens[given.removeprefix("Bearer ")]
 
-    def authorize(self, repo_id: str | None = None, write: bool = False) -> None:
+    def authorize(self) -> None:
+        """Each route asks for the rights that it needs."""
+
+    def demand(self, repo_id: str | None = None, write: bool = False) -> None:
+        """Refuse who may not ask this."""
         account = self.account()
         if account is None and (write or repo_id is None):
             raise Refusal(401, "Invalid username or password.")
@@ -89,11 +106,13 @@ class DownloadsHandler(Handler):
             raise Refusal(403, f"You don't have the rights to write to {repo_id}")
 
     def repository(self, repo_id: str, write: bool = False) -> Repository:
+        """The repository, if the caller may know of it and, to `write`, change it."""
         # To anyone else a private one does not exist.
         account, repository = self.account(), self.hub.repositories.get(repo_id)
         if repository is None or (repository.private and not (account and account.owns(repo_id))):
             raise Refusal(404 if account else 401, "Repository not found", "RepoNotFound")
-        return super().repository(repo_id, write)
+        self.demand(repo_id, write)
+        return repository
 
     def stored(self, path: str, sha256: str) -> StoredFile:
         file = self.hub.objects / sha256
@@ -120,6 +139,16 @@ class DownloadsHandler(Handler):
                          for path, file in files.items()],
         })
 
+    def create(self) -> None:
+        asked = json.loads(self.body)
+        repo_id = f"{asked['organization']}/{asked['name']}"
+        self.demand(repo_id, write=True)
+        if repo_id in self.hub.repositories:
+            raise Refusal(409, "You already created this model repo")
+        self.hub.repositories[repo_id] = repository = Repository(private=bool(asked.get("private")))
+        repository.commit({})
+        self.answer(200, {"url": f"{self.hub.url}/{repo_id}", "name": repo_id})
+
     def tree(self, repo_id: str, revision: str) -> None:
         _, files = self.commit_at(self.repository(repo_id), revision)
         self.answer(200, [file.row() for file in files.values()])
@@ -134,7 +163,7 @@ class DownloadsHandler(Handler):
         ]})
 
     def whoami(self) -> None:
-        self.authorize()
+        self.demand()
         account = self.account()
         self.answer(200, {
             "type": "user", "name": account.name, "orgs": [{"name": name} for name in account.organisations],
@@ -147,6 +176,7 @@ class DownloadsHandler(Handler):
         for asked in json.loads(self.body)["objects"]:
             link = f"{self.hub.url}/objects/{asked['oid']}"
             upload = {"href": link, "header": self.parts(link, asked["size"])}
+            # An object that is there already gets no actions: the client skips it.
             stored = (self.hub.objects / asked["oid"]).exists()
             answers.append({**asked, **({} if stored else {"actions": {"upload": upload}})})
         self.answer(200, {"transfer": "basic", "objects": answers})
@@ -177,6 +207,24 @@ class DownloadsHandler(Handler):
         for part in parts:
             part.unlink()
         self.answer(200, {})
+
+    def commit(self, repo_id: str, revision: str) -> None:
+        repository = self.repository(repo_id, write=True)
+        files = dict(repository.commits[-1][1])
+        for line in self.body.decode().splitlines():
+            operation = json.loads(line)
+            value = operation["value"]
+            if operation["key"] == "file":
+                files[value["path"]] = self.hub.store(base64.b64decode(value["content"]))
+            elif operation["key"] == "lfsFile":
+                if not (self.hub.objects / value["oid"]).exists():
+                    raise Refusal(400, f"The object of {value['path']} was not uploaded")
+                files[value["path"]] = value["oid"]
+            elif operation["key"] == "deletedFile":
+                del files[value["path"]]
+        identity = repository.commit(files)
+        self.answer(200, {"success": True, "commitOid": identity,
+                          "commitUrl": f"{self.hub.url}/{repo_id}/commit/{identity}"})
 
     def downloadable(self, repo_id: str) -> Repository:
         """The repository, if the caller may have its files: a gated one's information is public, its files are not."""
@@ -233,7 +281,8 @@ class DownloadsHandler(Handler):
                 self.wfile.write(stream.read((size - start) // 2))
                 self.close_connection = True
 
-    more_routes = [
+    routes = [
+        *Handler.routes,
         ("POST", r"/api/validate-yaml", "validate_yaml"),
         ("PUT", r"/objects/([0-9a-f]{64})/(\d+)", "upload"),
         ("POST", r"/objects/([0-9a-f]{64})", "complete_parts"),
@@ -265,6 +314,11 @@ class DownloadsHub(StandInHub):
         self.transfers_allowed: int | None = None
         self.lock = threading.Lock()
 
+    def files(self, repo_id: str) -> dict[str, bytes]:
+        """The bytes of every file of a model's newest commit."""
+        commits = self.repositories[repo_id].commits
+        return {path: (self.objects / sha256).read_bytes() for path, sha256 in commits[-1][1].items()} if commits else {}
+
     def may_transfer(self) -> bool:
         """Count one transfer of a large file."""
         with self.lock:
@@ -274,6 +328,6 @@ class DownloadsHub(StandInHub):
             return self.transfers_allowed >= 0
 
     def add_model(self, repo_id: str, files: Mapping[str, bytes], **rights) -> str:
-        """Publish a model with these files, as if someone had uploaded it; `rights` are GatedRepository's fields."""
-        repository = self.repositories.setdefault(repo_id, GatedRepository(**rights))
+        """Publish a model with these files, as if someone had uploaded it; `rights` are Repository's fields."""
+        repository = self.repositories.setdefault(repo_id, Repository(**rights))
         return repository.commit({path: self.store(data) for path, data in files.items()})
