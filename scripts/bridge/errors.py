@@ -129,11 +129,7 @@ def full_disk_explained(cure: Callable[[], str]) -> Iterator[None]:
 
 
 def read_json(file: Path) -> Any:
-    """Return what a JSON file holds.
-
-    Raises:
-        ValueError: it is no JSON in UTF-8, with the reason.
-    """
+    """What a JSON file holds; a ValueError says why it is no JSON in UTF-8."""
     try:
         with naming(file):
             return json.loads(file.read_text(encoding="utf-8"))

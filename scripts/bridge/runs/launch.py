@@ -43,7 +43,9 @@ def run(command: list[str], env: Mapping[str, str], log: Path | None, metrics_fi
     # Descendants whose parent dies (Ray's daemons) become ours instead of init's, so that they can be found and ended.
     LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     child = subprocess.Popen(command, env=dict(env), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                             stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=end_with_parent)
+                             stderr=subprocess.STDOUT, start_new_session=True,
+                             # To be told to end should the bridge itself be killed.
+                             preexec_fn=partial(LIBC.prctl, PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0))
     received: list[int] = []
     asked: list[int] = []
 
@@ -81,11 +83,6 @@ def run(command: list[str], env: Mapping[str, str], log: Path | None, metrics_fi
     if asked:
         return 0
     return 128 - status if status < 0 else status
-
-
-def end_with_parent() -> None:
-    """In the child: be told to end should the bridge itself be killed."""
-    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def copy_output(child: subprocess.Popen, log_file, metrics_file, secrets, is_ending: Callable[[], bool]) -> None:

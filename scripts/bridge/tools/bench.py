@@ -113,11 +113,7 @@ def measure_all(cases: list[Case], settings: Settings, env: Mapping[str, str], g
 
 
 def read_cases(file: Path, wanted: str) -> list[Case]:
-    """The cases of a file, or those whose names are given (by comma).
-
-    Raises:
-        UsageError: every mistake in the file or in the names.
-    """
+    """The cases of a file, or those whose names are given (by comma). A UsageError with every mistake in file and names."""
     if not file.is_file():
         raise UsageError(f"{file}: no such file of cases.")
     explained = "Its keys are explained in configs/bench.yaml."
@@ -281,11 +277,7 @@ def ratios(results: Mapping[str, Any]) -> dict[str, float]:
 
 
 def load(file: Path) -> dict[str, Any]:
-    """The content of a bench.json.
-
-    Raises:
-        UsageError: it is none.
-    """
+    """The content of a bench.json; a UsageError if it is none."""
     try:
         results = json.loads(file.read_text())
     except ValueError as error:

@@ -27,8 +27,7 @@ LOCK_CURE = "Wait for it, or use another WORK_DIR."
 def own_folder(settings: Settings, name: str) -> Iterator[Path]:
     """The folder WORK_DIR/NAME, made, marked and locked.
 
-    Raises:
-        UsageError: WORK_DIR cannot be written to, the folder is somebody else's or a link, or another process works in it.
+    A UsageError: WORK_DIR cannot be written to, the folder is somebody else's or a link, or another process works in it.
     """
     folder = settings.work_dir / name
     refuse(work_dir_problems(settings.work_dir) + [
@@ -45,7 +44,7 @@ def own_folder(settings: Settings, name: str) -> Iterator[Path]:
 
 def check(settings: Settings, env: Mapping[str, str], removed: list[Path], new_model: bool,
           trained: tuple[str, ...] = (), problems: Sequence[str] = ()) -> None:
-    """Refuse GPUS, DATA_SOURCE and MODEL before anything is removed rather than when a stage needs them.
+    """Refuse GPUS, DATA_SOURCE and MODEL, all at once, before anything is removed rather than when a stage needs them.
 
     Args:
         settings: those of the stages, in the own folder.
@@ -53,9 +52,6 @@ def check(settings: Settings, env: Mapping[str, str], removed: list[Path], new_m
         new_model: whether the model has yet to be made.
         trained: training stages whose batches are to be shared by all ranks.
         problems: what was found already.
-
-    Raises:
-        UsageError: with everything found.
     """
     problems = list(problems)
     sources = {"MODEL": settings.model_dir} if is_local(settings.model) else {}
@@ -93,14 +89,13 @@ def made(settings: Settings, *more: Path) -> list[Path]:
 def remove(paths: list[Path]) -> None:
     """Remove these folders. A link is removed as such: what it leads to stays.
 
-    Raises:
-        UsageError: a stage works in one of them, or one cannot be removed.
+    A UsageError: a stage works in one of them, or one cannot be removed.
     """
-    for lock in [lock for path in paths if not path.is_symlink() for lock in path.glob("*/.lock")]:
-        if not lock.parent.is_symlink():
-            # Only tried: on NFS what is open here could not be removed.
-            with record.locked(lock.parent, LOCK_CURE):
-                pass
+    locks = [lock for path in paths if not path.is_symlink() for lock in path.glob("*/.lock")]
+    for stage_dir in (lock.parent for lock in locks if not lock.parent.is_symlink()):
+        # Only tried: on NFS what is open here could not be removed.
+        with record.locked(stage_dir, LOCK_CURE):
+            pass
     for path in paths:
         try:
             if path.is_symlink():
