@@ -69,15 +69,14 @@ class Tolerance:
         self.failing = False
         return True
 
-    def at_last(self, work: Callable[[], object]) -> bool:
+    def at_last(self, work: Callable[[], object]) -> None:
         """The same where nothing comes after that could try it again."""
-        for pause in (*self.PAUSES, None):
+        for pause in self.PAUSES:
             if self(work):
-                return True
-            if pause is not None:
-                time.sleep(pause)
-        say(f"{self.what} was given up")
-        return False
+                return
+            time.sleep(pause)
+        if not self(work):
+            say(f"{self.what} was given up")
 
 
 def exit_status(entry: Callable[[], int | None]) -> int:

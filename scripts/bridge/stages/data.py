@@ -64,7 +64,7 @@ def recorded_source(folder: Path) -> str | None:
 
 
 def checked_source(source: str) -> str:
-    """Return "hub", "builtin" or the absolute path of a folder with train.jsonl and test.jsonl; anything else is a UsageError."""
+    """Either hub, builtin or the absolute path of a folder with train.jsonl and test.jsonl; anything else is a UsageError."""
     if source in ("hub", "builtin"):
         return source
     folder = Path(os.path.abspath(os.path.expanduser(source)))

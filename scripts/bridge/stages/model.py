@@ -112,7 +112,7 @@ def is_offline(env: Mapping[str, str]) -> bool:
 
 
 def already_there(name: str, folder: Path) -> str | None:
-    """Why nothing is left to do; None if the model has yet to be made. A damaged folder, or another model's, is a UsageError."""
+    """Why nothing is left to do; None if the model has yet to be made. A folder damaged, or another model's: a UsageError."""
     if is_local(name):
         refuse(model_folder.check_model_folder(folder, "Give the folder of a whole Hugging Face model: MODEL=/folder."))
         return f"MODEL={folder} is whole and used as it is ({model_folder.parameter_count(folder):,} parameters)"

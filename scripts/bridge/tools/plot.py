@@ -40,13 +40,15 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
         problems.append(f"--output={given.output}: there is no folder {given.output.parent}. Make it, or write elsewhere.")
     if find_spec("matplotlib") is None:
         problems.append("matplotlib is not installed here. Draw where the development tools are: make plot.")
-    curves = {}
+    curves, key = {}, f"profile/{stage}="
     for name in dict.fromkeys(given.runs):
         folder = (Path(name).expanduser() if is_local(name) else settings.work_dir / "runs" / name) / stage
         rows = metrics.read(folder / "metrics.jsonl")
         if not rows:
             problems.append(f"run {name!r} has no metrics in {folder / 'metrics.jsonl'}. STAGE=sft or STAGE=ppo says whose.")
-        label = f"{Path(name).name} ({profile(folder, stage)})"
+        recorded = record.read(folder)
+        words = recorded["attempts"][-1]["command"] if recorded else []
+        label = f"{Path(name).name} ({next((word.split('=')[1] for word in words if word.startswith(key)), 'profile unknown')})"
         if label in curves:
             problems.append(f"two runs are called {label}. Draw one of them from a folder of another name.")
         curves[label] = pandas.DataFrame(rows, columns=None if rows else ["step"]).set_index("step")
@@ -61,13 +63,6 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
     draw(curves, keys, given.mean, given.output)
     print(given.output)
     return 0
-
-
-def profile(folder: Path, stage: str) -> str:
-    """The profile that a stage's run was made with, as its record says."""
-    recorded = record.read(folder)
-    words = recorded["attempts"][-1]["command"] if recorded else []
-    return next((word.split("=")[1] for word in words if word.startswith(f"profile/{stage}=")), "profile unknown")
 
 
 def moving_mean(values: Sequence[float], count: int) -> pandas.Series:
