@@ -80,7 +80,7 @@ class DownloadsHandler(Handler):
     """The routes of the upload by accounts of all kinds, and those of the download."""
 
     def serve(self) -> None:
-        self.hub.requests.append((self.command, unquote(urlsplit(self.path).path)))
+        self.server.requests.append((self.command, unquote(urlsplit(self.path).path)))
         super().serve()
 
     do_GET = do_HEAD = do_POST = do_PUT = serve
@@ -90,9 +90,9 @@ class DownloadsHandler(Handler):
         given = self.headers.get("Authorization")
         if given is None:
             return None
-        if given.removeprefix("Bearer ") not in self.hub.tokens:
+        if given.removeprefix("Bearer ") not in self.server.tokens:
             raise Refusal(401, "Invalid credentials in Authorization header")
-        return self.hub.tokens[given.removeprefix("Bearer ")]
+        return self.server.tokens[given.removeprefix("Bearer ")]
 
     def authorize(self) -> None:
         """Each route asks for the rights that it needs."""
@@ -108,14 +108,14 @@ class DownloadsHandler(Handler):
     def repository(self, repo_id: str, write: bool = False) -> Repository:
         """The repository, if the caller may know of it and, to `write`, change it."""
         # To anyone else a private one does not exist.
-        account, repository = self.account(), self.hub.repositories.get(repo_id)
+        account, repository = self.account(), self.server.repositories.get(repo_id)
         if repository is None or (repository.private and not (account and account.owns(repo_id))):
             raise Refusal(404 if account else 401, "Repository not found", "RepoNotFound")
         self.demand(repo_id, write)
         return repository
 
     def stored(self, path: str, sha256: str) -> StoredFile:
-        file = self.hub.objects / sha256
+        file = self.server.objects / sha256
         size = file.stat().st_size
         lfs = is_lfs(path, size)
         # What git has of an LFS file is a pointer.
@@ -143,11 +143,11 @@ class DownloadsHandler(Handler):
         asked = json.loads(self.body)
         repo_id = f"{asked['organization']}/{asked['name']}"
         self.demand(repo_id, write=True)
-        if repo_id in self.hub.repositories:
+        if repo_id in self.server.repositories:
             raise Refusal(409, "You already created this model repo")
-        self.hub.repositories[repo_id] = repository = Repository(private=bool(asked.get("private")))
+        self.server.repositories[repo_id] = repository = Repository(private=bool(asked.get("private")))
         repository.commit({})
-        self.answer(200, {"url": f"{self.hub.url}/{repo_id}", "name": repo_id})
+        self.answer(200, {"url": f"{self.server.url}/{repo_id}", "name": repo_id})
 
     def tree(self, repo_id: str, revision: str) -> None:
         _, files = self.commit_at(self.repository(repo_id), revision)
@@ -174,36 +174,36 @@ class DownloadsHandler(Handler):
         self.repository(repo_id, write=True)
         answers = []
         for asked in json.loads(self.body)["objects"]:
-            link = f"{self.hub.url}/objects/{asked['oid']}"
+            link = f"{self.server.url}/objects/{asked['oid']}"
             upload = {"href": link, "header": self.parts(link, asked["size"])}
             # An object that is there already gets no actions: the client skips it.
-            stored = (self.hub.objects / asked["oid"]).exists()
+            stored = (self.server.objects / asked["oid"]).exists()
             answers.append({**asked, **({} if stored else {"actions": {"upload": upload}})})
         self.answer(200, {"transfer": "basic", "objects": answers})
 
     def parts(self, link: str, size: int) -> dict[str, str]:
         """Where the parts of a file go that is not uploaded in one piece; nothing for one that is."""
-        count = -(-size // self.hub.part_size)
-        return {} if count == 1 else {"chunk_size": str(self.hub.part_size),
+        count = -(-size // self.server.part_size)
+        return {} if count == 1 else {"chunk_size": str(self.server.part_size),
                                       **{str(part): f"{link}/{part}" for part in range(1, count + 1)}}
 
     def upload(self, sha256: str, part: str | None = None) -> None:
-        if part in (None, "1") and not self.hub.may_transfer():
+        if part in (None, "1") and not self.server.may_transfer():
             raise Refusal(403, "Request has expired")
         if part is None:
             super().upload(sha256)
         else:
-            (self.hub.objects / f"{sha256}.{part}").write_bytes(self.body)
+            (self.server.objects / f"{sha256}.{part}").write_bytes(self.body)
             self.answer(200, None, {"ETag": f'"{hashlib.sha256(self.body).hexdigest()}"'})
 
     def complete_parts(self, sha256: str) -> None:
         """Join the parts of an object."""
-        parts = [self.hub.objects / f"{sha256}.{part['partNumber']}" for part in json.loads(self.body)["parts"]]
-        whole = self.hub.objects / f"{sha256}.whole"
+        parts = [self.server.objects / f"{sha256}.{part['partNumber']}" for part in json.loads(self.body)["parts"]]
+        whole = self.server.objects / f"{sha256}.whole"
         whole.write_bytes(b"".join(part.read_bytes() for part in parts))
         if hashlib.sha256(whole.read_bytes()).hexdigest() != sha256:
             raise Refusal(400, "The parts are not the object announced")
-        os.replace(whole, self.hub.objects / sha256)
+        os.replace(whole, self.server.objects / sha256)
         for part in parts:
             part.unlink()
         self.answer(200, {})
@@ -215,16 +215,16 @@ class DownloadsHandler(Handler):
             operation = json.loads(line)
             value = operation["value"]
             if operation["key"] == "file":
-                files[value["path"]] = self.hub.store(base64.b64decode(value["content"]))
+                files[value["path"]] = self.server.store(base64.b64decode(value["content"]))
             elif operation["key"] == "lfsFile":
-                if not (self.hub.objects / value["oid"]).exists():
+                if not (self.server.objects / value["oid"]).exists():
                     raise Refusal(400, f"The object of {value['path']} was not uploaded")
                 files[value["path"]] = value["oid"]
             elif operation["key"] == "deletedFile":
                 del files[value["path"]]
         identity = repository.commit(files)
         self.answer(200, {"success": True, "commitOid": identity,
-                          "commitUrl": f"{self.hub.url}/{repo_id}/commit/{identity}"})
+                          "commitUrl": f"{self.server.url}/{repo_id}/commit/{identity}"})
 
     def downloadable(self, repo_id: str) -> Repository:
         """The repository, if the caller may have its files: a gated one's information is public, its files are not."""
@@ -254,19 +254,19 @@ class DownloadsHandler(Handler):
         headers = {"X-Repo-Commit": identity, "ETag": f'"{file.oid}"'}
         if file.lfs:
             self.answer(302, None, {**headers, "X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(file.size),
-                                    "Location": f"{self.hub.url}/objects/{file.sha256}"})
+                                    "Location": f"{self.server.url}/objects/{file.sha256}"})
         elif self.command == "HEAD":
             self.answer(200, None, {**headers, "Content-Length": str(file.size)})
         else:
-            self.answer(200, (self.hub.objects / file.sha256).read_bytes(), headers)
+            self.answer(200, (self.server.objects / file.sha256).read_bytes(), headers)
 
     def download(self, sha256: str) -> None:
         """What the hub's signed links lead to; like those it asks for no token."""
-        file = self.hub.objects / sha256
+        file = self.server.objects / sha256
         size = file.stat().st_size
         start = int((re.match(r"bytes=(\d+)-", self.headers.get("Range", "")) or [0, 0])[1])
-        whole = self.hub.may_transfer()
-        if not whole and self.hub.transfers_allowed < -1:
+        whole = self.server.may_transfer()
+        if not whole and self.server.transfers_allowed < -1:
             raise Refusal(403, "Request has expired")
         self.send_response(206 if start else 200)
         if start:

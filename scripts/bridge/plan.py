@@ -29,7 +29,7 @@ class Plan:
     command: list[str]
     env: dict[str, str]
     record_dir: Path
-    keep_log: bool
+    keep_log: bool = True
     notes: list[str] = field(default_factory=list)
     config: dict | None = None
     inputs: dict | None = None

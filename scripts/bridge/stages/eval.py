@@ -78,7 +78,6 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
                  *(f"{name}={folder}" for name, folder in models.items())],
         env=own_env,
         record_dir=settings.stage_dir("eval"),
-        keep_log=True,
         notes=notes,
         config={"data": kept, "rows": count},
         inputs={"data": record.sha256(settings.data_dir / "test.parquet"),

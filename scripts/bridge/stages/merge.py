@@ -50,7 +50,6 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
                  str(output)],
         env={"WORK_DIR": str(settings.work_dir), "HF_HUB_OFFLINE": "1"},
         record_dir=settings.stage_dir(stage) / "merge",
-        keep_log=True,
         notes=[f"merge: {shards} -> {output}", *notes],
     )
 

@@ -54,7 +54,6 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
                  *(["--public"] if settings.public else [])],
         env={},
         record_dir=settings.stage_dir(stage) / "upload",
-        keep_log=True,
         notes=notes,
     )
 

@@ -39,7 +39,6 @@ class Handler(BaseHTTPRequestHandler):
     """One request: find its route, check the rights, answer."""
 
     protocol_version = "HTTP/1.1"
-    hub: "StandInHub"
     routes = [
         ("GET", r"/api/whoami-v2", "whoami"),
         ("POST", r"/api/repos/create", "create"),
@@ -84,22 +83,22 @@ class Handler(BaseHTTPRequestHandler):
 
     def authorize(self) -> None:
         """Refuse who may not ask this."""
-        if self.headers.get("Authorization") != f"Bearer {self.hub.token}":
+        if self.headers.get("Authorization") != f"Bearer {self.server.token}":
             raise Refusal(401, "Invalid credentials in Authorization header")
 
     def whoami(self) -> None:
         self.answer(200, {"type": "user", "name": "rehearsal", "orgs": []})
 
     def model_info(self, repo_id: str, revision: str | None) -> None:
-        if repo_id not in self.hub.repositories:
+        if repo_id not in self.server.repositories:
             raise Refusal(404, "Repository not found", "RepoNotFound")
         self.answer(200, {"id": repo_id, "private": True})
 
     def create(self) -> None:
         asked = json.loads(self.body)
         repo_id = f"{asked['organization']}/{asked['name']}"
-        self.hub.repositories[repo_id] = {}
-        self.answer(200, {"url": f"{self.hub.url}/{repo_id}", "name": repo_id})
+        self.server.repositories[repo_id] = {}
+        self.answer(200, {"url": f"{self.server.url}/{repo_id}", "name": repo_id})
 
     def tree(self, repo_id: str, revision: str) -> None:
         # What was there before: nothing.
@@ -114,12 +113,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def lfs_batch(self, repo_id: str) -> None:
         self.answer(200, {"transfer": "basic", "objects": [
-            {**asked, "actions": {"upload": {"href": f"{self.hub.url}/objects/{asked['oid']}"}}}
+            {**asked, "actions": {"upload": {"href": f"{self.server.url}/objects/{asked['oid']}"}}}
             for asked in json.loads(self.body)["objects"]
         ]})
 
     def upload(self, sha256: str) -> None:
-        if self.hub.store(self.body) != sha256:
+        if self.server.store(self.body) != sha256:
             raise Refusal(400, "The bytes are not those announced")
         self.answer(200, None, {"ETag": f'"{sha256}"'})
 
@@ -127,14 +126,14 @@ class Handler(BaseHTTPRequestHandler):
         for operation in map(json.loads, self.body.splitlines()):
             value = operation["value"]
             if operation["key"] == "file":
-                self.hub.repositories[repo_id][value["path"]] = self.hub.store(base64.b64decode(value["content"]))
+                self.server.repositories[repo_id][value["path"]] = self.server.store(base64.b64decode(value["content"]))
             elif operation["key"] == "lfsFile":
-                self.hub.repositories[repo_id][value["path"]] = value["oid"]
+                self.server.repositories[repo_id][value["path"]] = value["oid"]
         identity = hashlib.sha1(self.body).hexdigest()
-        self.answer(200, {"success": True, "commitOid": identity, "commitUrl": f"{self.hub.url}/{repo_id}/commit/{identity}"})
+        self.answer(200, {"success": True, "commitOid": identity, "commitUrl": f"{self.server.url}/{repo_id}/commit/{identity}"})
 
 
-class StandInHub:
+class StandInHub(ThreadingHTTPServer):
     """The server; runs in a thread of its own between __enter__ and __exit__.
 
     Args:
@@ -147,22 +146,22 @@ class StandInHub:
 
     # Of a subclass that answers more.
     handler = Handler
+    daemon_threads = True
 
     def __init__(self, folder: Path, token: str):
+        super().__init__(("127.0.0.1", 0), self.handler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.objects = Path(folder) / "objects"
         self.objects.mkdir(parents=True, exist_ok=True)
         self.token, self.repositories = token, {}
 
     def __enter__(self) -> "StandInHub":
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (self.handler,), {"hub": self}))
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         return self
 
     def __exit__(self, *_exception) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+        self.shutdown()
+        self.server_close()
 
     def env(self, token: str | None = None) -> dict[str, str]:
         """What a client process needs in its environment to talk to this hub (a proxy could not reach it)."""

@@ -82,14 +82,12 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
     bench, bench_env = trial.inside(settings.work_dir / "bench", env, MODEL=settings.model, GPUS=str(ranks))
     has_model = any((found.model_dir / "run.json").is_file() for found in (bench, settings))
     trial.check(bench, env, [path for case in cases for path in leftovers(case, bench)], new_model=not has_model)
-    with trial.own_folder(settings, "bench") as folder:
+    with trial.own_folder(settings, "bench"):
         if env.get("DATA_SOURCE"):
             # Of an earlier benchmark; the stage refuses to replace data of another source.
             trial.remove([bench.data_dir])
-        trial.borrow(settings, folder, data=not env.get("DATA_SOURCE"))
-        if status := trial.make_inputs(bench, bench_env):
-            return status
-        return measure_all(cases, bench, bench_env, gpus[:ranks])
+        return (trial.inputs(settings, bench, bench_env, borrow_data=not env.get("DATA_SOURCE"))
+                or measure_all(cases, bench, bench_env, gpus[:ranks]))
 
 
 def measure_all(cases: list[Case], settings: Settings, env: Mapping[str, str], gpus: list[hardware.Gpu]) -> int:

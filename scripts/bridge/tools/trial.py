@@ -123,21 +123,20 @@ def stage(name: str, env: Mapping[str, str], arguments: list[str] | None = None,
                       until=until)
 
 
-def borrow(settings: Settings, folder: Path, data: bool) -> None:
-    """Show the model of WORK_DIR, and if `data` its data, in this folder too, where they are there and it has none."""
-    shown = [(settings.data_dir, data), *([] if is_local(settings.model) else [(settings.model_dir, True)])]
+def inputs(settings: Settings, own: Settings, env: Mapping[str, str], borrow_data: bool) -> int:
+    """Show the model of WORK_DIR, and its data if so, in the own folder too, where they are there and it has none; make the rest.
+
+    Returns the exit status of what failed, or 0.
+    """
+    shown = [(settings.data_dir, borrow_data), *([] if is_local(settings.model) else [(settings.model_dir, True)])]
     for path, wanted in shown:
-        link = folder / path.relative_to(settings.work_dir)
+        link = own.work_dir / path.relative_to(settings.work_dir)
         if link.is_symlink():
             link.unlink()
         if wanted and (path / "run.json").is_file() and not link.exists():
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(path)
-
-
-def make_inputs(settings: Settings, env: Mapping[str, str]) -> int:
-    """Make the data and the model that are not there; returns the exit status of what failed, or 0."""
-    missing = [name for name, folder in (("data", settings.data_dir), ("model", settings.model_dir))
+    missing = [name for name, folder in (("data", own.data_dir), ("model", own.model_dir))
                if not (folder / "run.json").is_file()]
     return next((status for name in missing if (status := stage(name, env))), 0)
 
