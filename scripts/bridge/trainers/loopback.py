@@ -11,6 +11,8 @@ import runpy
 import socket
 import sys
 
+from bridge.trainers import stoppable
+
 ADDRESS = "127.0.0.1"
 # For gloo, NCCL and vLLM. Within a node NCCL's ranks only find each other over sockets: data go through NVLink or memory.
 ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": ADDRESS}
@@ -18,6 +20,7 @@ ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "VLLM_HOS
 
 def close() -> None:
     """Let this process, and those it starts, find each other over the loopback address; what the user has set wins."""
+    stoppable.write_stacks_when_asked()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     close_store()
