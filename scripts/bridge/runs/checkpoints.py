@@ -224,14 +224,10 @@ def record_checksums(path: Path) -> None:
 
 
 def damage(path: Path, below: str = "") -> list[str]:
-    """Which files of a checkpoint are not what was saved; read whole, several at once.
+    """Which files of a global_step_N folder (`below`: whose path in it begins so) are not what was saved; read whole.
 
     Where no checksums were recorded (an older version, or the run ended before it came to that) the shards' own, which
     torch.save has put into them (CRC-32), are compared.
-
-    Args:
-        path: the global_step_N folder.
-        below: only files whose path in it begins so.
     """
     record = path / CHECKSUMS
     if not record.is_file():

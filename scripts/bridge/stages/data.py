@@ -7,6 +7,7 @@ import codecs
 import json
 import os
 import re
+import reprlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -90,18 +91,13 @@ def ground_truth(answer: str) -> str:
     last = answer.strip().rsplit("\n", 1)[-1].strip()
     marked = MARKED.fullmatch(last)
     if not marked:
-        raise ValueError(f"the answer's last line is not '#### NUMBER' but {shortened(last)}")
+        raise ValueError(f"the answer's last line is not '#### NUMBER' but {reprlib.repr(last)}")
     if MARKED.search(answer).group(1) != marked.group(1):
         raise ValueError("the answer has another '#### NUMBER' before its last line, and verl takes the first")
     number = marked.group(1).replace(",", "")
     if not NUMBER.fullmatch(number):
-        raise ValueError(f"{shortened(marked.group(1))} after '####' is not a number")
+        raise ValueError(f"{reprlib.repr(marked.group(1))} after '####' is not a number")
     return number
-
-
-def shortened(text: str) -> str:
-    """A text as a message shows it: in quotes, one line, its beginning."""
-    return repr(text if len(text) <= 60 else f"{text[:57]}...")
 
 
 def checked_row(row: object) -> dict[str, str]:

@@ -114,8 +114,14 @@ def main() -> None:
     for left in (temporary, older):
         shutil.rmtree(left, ignore_errors=True)
     refuse_damaged(shards)
-    if base:
-        refuse_untouched(shards, *base)
+    same = equal_to_base(shards, *base) if base else False
+    if same is None:
+        say(f"warning: {base[0]}, which this training started from, is gone or holds no safetensors with these names: whether "
+            "the training changed anything was not compared")
+    elif same:
+        raise UsageError(f"every weight in {shards} equals that of {base[0]}: this training changed nothing, so there is "
+                         "nothing to merge (the adapters of LoRA are not merged; or no step had a learning rate above 0). "
+                         "Whatever was merged before stays as it was.")
     # The model twice in bf16, as much as its shards in fp32.
     needed = sum(file.stat().st_size for file in shards.glob("model_world_size_*.pt"))
     if needed > shutil.disk_usage(output.parent).free:
@@ -151,18 +157,6 @@ def refuse_damaged(shards: Path) -> None:
 def room_in(folder: Path) -> str:
     """What is free, and that nothing was lost."""
     return f"{shutil.disk_usage(folder).free / 1e9:.3g} GB are free in {folder}. Whatever was merged before stays as it was."
-
-
-def refuse_untouched(shards: Path, base: Path) -> None:
-    """Refuse a checkpoint's model that is still the one that its training started from; say so if that cannot be told."""
-    same = equal_to_base(shards, base)
-    if same is None:
-        say(f"warning: {base}, which this training started from, is gone or holds no safetensors with these names: whether the "
-            "training changed anything was not compared")
-    elif same:
-        raise UsageError(f"every weight in {shards} equals that of {base}: this training changed nothing, so there is nothing to "
-                         "merge (the adapters of LoRA are not merged; or no step had a learning rate above 0). "
-                         "Whatever was merged before stays as it was.")
 
 
 def equal_to_base(shards: Path, base: Path) -> bool | None:

@@ -170,11 +170,8 @@ def freeze_folder(folder: Path) -> bool:
 def hub_errors_explained(what: str, again: str, offline_cure: str, rights_cure: str = "") -> Iterator[None]:
     """Turn the hub's refusals into what the user can do about them.
 
-    Args:
-        what: the setting that names a repository, as in MODEL=OWNER/NAME.
-        again: how to go on once the hub or the network is well.
-        offline_cure: what to do where there is no internet.
-        rights_cure: what to do where the token may not do this.
+    `what` is the setting that names a repository, as in MODEL=OWNER/NAME; the others say how to go on once the hub or the
+    network is well, where there is no internet, and where the token may not do this.
     """
     import requests
     from huggingface_hub import constants

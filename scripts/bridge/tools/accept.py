@@ -61,7 +61,7 @@ class Acceptance:
 
     def command(self, status: int) -> None:
         """Take a command's exit status."""
-        if trial.interrupted(status):
+        if status in trial.INTERRUPTED:
             self.interrupted = status
         if status:
             raise StepFailed(f"exit status {status}")

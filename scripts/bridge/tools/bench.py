@@ -99,7 +99,7 @@ def measure_all(cases: list[Case], settings: Settings, env: Mapping[str, str], g
     for case in cases:
         say(f"--- {case.name}")
         found = measure(case, settings, env, gpus)
-        if trial.interrupted(found.get("exit_status", 0)):
+        if found.get("exit_status", 0) in trial.INTERRUPTED:
             say(f"ended at {case.name}: what was measured of it before, and of the others, stays in bench.json")
             return found["exit_status"]
         results[case.stage][case.name.partition("-")[2]] = found

@@ -20,6 +20,8 @@ LEFT_OUT = ("WANDB_API_KEY", "STAGE", "STEP", "CKPT", "TP", "INIT")
 # Lies in every folder that is a tool's own: no other is written to, and nothing in another is removed.
 MARK = ".made-by-bridge"
 PARTS = ("data", "models", "runs", "cache", "hub")
+# Exit statuses that say that a person or Slurm ended the work, so that nothing is to follow.
+INTERRUPTED = (129, 130, 143)
 LOCK_CURE = "Wait for it, or use another WORK_DIR."
 
 
@@ -124,7 +126,7 @@ def stage(name: str, env: Mapping[str, str], arguments: list[str] | None = None,
 
 
 def inputs(settings: Settings, own: Settings, env: Mapping[str, str], borrow_data: bool) -> int:
-    """Show the model of WORK_DIR, and its data if so, in the own folder too, where they are there and it has none; make the rest.
+    """Show the model of WORK_DIR, and its data if so, in the own folder, where they are there and it has none; make the rest.
 
     Returns the exit status of what failed, or 0.
     """
@@ -139,11 +141,6 @@ def inputs(settings: Settings, own: Settings, env: Mapping[str, str], borrow_dat
     missing = [name for name, folder in (("data", own.data_dir), ("model", own.model_dir))
                if not (folder / "run.json").is_file()]
     return next((status for name in missing if (status := stage(name, env))), 0)
-
-
-def interrupted(status: int) -> bool:
-    """Whether an exit status says that a person or Slurm ended the work, so that nothing is to follow."""
-    return status in (129, 130, 143)
 
 
 def last_lines(file: Path, count: int) -> list[str]:
