@@ -4,6 +4,7 @@ The rehearsal only uploads, as one who may do everything (bridge.standins.hub); 
 the stages model and upload.
 """
 
+import base64
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from bridge.standins.hub import ID, INVALID_TOKEN, REVISION, Handler, Refusal, Repository, StandInHub, is_lfs
+from bridge.standins.hub import ID, REVISION, Handler, Refusal, StandInHub, is_lfs
 
 
 @dataclass(frozen=True)
@@ -56,18 +57,30 @@ class StoredFile:
 
 
 @dataclass
-class GatedRepository(Repository):
-    """A repository whose files, if it is gated, only those may have to whom access was granted."""
+class Repository:
+    """A model repository: who sees it, and its commits, oldest first, each an id and {path: sha256 of the bytes}.
 
+    If it is gated, only those may have its files to whom access was granted.
+    """
+
+    private: bool = False
     gated: bool = False
     granted: set[str] = field(default_factory=set)
+    commits: list[tuple[str, dict[str, str]]] = field(default_factory=list)
+
+    def commit(self, files: Mapping[str, str]) -> str:
+        """Add a commit that consists of these files; return its id."""
+        parent = self.commits[-1][0] if self.commits else ""
+        identity = hashlib.sha1(json.dumps([parent, sorted(files.items())]).encode()).hexdigest()
+        self.commits.append((identity, dict(files)))
+        return identity
 
 
 class DownloadsHandler(Handler):
     """The routes of the upload by accounts of all kinds, and those of the download."""
 
     def serve(self) -> None:
-        self.hub.requests.append((self.command, unquote(urlsplit(self.path).path)))
+        self.server.requests.append((self.command, unquote(urlsplit(self.path).path)))
         super().serve()
 
     do_GET = do_HEAD = do_POST = do_PUT = serve
@@ -77,11 +90,15 @@ class DownloadsHandler(Handler):
         given = self.headers.get("Authorization")
         if given is None:
             return None
-        if given.removeprefix("Bearer ") not in self.hub.tokens:
-            raise Refusal(401, INVALID_TOKEN)
-        return self.hub.tokens[given.removeprefix("Bearer ")]
+        if given.removeprefix("Bearer ") not in self.server.tokens:
+            raise Refusal(401, "Invalid credentials in Authorization header")
+        return self.server.tokens[given.removeprefix("Bearer ")]
 
-    def authorize(self, repo_id: str | None = None, write: bool = False) -> None:
+    def authorize(self) -> None:
+        """Each route asks for the rights that it needs."""
+
+    def demand(self, repo_id: str | None = None, write: bool = False) -> None:
+        """Refuse who may not ask this."""
         account = self.account()
         if account is None and (write or repo_id is None):
             raise Refusal(401, "Invalid username or password.")
@@ -89,14 +106,16 @@ class DownloadsHandler(Handler):
             raise Refusal(403, f"You don't have the rights to write to {repo_id}")
 
     def repository(self, repo_id: str, write: bool = False) -> Repository:
+        """The repository, if the caller may know of it and, to `write`, change it."""
         # To anyone else a private one does not exist.
-        account, repository = self.account(), self.hub.repositories.get(repo_id)
+        account, repository = self.account(), self.server.repositories.get(repo_id)
         if repository is None or (repository.private and not (account and account.owns(repo_id))):
             raise Refusal(404 if account else 401, "Repository not found", "RepoNotFound")
-        return super().repository(repo_id, write)
+        self.demand(repo_id, write)
+        return repository
 
     def stored(self, path: str, sha256: str) -> StoredFile:
-        file = self.hub.objects / sha256
+        file = self.server.objects / sha256
         size = file.stat().st_size
         lfs = is_lfs(path, size)
         # What git has of an LFS file is a pointer.
@@ -120,6 +139,16 @@ class DownloadsHandler(Handler):
                          for path, file in files.items()],
         })
 
+    def create(self) -> None:
+        asked = json.loads(self.body)
+        repo_id = f"{asked['organization']}/{asked['name']}"
+        self.demand(repo_id, write=True)
+        if repo_id in self.server.repositories:
+            raise Refusal(409, "You already created this model repo")
+        self.server.repositories[repo_id] = repository = Repository(private=bool(asked.get("private")))
+        repository.commit({})
+        self.answer(200, {"url": f"{self.server.url}/{repo_id}", "name": repo_id})
+
     def tree(self, repo_id: str, revision: str) -> None:
         _, files = self.commit_at(self.repository(repo_id), revision)
         self.answer(200, [file.row() for file in files.values()])
@@ -134,7 +163,7 @@ class DownloadsHandler(Handler):
         ]})
 
     def whoami(self) -> None:
-        self.authorize()
+        self.demand()
         account = self.account()
         self.answer(200, {
             "type": "user", "name": account.name, "orgs": [{"name": name} for name in account.organisations],
@@ -145,38 +174,57 @@ class DownloadsHandler(Handler):
         self.repository(repo_id, write=True)
         answers = []
         for asked in json.loads(self.body)["objects"]:
-            link = f"{self.hub.url}/objects/{asked['oid']}"
+            link = f"{self.server.url}/objects/{asked['oid']}"
             upload = {"href": link, "header": self.parts(link, asked["size"])}
-            stored = (self.hub.objects / asked["oid"]).exists()
+            # An object that is there already gets no actions: the client skips it.
+            stored = (self.server.objects / asked["oid"]).exists()
             answers.append({**asked, **({} if stored else {"actions": {"upload": upload}})})
         self.answer(200, {"transfer": "basic", "objects": answers})
 
     def parts(self, link: str, size: int) -> dict[str, str]:
         """Where the parts of a file go that is not uploaded in one piece; nothing for one that is."""
-        count = -(-size // self.hub.part_size)
-        return {} if count == 1 else {"chunk_size": str(self.hub.part_size),
+        count = -(-size // self.server.part_size)
+        return {} if count == 1 else {"chunk_size": str(self.server.part_size),
                                       **{str(part): f"{link}/{part}" for part in range(1, count + 1)}}
 
     def upload(self, sha256: str, part: str | None = None) -> None:
-        if part in (None, "1") and not self.hub.may_transfer():
+        if part in (None, "1") and not self.server.may_transfer():
             raise Refusal(403, "Request has expired")
         if part is None:
             super().upload(sha256)
         else:
-            (self.hub.objects / f"{sha256}.{part}").write_bytes(self.body)
+            (self.server.objects / f"{sha256}.{part}").write_bytes(self.body)
             self.answer(200, None, {"ETag": f'"{hashlib.sha256(self.body).hexdigest()}"'})
 
     def complete_parts(self, sha256: str) -> None:
         """Join the parts of an object."""
-        parts = [self.hub.objects / f"{sha256}.{part['partNumber']}" for part in json.loads(self.body)["parts"]]
-        whole = self.hub.objects / f"{sha256}.whole"
+        parts = [self.server.objects / f"{sha256}.{part['partNumber']}" for part in json.loads(self.body)["parts"]]
+        whole = self.server.objects / f"{sha256}.whole"
         whole.write_bytes(b"".join(part.read_bytes() for part in parts))
         if hashlib.sha256(whole.read_bytes()).hexdigest() != sha256:
             raise Refusal(400, "The parts are not the object announced")
-        os.replace(whole, self.hub.objects / sha256)
+        os.replace(whole, self.server.objects / sha256)
         for part in parts:
             part.unlink()
         self.answer(200, {})
+
+    def commit(self, repo_id: str, revision: str) -> None:
+        repository = self.repository(repo_id, write=True)
+        files = dict(repository.commits[-1][1])
+        for line in self.body.decode().splitlines():
+            operation = json.loads(line)
+            value = operation["value"]
+            if operation["key"] == "file":
+                files[value["path"]] = self.server.store(base64.b64decode(value["content"]))
+            elif operation["key"] == "lfsFile":
+                if not (self.server.objects / value["oid"]).exists():
+                    raise Refusal(400, f"The object of {value['path']} was not uploaded")
+                files[value["path"]] = value["oid"]
+            elif operation["key"] == "deletedFile":
+                del files[value["path"]]
+        identity = repository.commit(files)
+        self.answer(200, {"success": True, "commitOid": identity,
+                          "commitUrl": f"{self.server.url}/{repo_id}/commit/{identity}"})
 
     def downloadable(self, repo_id: str) -> Repository:
         """The repository, if the caller may have its files: a gated one's information is public, its files are not."""
@@ -206,19 +254,19 @@ class DownloadsHandler(Handler):
         headers = {"X-Repo-Commit": identity, "ETag": f'"{file.oid}"'}
         if file.lfs:
             self.answer(302, None, {**headers, "X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(file.size),
-                                    "Location": f"{self.hub.url}/objects/{file.sha256}"})
+                                    "Location": f"{self.server.url}/objects/{file.sha256}"})
         elif self.command == "HEAD":
             self.answer(200, None, {**headers, "Content-Length": str(file.size)})
         else:
-            self.answer(200, (self.hub.objects / file.sha256).read_bytes(), headers)
+            self.answer(200, (self.server.objects / file.sha256).read_bytes(), headers)
 
     def download(self, sha256: str) -> None:
         """What the hub's signed links lead to; like those it asks for no token."""
-        file = self.hub.objects / sha256
+        file = self.server.objects / sha256
         size = file.stat().st_size
         start = int((re.match(r"bytes=(\d+)-", self.headers.get("Range", "")) or [0, 0])[1])
-        whole = self.hub.may_transfer()
-        if not whole and self.hub.transfers_allowed < -1:
+        whole = self.server.may_transfer()
+        if not whole and self.server.transfers_allowed < -1:
             raise Refusal(403, "Request has expired")
         self.send_response(206 if start else 200)
         if start:
@@ -233,7 +281,8 @@ class DownloadsHandler(Handler):
                 self.wfile.write(stream.read((size - start) // 2))
                 self.close_connection = True
 
-    more_routes = [
+    routes = [
+        *Handler.routes,
         ("POST", r"/api/validate-yaml", "validate_yaml"),
         ("PUT", r"/objects/([0-9a-f]{64})/(\d+)", "upload"),
         ("POST", r"/objects/([0-9a-f]{64})", "complete_parts"),
@@ -265,6 +314,11 @@ class DownloadsHub(StandInHub):
         self.transfers_allowed: int | None = None
         self.lock = threading.Lock()
 
+    def files(self, repo_id: str) -> dict[str, bytes]:
+        """The bytes of every file of a model's newest commit."""
+        commits = self.repositories[repo_id].commits
+        return {path: (self.objects / sha256).read_bytes() for path, sha256 in commits[-1][1].items()} if commits else {}
+
     def may_transfer(self) -> bool:
         """Count one transfer of a large file."""
         with self.lock:
@@ -274,6 +328,6 @@ class DownloadsHub(StandInHub):
             return self.transfers_allowed >= 0
 
     def add_model(self, repo_id: str, files: Mapping[str, bytes], **rights) -> str:
-        """Publish a model with these files, as if someone had uploaded it; `rights` are GatedRepository's fields."""
-        repository = self.repositories.setdefault(repo_id, GatedRepository(**rights))
+        """Publish a model with these files, as if someone had uploaded it; `rights` are Repository's fields."""
+        repository = self.repositories.setdefault(repo_id, Repository(**rights))
         return repository.commit({path: self.store(data) for path, data in files.items()})

@@ -122,7 +122,7 @@ def run_stage(name: str, env: Mapping[str, str], overrides: list[str], dry_run: 
 
 def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
     """Run what was planned, keeping the record; returns the exit status."""
-    from bridge.runs import checkpoints, failure, launch, record
+    from bridge.runs import checkpoints, failure, hang, launch, record
     from bridge.runs.metrics import Metrics
     from bridge.trainers import nodes, stoppable
 
@@ -155,8 +155,11 @@ def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
         housekeeping.start()
     # From here on no error of the file system ends the run.
     try:
-        status = launch.run(plan.command, env, log, metrics, secrets)
-        if status == 0 and stoppable.is_answered(answer):
+        watch = hang.Watch(plan.hang_seconds, metrics, plan.checkpoints, log) if plan.checkpoints else None
+        status = launch.run(plan.command, env, log, metrics, secrets, watch or (lambda: False))
+        if status == 0 and watch and watch.hung:
+            status = hang.HUNG
+        elif status == 0 and stoppable.is_answered(answer):
             status = STOPPED
     finally:
         if "BRIDGE_NODES_DIR" in env:
@@ -177,10 +180,11 @@ def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
     if status == STOPPED:
         say(f"{name} was asked to stop ({request}) and did: the same command continues it")
     elif status:
-        why = failure.reason(log, start) if log and status < 128 else None
+        why = failure.reason(log, start) if log and status < 128 and status != hang.HUNG else None
         if why:
             say(why)
-        say(f"{name} {'was ended by a signal' if status > 128 else 'failed'} (exit status {status})"
-            + ("; the same command continues it from its newest checkpoint, if any" if status > 128
+        ended = {hang.HUNG: "hung"}.get(status, "was ended by a signal" if status > 128 else "failed")
+        say(f"{name} {ended} (exit status {status})"
+            + ("; the same command continues it from its newest checkpoint, if any" if ended != "failed"
                and plan.checkpoints and not env.get("BRIDGE_TRIAL") else "") + (f"; the log is {log}" if log else ""))
     return status

@@ -69,15 +69,14 @@ class Tolerance:
         self.failing = False
         return True
 
-    def at_last(self, work: Callable[[], object]) -> bool:
+    def at_last(self, work: Callable[[], object]) -> None:
         """The same where nothing comes after that could try it again."""
-        for pause in (*self.PAUSES, None):
+        for pause in self.PAUSES:
             if self(work):
-                return True
-            if pause is not None:
-                time.sleep(pause)
-        say(f"{self.what} was given up")
-        return False
+                return
+            time.sleep(pause)
+        if not self(work):
+            say(f"{self.what} was given up")
 
 
 def exit_status(entry: Callable[[], int | None]) -> int:
@@ -129,11 +128,7 @@ def full_disk_explained(cure: Callable[[], str]) -> Iterator[None]:
 
 
 def read_json(file: Path) -> Any:
-    """Return what a JSON file holds.
-
-    Raises:
-        ValueError: it is no JSON in UTF-8, with the reason.
-    """
+    """What a JSON file holds; a ValueError says why it is no JSON in UTF-8."""
     try:
         with naming(file):
             return json.loads(file.read_text(encoding="utf-8"))

@@ -109,8 +109,7 @@ def template_files(folder: Path) -> list[Path]:
 def weight_files(folder: Path) -> list[Path]:
     """The files of weights that transformers would load, there or not; safetensors before .bin.
 
-    Raises:
-        ValueError: an index is not of the known form.
+    An index that is not of the known form is a ValueError.
     """
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
@@ -127,11 +126,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def tensor_shapes(file: Path) -> dict[str, list[int]]:
-    """Name -> shape of every tensor in a file of safetensors.
-
-    Raises:
-        ValueError: the file is not of this format or was cut off.
-    """
+    """Name -> shape of every tensor in a file of safetensors; a ValueError where it is of another format or was cut off."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -171,11 +166,7 @@ def is_model_file(name: str) -> bool:
 
 
 def check_space(folder: Path, size: int) -> None:
-    """Refuse a download that the disk cannot hold.
-
-    Raises:
-        UsageError: with both sizes.
-    """
+    """Refuse a download that the disk cannot hold: a UsageError with both sizes."""
     fetched = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     free = shutil.disk_usage(folder).free
     if size - fetched > free:

@@ -24,12 +24,13 @@ class Plan:
         saved: what a checkpoint there holds, as in checkpoints.contents.
         keep: how many complete checkpoints stay; None keeps all.
         steps_per_epoch: optimizer steps (SFT) or rollout batches (PPO) in one pass over the data.
+        hang_seconds: as in runs.hang.Watch.
     """
 
     command: list[str]
     env: dict[str, str]
     record_dir: Path
-    keep_log: bool
+    keep_log: bool = True
     notes: list[str] = field(default_factory=list)
     config: dict | None = None
     inputs: dict | None = None
@@ -39,6 +40,7 @@ class Plan:
     saved: Mapping[str, tuple[str, ...]] | None = None
     keep: int | None = None
     steps_per_epoch: int = 0
+    hang_seconds: int | None = None
 
     def show(self) -> None:
         """Print the command so that it can be pasted into a shell. It holds no secret: those are in the environment."""

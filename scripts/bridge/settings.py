@@ -48,6 +48,7 @@ class Settings:
     tp: int | None
     share_gpu: bool
     keep: int | None
+    hang_seconds: int | None
     hf_repo: str | None
     public: bool
     wandb_project: str
@@ -192,6 +193,7 @@ def read(env: Mapping[str, str]) -> Settings:
         tp=number("TP", 1, "a tensor parallel size"),
         share_gpu=share_gpu == "1",
         keep=None if keep == "all" else int(keep),
+        hang_seconds=number("HANG_SECONDS", 0, "a number of seconds"),
         hf_repo=repo,
         public=public == "1",
         wandb_project=given("WANDB_PROJECT", "competition_verl_test"),

@@ -55,7 +55,7 @@ def rehearsal(tmp_path_factory) -> Rehearsal:
 def test_the_closing_table_has_a_row_for_every_step(rehearsal):
     table = rehearsal.output[rehearsal.output.index("\nstage  "):]
     rows = re.findall(r"^(.+?) +(\d+\.\d)", table, re.MULTILINE)
-    assert [name for name, _ in rows] == [*(name for name, _, _ in STEPS), "all"]
+    assert [name for name, _ in rows] == [*STEPS, "all"]
     assert float(rows[-1][1]) == pytest.approx(sum(float(seconds) for _, seconds in rows[:-1]), abs=1)
 
 

@@ -1,6 +1,7 @@
 """Running a child: output, exit status, signals, orphans. Each in a process of its own, as the door has it."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,24 +11,26 @@ from pathlib import Path
 
 import pytest
 
-from bridge.runs import failure, metrics
+from bridge.runs import failure, hang, metrics
 from door import SHELL
 
 # The door's part around the child; the child's program is the argument after the log's folder.
 DOOR = """
 import sys, os
 from pathlib import Path
-from bridge.runs import launch
+from bridge.runs import hang, launch
 from bridge.runs.metrics import Metrics
 folder = Path(sys.argv[1])
-sys.exit(launch.run([sys.executable, "-u", "-c", sys.argv[2]], os.environ, folder / "log.txt",
-                    Metrics(folder / "metrics.jsonl", 0), ["s3cret"]))
+kept = Metrics(folder / "metrics.jsonl", 0)
+watch = hang.Watch(int(os.environ.get("HANG_SECONDS", 0)), kept, folder / "checkpoints", folder / "log.txt")
+status = launch.run([sys.executable, "-u", "-c", sys.argv[2]], os.environ, folder / "log.txt", kept, ["s3cret"], watch)
+sys.exit(hang.HUNG if watch.hung else status)
 """
 
 
-def start(folder: Path, program: str) -> subprocess.Popen:
+def start(folder: Path, program: str, **env: str) -> subprocess.Popen:
     # A shell's background job or nohup hands on that SIGINT and SIGHUP are ignored; a person's shell does not.
-    return subprocess.Popen([sys.executable, "-c", DOOR, str(folder), textwrap.dedent(program)], env=SHELL,
+    return subprocess.Popen([sys.executable, "-c", DOOR, str(folder), textwrap.dedent(program)], env={**SHELL, **env},
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             preexec_fn=heed_signals)
 
@@ -65,7 +68,7 @@ def test_output_is_shown_and_logged_and_metrics_are_kept(tmp_path):
 @pytest.mark.parametrize(("program", "status"), [
     ("import time; print('enough', flush=True); time.sleep(300)", 0), ("raise SystemExit(3)", 3)])
 def test_a_child_is_ended_without_complaint_once_there_is_enough_but_its_own_failure_counts(tmp_path, program, status):
-    until = DOOR.replace('["s3cret"]))', """["s3cret"], lambda: b'enough' in (folder / 'log.txt').read_bytes()))""")
+    until = DOOR.replace("watch)", "lambda: b'enough' in (folder / 'log.txt').read_bytes())")
     assert until != DOOR
     door = subprocess.run([sys.executable, "-c", until, str(tmp_path), program], env=SHELL, capture_output=True, text=True,
                           check=False, timeout=60)
@@ -170,3 +173,78 @@ def test_the_reason_of_an_earlier_attempt_is_not_taken_and_none_is_made_up(tmp_p
     log.write_text('Traceback\n  File "/x/a.py", line 3, in f\nValueError: old\nsecond attempt\nan Error: of no traceback\n')
     assert failure.reason(log, 0) == "ValueError: old (a.py, line 3)"
     assert failure.reason(log, log.read_text().index("second")) is None
+
+
+def test_a_program_that_makes_no_step_any_more_is_ended_and_says_where_each_process_was(tmp_path):
+    # The first process knows the signal, so do its own child and a rank that was stopped; another program would end by it.
+    rank = """
+import os, signal, time
+from bridge.trainers import stoppable
+stoppable.write_stacks_when_asked()
+os.kill(os.getpid(), signal.SIGSTOP)
+time.sleep(1000)"""
+    door = start(tmp_path, """
+        import os, subprocess, sys, time
+        from bridge.trainers import stoppable
+        stoppable.write_stacks_when_asked()
+        other = subprocess.Popen(["sleep", "1000"])
+        def waits_for_a_rank_that_does_not_come():
+            while other.poll() is None:
+                time.sleep(0.1)
+        rank = subprocess.Popen([sys.executable, "-c", os.environ["PROGRAM"]], env={**os.environ, "RANK": "8"})
+        os.waitpid(rank.pid, os.WUNTRACED)
+        print("step:1 - loss:2.5", flush=True)
+        if os.fork() == 0:
+            time.sleep(1000)
+        waits_for_a_rank_that_does_not_come()
+        print("the other program has ended")
+        """, HANG_SECONDS="2", RANK="7", PROGRAM=rank, BRIDGE_STAGE_DIR=str(tmp_path))
+    out, said = door.communicate(timeout=120)
+    assert door.returncode == hang.HUNG
+    assert re.search(r"no step for \d+ s: it hangs", said)
+    log = (tmp_path / "log.txt").read_text()
+    # The rank is told, and its own child, which does the same, only once.
+    assert re.search(r"it hangs, .*\nbridge: process \d+, rank 7:\n(.*\n)*.* in waits_for_a_rank_that_does_not_come\n", log)
+    assert re.search(r'\nbridge: process \d+, rank 8:\n(.*\n)*  File "<string>"', log)
+    assert log.count(", rank ") == log.count("(most recent call first)") == 2 and "the other program" not in log
+
+
+@pytest.mark.parametrize(("seconds", "steps", "hangs_after"), [
+    # Nothing is known at the start, nor what a step takes after the first line.
+    (None, [], hang.START), (None, [100], hang.START), (None, [100, 800], 10 * 700),
+    (None, [100, 101, 102], hang.LEAST), (None, [100, 300, 310], 10 * 200), (7, [], 7), (7, [100, 300], 7), (0, [1, 2], None)])
+def test_a_training_hangs_when_its_step_takes_much_longer_than_the_others(monkeypatch, tmp_path, seconds, steps, hangs_after):
+    now = [0.0]
+    monkeypatch.setattr(hang.time, "monotonic", lambda: now[0])
+    kept = metrics.Metrics(tmp_path / "metrics.jsonl", 0)
+    watch = hang.Watch(seconds, kept, tmp_path, tmp_path / "log.txt")
+    for number, now[0] in enumerate(steps):
+        watch.looked = now[0]
+        kept.add(number, {"loss": 1.0})
+        assert watch.hanging_for() is None
+    last = now[0]
+    for now[0], hanging in ((last + (hangs_after or 1e6), False), (last + (hangs_after or 1e6) + 1, hangs_after is not None)):
+        watch.looked = now[0]
+        assert (watch.hanging_for() is not None) == hanging
+
+
+def test_a_checkpoint_that_is_being_written_is_a_sign_of_life_and_a_suspended_job_does_not_hang(monkeypatch, tmp_path):
+    now = [0.0]
+    monkeypatch.setattr(hang.time, "monotonic", lambda: now[0])
+    shard = tmp_path / "global_step_10" / "actor" / "model.pt"
+    shard.parent.mkdir(parents=True)
+    kept = metrics.Metrics(tmp_path / "metrics.jsonl", 0)
+    watch = hang.Watch(100, kept, tmp_path, tmp_path / "log.txt")
+    shard.touch()
+    now[0] = watch.looked = 101
+    assert watch.hanging_for() is None
+    for file in (shard, shard.parent):
+        os.utime(file, (0, 0))
+    assert watch.hanging_for() == 101
+    # Nobody looked for an hour: this process was stopped, too.
+    now[0] += 3600
+    assert watch.hanging_for() == 101
+    kept.add(1, {"loss": 1.0})
+    assert watch.hanging_for() is None
+    now[0] = watch.looked = now[0] + 100
+    assert watch.hanging_for() is None

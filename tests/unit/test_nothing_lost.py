@@ -119,9 +119,10 @@ def test_an_error_of_the_disk_at_a_files_end_is_not_taken_for_a_cut(tmp_path):
 
 def test_a_shard_of_any_number_of_tensors_is_whole_and_cut_anywhere_it_is_not(tmp_path):
     file = tmp_path / "shard.pt"
-    # Its table of contents is larger than 64 KB.
-    torch.save({str(number): torch.zeros(1) for number in range(2000)}, file)
-    assert file.stat().st_size > 4 << 16 and checkpoints.is_whole(file)
+    # Its table of contents is larger than 64 KB, and than what is read at first.
+    for count, size in ((2000, 4 << 16), (20_000, 4 << 20)):
+        torch.save({str(number): torch.zeros(1) for number in range(count)}, file)
+        assert file.stat().st_size > size and checkpoints.is_whole(file)
     torch.save({"x": torch.zeros(4)}, file)
     data = file.read_bytes()
     assert checkpoints.is_whole(file)

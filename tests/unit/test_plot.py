@@ -64,8 +64,8 @@ def test_every_run_is_a_line_in_every_panel_in_the_colour_of_its_profile(work_di
 def test_a_mean_is_drawn_over_the_values(work_dir):
     figure = drawn(work_dir, "a1", "b1", "--keys=critic/score/mean", "--mean=5")
     assert len(lines(figure, 40)) == 2 * 2 and "critic/score/mean (mean of 5 steps)" in texts(figure)
-    assert plot.moving_mean([1, 2, 3, 4, 10], 3) == pytest.approx([1.5, 2, 3, 17 / 3, 7])
-    assert plot.moving_mean([5, 7], 1) == [5, 7]
+    assert list(plot.moving_mean([1, 2, 3, 4, 10], 3)) == pytest.approx([1.5, 2, 3, 17 / 3, 7])
+    assert list(plot.moving_mean([5, 7], 1)) == [5, 7]
 
 
 def test_the_same_numbers_give_the_same_file_and_a_folder_elsewhere_will_do(work_dir):

@@ -22,8 +22,10 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from io import BytesIO
+from itertools import count
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -135,40 +137,15 @@ def shard_faults(folder: Path, kinds: Sequence[str] = ALL) -> list[str]:
 
 
 def is_whole(file: Path) -> bool:
-    """Whether a torch.save file was written to its end: its table of contents is the last thing in it.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
+    """Whether a torch.save file was written to its end: its table of contents is the last thing in it."""
     with open(file, "rb") as stream:
-        watched = Watched(stream)
-        try:
-            with zipfile.ZipFile(watched):
+        size = stream.seek(0, os.SEEK_END)
+        # Read here: zipfile takes an error of the disk for "no zip file". The second is for more tensors than a model has.
+        for length in (1 << 20, 1 << 28):
+            stream.seek(max(0, size - length))
+            with suppress(*NO_ZIP), zipfile.ZipFile(BytesIO(stream.read())):
                 return True
-        except NO_ZIP as error:
-            if watched.error:
-                raise watched.error from error
-            return False
-
-
-class Watched:
-    """A file of which the errors are kept: zipfile takes those of the file system for "no zip file"."""
-
-    def __init__(self, stream):
-        self.stream, self.error = stream, None
-
-    def __getattr__(self, name: str):
-        found = getattr(self.stream, name)
-        return partial(self.call, found) if name in ("read", "seek") else found
-
-    def call(self, work, *args):
-        """Do it, and keep its error. A place before the file's beginning is no error of the disk."""
-        try:
-            return work(*args)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                self.error = error
-            raise
+    return False
 
 
 def is_value_model(folder: Path) -> bool:
@@ -222,10 +199,8 @@ def size(folder: Path) -> int:
     total = 0
     for root, _, files in os.walk(folder):
         for name in files:
-            try:
+            with suppress(FileNotFoundError):
                 total += os.stat(os.path.join(root, name)).st_size
-            except FileNotFoundError:
-                continue
     return total
 
 
@@ -249,14 +224,10 @@ def record_checksums(path: Path) -> None:
 
 
 def damage(path: Path, below: str = "") -> list[str]:
-    """Which files of a checkpoint are not what was saved; read whole, several at once.
+    """Which files of a global_step_N folder (`below`: whose path in it begins so) are not what was saved; read whole.
 
     Where no checksums were recorded (an older version, or the run ended before it came to that) the shards' own, which
     torch.save has put into them (CRC-32), are compared.
-
-    Args:
-        path: the global_step_N folder.
-        below: only files whose path in it begins so.
     """
     record = path / CHECKSUMS
     if not record.is_file():
@@ -305,10 +276,8 @@ def crc_fault(file: Path) -> str | None:
 
 def set_aside(path: Path) -> Path:
     """Give a checkpoint that is not whole another name, under which neither verl nor the bridge takes it."""
-    number, target = 1, path.with_name(f"{path.name}.set-aside")
-    while target.exists():
-        number += 1
-        target = path.with_name(f"{path.name}.set-aside-{number}")
+    names = (f"{path.name}.set-aside{f'-{number}' if number > 1 else ''}" for number in count(1))
+    target = next(target for target in map(path.with_name, names) if not target.exists())
     os.rename(path, target)
     return target
 
@@ -316,11 +285,7 @@ def set_aside(path: Path) -> Path:
 def set_aside_damaged(folder: Path, wanted: Contents) -> list[str]:
     """Read the newest complete checkpoint whole; while it is damaged, put it aside and take the one before.
 
-    Returns:
-        what was done.
-
-    Raises:
-        UsageError: all are damaged. Nothing was touched.
+    Returns what was done. If all are damaged, that is a UsageError, and nothing was touched.
     """
     faults: dict[Path, list[str]] = {}
     for checkpoint in reversed([found for found in list_checkpoints(folder, wanted) if found.complete]):
@@ -411,11 +376,7 @@ class Housekeeping(Thread):
             self.tolerance(self.look)
 
     def look(self) -> None:
-        """Take in what has appeared and is whole.
-
-        Raises:
-            OSError: not all of it was done. The next call does the rest.
-        """
+        """Take in what has appeared and is whole. After an OSError the next call does the rest."""
         # data.pt is written last: before it is there, the others need not be opened.
         new = [judged(path, step, self.wanted) for step, path in step_folders(self.folder)
                if path not in self.seen and (path / LOADER).is_file()]

@@ -48,11 +48,7 @@ class Metrics:
         self.start = self.file.seek(0, os.SEEK_END)
 
     def add(self, step: int, values: dict[str, float]) -> None:
-        """Write the step's line; more values for the same step rewrite that line.
-
-        Raises:
-            OSError: it could not be written. The next call writes it too.
-        """
+        """Write the step's line; more values for the same step rewrite it. After an OSError the next call writes it too."""
         if not (self.rows and self.rows[-1]["step"] == step):
             if self.written:
                 self.rows, self.start = [], self.start + len(self.text())
@@ -73,11 +69,7 @@ class Metrics:
         return "".join(json.dumps(row) + "\n" for row in self.rows).encode()
 
     def close(self) -> None:
-        """Write what could not be written before, and close the file.
-
-        Raises:
-            OSError: the next call does what is left.
-        """
+        """Write what could not be written before, and close the file. After an OSError the next call does what is left."""
         if not self.written:
             self.write()
         self.file.close()

@@ -50,11 +50,7 @@ RECORD = {"status": str, "last_step": int, "config": dict | None, "inputs": dict
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """The run.json of a folder, with today's names of modules; None if there is none.
-
-    Raises:
-        UsageError: it is not a record of a run.
-    """
+    """The run.json of a folder, with today's names of modules; None if there is none. A UsageError if it is no record."""
     file = folder / "run.json"
     if not file.is_file():
         return None
@@ -203,11 +199,7 @@ def saved_checkpoints(stage_dir: Path, stage: str) -> list[checkpoints.Checkpoin
 
 @contextmanager
 def locked(folder: Path, cure: str = "Wait for it, or give this one a name of its own: RUN=NAME.") -> Iterator[None]:
-    """Hold the folder's lock; it goes with the process, however that ends.
-
-    Raises:
-        UsageError: another process holds it.
-    """
+    """Hold the folder's lock; it goes with the process, however that ends. A UsageError if another process holds it."""
     file = open(folder / ".lock", "a+")  # noqa: SIM115 - held as long as the lock
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

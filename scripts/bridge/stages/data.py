@@ -7,8 +7,9 @@ import codecs
 import json
 import os
 import re
+import reprlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -37,11 +38,7 @@ Numbered = tuple[str, list[tuple[int, Any]]]
 
 
 def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
-    """Check the source and say what to run.
-
-    Raises:
-        UsageError: for an unknown source, a missing folder or a missing file, or where data of another source are.
-    """
+    """Check the source and say what to run. A UsageError for one that cannot be, and where data of another source are."""
     source, folder = checked_source(settings.data_source), settings.data_dir
     existing = [file for file in (folder / f"{split}.parquet" for split in SPLITS) if file.exists()]
     made_from = recorded_source(folder)
@@ -68,11 +65,7 @@ def recorded_source(folder: Path) -> str | None:
 
 
 def checked_source(source: str) -> str:
-    """Return "hub", "builtin" or the absolute path of a folder with train.jsonl and test.jsonl.
-
-    Raises:
-        UsageError: if it is none of them.
-    """
+    """Either hub, builtin or the absolute path of a folder with train.jsonl and test.jsonl; anything else is a UsageError."""
     if source in ("hub", "builtin"):
         return source
     folder = Path(os.path.abspath(os.path.expanduser(source)))
@@ -93,48 +86,33 @@ def checked_source(source: str) -> str:
 def ground_truth(answer: str) -> str:
     """Return what verl extracts from an answer and compares with the model's, without commas.
 
-    Raises:
-        ValueError: with the reason if the answer's last line is not `#### NUMBER`, or not what verl would take.
+    A ValueError gives the reason if the answer's last line is not `#### NUMBER`, or not what verl would take.
     """
     last = answer.strip().rsplit("\n", 1)[-1].strip()
     marked = MARKED.fullmatch(last)
     if not marked:
-        raise ValueError(f"the answer's last line is not '#### NUMBER' but {shortened(last)}")
+        raise ValueError(f"the answer's last line is not '#### NUMBER' but {reprlib.repr(last)}")
     if MARKED.search(answer).group(1) != marked.group(1):
         raise ValueError("the answer has another '#### NUMBER' before its last line, and verl takes the first")
     number = marked.group(1).replace(",", "")
     if not NUMBER.fullmatch(number):
-        raise ValueError(f"{shortened(marked.group(1))} after '####' is not a number")
+        raise ValueError(f"{reprlib.repr(marked.group(1))} after '####' is not a number")
     return number
 
 
-def shortened(text: str) -> str:
-    """A text as a message shows it: in quotes, one line, its beginning."""
-    return repr(text if len(text) <= 60 else f"{text[:57]}...")
+def checked_row(row: object) -> dict[str, str]:
+    """The question and the answer of a row, or of a line of JSON; further keys are left out.
 
-
-def parsed(line: bytes) -> object:
-    """Return what a line of JSON holds.
-
-    Raises:
-        ValueError: with the reason if it holds nothing that can be read.
+    A ValueError gives the reason if the row is not in GSM8K's form.
     """
     try:
-        return json.loads(line.decode())
+        row = json.loads(row.decode()) if isinstance(row, bytes) else row
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 ({error.reason} at byte {error.start + 1})") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg} at character {error.pos + 1})") from error
     except RecursionError as error:
         raise ValueError("not a row (nested too deeply)") from error
-
-
-def checked_row(row: object) -> dict[str, str]:
-    """Return the question and the answer of a row; further keys are left out.
-
-    Raises:
-        ValueError: with the reason if the row is not in GSM8K's form.
-    """
     if not isinstance(row, dict):
         raise ValueError(f"not a JSON object but of type {type(row).__name__}")
     for key in ("question", "answer"):
@@ -144,36 +122,26 @@ def checked_row(row: object) -> dict[str, str]:
             raise ValueError(f"its {key!r} is not a text but of type {type(row[key]).__name__}")
         if not row[key].strip():
             raise ValueError(f"its {key!r} is empty")
-        try:
-            row[key].encode()
-        except UnicodeEncodeError as error:
-            # JSON may escape half a character (\ud83d), which no file in UTF-8 can hold.
-            raise ValueError(f"its {key!r} holds half a character (character {error.start + 1})") from error
+        # JSON may escape half of one (\ud83d), which no file in UTF-8 can hold.
+        if half := re.search(r"[\ud800-\udfff]", row[key]):
+            raise ValueError(f"its {key!r} holds half a character (character {half.start() + 1})")
     ground_truth(row["answer"])
     return {"question": row["question"], "answer": row["answer"]}
 
 
 def from_folder(folder: Path) -> dict[str, Rows]:
-    """Read and check both files of a folder. Blank lines are no rows.
-
-    Raises:
-        UsageError: with every bad row of every file.
-    """
+    """Read and check both files of a folder. Blank lines are no rows."""
     splits = {}
     for split in SPLITS:
         file = folder / f"{split}.jsonl"
         # Bytes, because lines of text would also end at U+2028, which JSON may hold within a string.
         lines = file.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
         splits[split] = f"{file}, line", [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    return checked_splits(splits, lambda line: checked_row(parsed(line)))
+    return checked_splits(splits)
 
 
 def from_hub() -> dict[str, Rows]:
-    """Fetch GSM8K from the Hugging Face Hub (or take it from its cache) and check it.
-
-    Raises:
-        UsageError: if it cannot be had, or with every bad row.
-    """
+    """Fetch GSM8K from the Hugging Face Hub (or take it from its cache) and check it. A UsageError if it cannot be had."""
     # Here, because the other sources need neither and start a second sooner without.
     import datasets
     import requests
@@ -189,21 +157,16 @@ def from_hub() -> dict[str, Rows]:
             "data folder), or give a folder with train.jsonl and test.jsonl (DATA_SOURCE=folder), or rehearse with "
             "made-up problems (DATA_SOURCE=builtin).",
         ) from error
-    return checked_splits({split: (f"{GSM8K} {split}, row", list(enumerate(found[split], start=1))) for split in SPLITS},
-                          checked_row)
+    return checked_splits({split: (f"{GSM8K} {split}, row", list(enumerate(found[split], start=1))) for split in SPLITS})
 
 
-def checked_splits(splits: Mapping[str, Numbered], check: Callable[[Any], dict[str, str]]) -> dict[str, Rows]:
-    """What `check` makes of the rows of each split.
-
-    Raises:
-        UsageError: shows the first faults and counts the others, if there are any.
-    """
+def checked_splits(splits: Mapping[str, Numbered]) -> dict[str, Rows]:
+    """The rows of each split, checked. A UsageError shows the first faults and counts the others."""
     found, faults = {split: [] for split in splits}, []
     for split, (place, rows) in splits.items():
         for number, row in rows:
             try:
-                found[split].append(check(row))
+                found[split].append(checked_row(row))
             except ValueError as error:
                 faults.append(f"{place} {number}: {error}")
         if not rows:

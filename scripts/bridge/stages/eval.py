@@ -47,11 +47,7 @@ Generator = Callable[[Path, list[list[int]], int], list[Answer]]
 # ---- in the door
 
 def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
-    """Find the models and the data and say what to run.
-
-    Raises:
-        UsageError: with everything that is missing or not whole, and if there is nothing to evaluate.
-    """
+    """Find the models and the data and say what to run. A UsageError names everything that is missing or not whole."""
     problems: list[str] = []
     models, notes = chosen_models(settings, problems)
     # What PPO's configuration says of the data: as this run's PPO had it, if there was one, else as the profile has it.
@@ -82,7 +78,6 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
                  *(f"{name}={folder}" for name, folder in models.items())],
         env=own_env,
         record_dir=settings.stage_dir("eval"),
-        keep_log=True,
         notes=notes,
         config={"data": kept, "rows": count},
         inputs={"data": record.sha256(settings.data_dir / "test.parquet"),
@@ -95,10 +90,7 @@ def chosen_models(settings: Settings, problems: list[str]) -> tuple[dict[str, Pa
     """The models to evaluate by name, and what to say about those that are not there.
 
     STAGE= or CKPT= picks one, which then has to be there; else it is those there are of base, sft and ppo. What is wrong
-    with them is appended to problems.
-
-    Raises:
-        UsageError: both are given, or CKPT= is no checkpoint.
+    with them is appended to problems; both given, or a CKPT= that is no checkpoint, are a UsageError.
     """
     if settings.ckpt and settings.stage not in (None, "ckpt"):
         raise UsageError("CKPT= names a checkpoint by its folder, STAGE= a result of this run. Give one or the other.")

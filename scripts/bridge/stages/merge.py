@@ -25,11 +25,7 @@ ANSWER_TOKENS = 32
 
 
 def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
-    """Find the checkpoint and say what to run.
-
-    Raises:
-        UsageError: no such stage, step or folder, or nothing whole in it.
-    """
+    """Find the checkpoint and say what to run. A UsageError: no such stage, step or folder, or nothing whole in it."""
     if settings.ckpt and (settings.step or settings.stage in ("sft", "ppo")):
         raise UsageError("CKPT= names a checkpoint by its folder, STAGE= and STEP= one of this run. Give one or the other.")
     if settings.ckpt:
@@ -54,7 +50,6 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
                  str(output)],
         env={"WORK_DIR": str(settings.work_dir), "HF_HUB_OFFLINE": "1"},
         record_dir=settings.stage_dir(stage) / "merge",
-        keep_log=True,
         notes=[f"merge: {shards} -> {output}", *notes],
     )
 
@@ -114,12 +109,19 @@ def main() -> None:
     *base, shards, output = map(Path, sys.argv[1:])
     temporary, older = (output.with_name(output.name + ending) for ending in (".tmp", ".old"))
     if older.is_dir() and not output.exists():
-        # An earlier merge was killed between the two renames of replace_folder.
+        # An earlier merge was killed between its two renames.
         os.rename(older, output)
-    shutil.rmtree(temporary, ignore_errors=True)
+    for left in (temporary, older):
+        shutil.rmtree(left, ignore_errors=True)
     refuse_damaged(shards)
-    if base:
-        refuse_untouched(shards, *base)
+    same = equal_to_base(shards, *base) if base else False
+    if same is None:
+        say(f"warning: {base[0]}, which this training started from, is gone or holds no safetensors with these names: whether "
+            "the training changed anything was not compared")
+    elif same:
+        raise UsageError(f"every weight in {shards} equals that of {base[0]}: this training changed nothing, so there is "
+                         "nothing to merge (the adapters of LoRA are not merged; or no step had a learning rate above 0). "
+                         "Whatever was merged before stays as it was.")
     # The model twice in bf16, as much as its shards in fp32.
     needed = sum(file.stat().st_size for file in shards.glob("model_world_size_*.pt"))
     if needed > shutil.disk_usage(output.parent).free:
@@ -134,18 +136,17 @@ def main() -> None:
         with full_disk_explained(lambda: room_in(output.parent)):
             complete_and_verify(raw, temporary)
             shutil.rmtree(raw)
-            replace_folder(temporary, output)
+            if output.exists():
+                os.rename(output, older)
+            os.rename(temporary, output)
+            shutil.rmtree(older, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     print(f"merged: {output} ({checkpoints.size(output) / 1e6:.1f} MB)")
 
 
 def refuse_damaged(shards: Path) -> None:
-    """Read the shards whole and compare them with what was saved: torch.load takes a flipped bit without a word.
-
-    Raises:
-        UsageError: they are not what was saved.
-    """
+    """Read the shards whole and refuse those that are not what was saved: torch.load takes a flipped bit without a word."""
     path, below = (shards.parent, "actor/model_") if shards.name == "actor" else (shards, "model_")
     faults = checkpoints.damage(path, below)
     if faults:
@@ -156,22 +157,6 @@ def refuse_damaged(shards: Path) -> None:
 def room_in(folder: Path) -> str:
     """What is free, and that nothing was lost."""
     return f"{shutil.disk_usage(folder).free / 1e9:.3g} GB are free in {folder}. Whatever was merged before stays as it was."
-
-
-def refuse_untouched(shards: Path, base: Path) -> None:
-    """Compare a checkpoint's model with the one that its training started from, if that can be done; say so if not.
-
-    Raises:
-        UsageError: they are the same.
-    """
-    same = equal_to_base(shards, base)
-    if same is None:
-        say(f"warning: {base}, which this training started from, is gone or holds no safetensors with these names: whether the "
-            "training changed anything was not compared")
-    elif same:
-        raise UsageError(f"every weight in {shards} equals that of {base}: this training changed nothing, so there is nothing to "
-                         "merge (the adapters of LoRA are not merged; or no step had a learning rate above 0). "
-                         "Whatever was merged before stays as it was.")
 
 
 def equal_to_base(shards: Path, base: Path) -> bool | None:
@@ -207,23 +192,11 @@ def equal_to_base(shards: Path, base: Path) -> bool | None:
     return True if compared else None
 
 
-def replace_folder(new: Path, target: Path) -> None:
-    """Put a folder in another's place. Killed between the two renames, it leaves both, and main puts the old one back."""
-    old = target.with_name(target.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.rename(target, old)
-    os.rename(new, target)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def complete_and_verify(raw: Path, output: Path) -> None:
     """Load what verl's merger wrote, write it properly, load that again and let it answer.
 
-    verl's merger writes tied embeddings twice (SmolLM2: 326 MB instead of 269 MB) and checks nothing.
-
-    Raises:
-        UsageError: the merged model is not whole; says in what.
+    verl's merger writes tied embeddings twice (SmolLM2: 326 MB instead of 269 MB) and checks nothing. What is not whole is a
+    UsageError.
     """
     import torch
     from safetensors.torch import load_file

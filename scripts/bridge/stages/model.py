@@ -41,11 +41,7 @@ LOGIN_CURE = "Put a token into HF_TOKEN (in .env), or log in once with `huggingf
 
 
 def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
-    """Check what can be checked without asking the hub, and say what to run.
-
-    Raises:
-        UsageError: for an unknown name, a folder that is not whole or is another model's, or missing inputs.
-    """
+    """Check what can be checked without asking the hub, and say what to run. A UsageError names what is wrong or missing."""
     name, folder = settings.model, settings.model_dir
     command = [sys.executable, "-m", "bridge.stages.model", str(folder) if is_local(name) else name, str(folder)]
     if name == "tiny":
@@ -69,11 +65,7 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
 
 
 def check_source(name: str, texts: Path, env: Mapping[str, str]) -> None:
-    """Check what making a model needs.
-
-    Raises:
-        UsageError: for a name of no known form, offline mode, a missing package or missing data.
-    """
+    """Refuse a name of no known form, offline mode, a missing package and missing data: what making a model needs."""
     if problem := name_problem(name):
         raise UsageError(problem)
     if name == "tiny":
@@ -120,11 +112,7 @@ def is_offline(env: Mapping[str, str]) -> bool:
 
 
 def already_there(name: str, folder: Path) -> str | None:
-    """Why nothing is left to do; None if the model has yet to be made.
-
-    Raises:
-        UsageError: the folder is damaged, or holds something else.
-    """
+    """Why nothing is left to do; None if the model has yet to be made. A folder damaged, or another model's: a UsageError."""
     if is_local(name):
         refuse(model_folder.check_model_folder(folder, "Give the folder of a whole Hugging Face model: MODEL=/folder."))
         return f"MODEL={folder} is whole and used as it is ({model_folder.parameter_count(folder):,} parameters)"
@@ -182,11 +170,8 @@ def freeze_folder(folder: Path) -> bool:
 def hub_errors_explained(what: str, again: str, offline_cure: str, rights_cure: str = "") -> Iterator[None]:
     """Turn the hub's refusals into what the user can do about them.
 
-    Args:
-        what: the setting that names a repository, as in MODEL=OWNER/NAME.
-        again: how to go on once the hub or the network is well.
-        offline_cure: what to do where there is no internet.
-        rights_cure: what to do where the token may not do this.
+    `what` is the setting that names a repository, as in MODEL=OWNER/NAME; the others say how to go on once the hub or the
+    network is well, where there is no internet, and where the token may not do this.
     """
     import requests
     from huggingface_hub import constants
@@ -229,18 +214,13 @@ def wanted_files(names: list[str]) -> list[str]:
 
 
 def ask_hub(name: str):
-    """What the hub says of a model (huggingface_hub's ModelInfo).
-
-    Raises:
-        UsageError: the hub cannot be reached or refuses, or the model has no weights that can be trained.
-    """
+    """What the hub says of a model (huggingface_hub's ModelInfo). One without weights that can be trained is a UsageError."""
     from huggingface_hub import HfApi
 
     api = HfApi()
-    with hub_errors_explained(f"MODEL={name}", AGAIN, OFFLINE_CURE):
-        # A gated model's information is public. This asks whether its files may be read, before minutes of fetching.
-        api.auth_check(name)
-        info = api.model_info(name, files_metadata=True)
+    # A gated model's information is public. This asks whether its files may be read, before minutes of fetching.
+    api.auth_check(name)
+    info = api.model_info(name, files_metadata=True)
     if not any(file.endswith(WEIGHTS) for file in wanted_files([file.rfilename for file in info.siblings])):
         raise UsageError(f"MODEL={name} has no weights that can be trained (no safetensors). Use another MODEL.")
     return info
@@ -249,8 +229,7 @@ def ask_hub(name: str):
 def fetch(name: str, info, folder: Path) -> None:
     """Fetch a model of which the hub has said `info` into a folder that may hold part of it already.
 
-    Raises:
-        UsageError: the hub cannot be reached or refuses, the disk is too small, or it is no chat model.
+    A UsageError: the hub cannot be reached, the disk is too small, or it is no chat model.
     """
     from huggingface_hub import snapshot_download
 
@@ -265,10 +244,9 @@ def fetch(name: str, info, folder: Path) -> None:
     (folder / SOURCE_FILE).write_text(json.dumps(source))
     model_folder.check_space(folder, sum(sizes[file] for file in wanted))
     for files in ([file for file in wanted if file not in weights], weights):
-        with hub_errors_explained(f"MODEL={name}", AGAIN, OFFLINE_CURE):
-            # Weights last: a model without a chat template is refused within seconds. By commit, so that an upload to
-            # the hub in between cannot mix two versions.
-            snapshot_download(name, revision=info.sha, local_dir=folder, allow_patterns=files)
+        # Weights last: a model without a chat template is refused within seconds. By commit, so that an upload to
+        # the hub in between cannot mix two versions.
+        snapshot_download(name, revision=info.sha, local_dir=folder, allow_patterns=files)
         # Where the hub cannot be reached snapshot_download only warns and returns what is there.
         missing = [file for file in files if not (folder / file).is_file()]
         if missing:
@@ -295,22 +273,8 @@ def empty(folder: Path) -> None:
 # ---- whole or not at all
 
 
-def put_in_place(partial: Path, folder: Path) -> None:
-    """Give a finished folder its name. The door's files that wait there move in first; the lock goes last."""
-    if folder.exists():
-        for file in list(folder.iterdir()):
-            os.replace(file, partial / file.name)
-        folder.rmdir()
-    os.rename(partial, folder)
-    (folder / LOCK).unlink()
-
-
 def make(name: str, folder: Path, texts: Path) -> str:
-    """Make the model's folder unless it is there; return what there is to say about it.
-
-    Raises:
-        UsageError: see already_there, check_source and fetch.
-    """
+    """Make the model's folder unless it is there; return what there is to say about it."""
     finished = already_there(name, folder)
     if finished:
         return finished
@@ -339,14 +303,21 @@ def make(name: str, folder: Path, texts: Path) -> str:
                 make_random(SHAPES[name.removeprefix(RANDOM)], partial)
             (partial / SOURCE_FILE).write_text(json.dumps({"source": name}))
         refuse(model_folder.check_model_folder(partial, f"Remove {partial} and run `make model` again."))
-        put_in_place(partial, folder)
+        # The door's files that wait there move in first; the lock goes last.
+        if folder.exists():
+            for file in list(folder.iterdir()):
+                os.replace(file, partial / file.name)
+            folder.rmdir()
+        os.rename(partial, folder)
+        (folder / LOCK).unlink()
     return f"{name}: {model_folder.parameter_count(folder):,} parameters in {folder}"
 
 
 def main() -> None:
     """What the stage runs: MODEL, the folder where it will be, and the data from which tiny's tokenizer is made."""
     name, folder, *texts = sys.argv[1:]
-    print(make(name, Path(folder), Path(*texts)))
+    with hub_errors_explained(f"MODEL={name}", AGAIN, OFFLINE_CURE):
+        print(make(name, Path(folder), Path(*texts)))
 
 
 if __name__ == "__main__":

@@ -148,6 +148,7 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
                 "code": {key: record.sha256(Path(value)) for key, value in flatten(config).items()
                          if str(value).endswith(".py") and Path(value).is_file()}},
         checkpoints=stage_dir / "checkpoints", saved=checkpoints.contents(stage, config), keep=settings.keep,
+        hang_seconds=settings.hang_seconds,
         # The last, smaller batch of an epoch is dropped.
         steps_per_epoch=rows[0] // config["data"]["train_batch_size"])
     newest, finished = check_continuation(stage, settings, made, overrides)

@@ -26,11 +26,7 @@ STALE = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.ind
 
 
 def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
-    """Check the folder, the name and that there is a token, and say what to run.
-
-    Raises:
-        UsageError: with everything that is missing.
-    """
+    """Check the folder, the name and that there is a token, and say what to run. A UsageError names all that is missing."""
     notes, stage = [], settings.stage
     if stage is None:
         # Also where a merge of it was refused or killed: then it is what has to be mended, and no reason to publish another.
@@ -58,7 +54,6 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
                  *(["--public"] if settings.public else [])],
         env={},
         record_dir=settings.stage_dir(stage) / "upload",
-        keep_log=True,
         notes=notes,
     )
 
@@ -78,8 +73,7 @@ def folder_problems(folder: Path, stage: str) -> list[str]:
 def check_rights(repo: str, public: bool, folder: Path) -> None:
     """Ask the hub before anything large is sent: whose token, whether it may write there, and who can see it.
 
-    Raises:
-        UsageError: with the cure.
+    What must not be is a UsageError with the cure.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -87,26 +81,25 @@ def check_rights(repo: str, public: bool, folder: Path) -> None:
     if get_token() is None:
         raise UsageError(f"upload needs a token that may write. {LOGIN_CURE}")
     api = HfApi()
-    with hub_errors_explained(f"HF_REPO={repo}", AGAIN, OFFLINE_CURE, RIGHTS_CURE):
-        account = api.whoami()
-        role = account.get("auth", {}).get("accessToken", {}).get("role")
-        if role == "read":
-            raise UsageError(f"the token of {account['name']} may only read. Make one with write access at "
-                             f"{api.endpoint}/settings/tokens and put it into HF_TOKEN (in .env).")
-        try:
-            private = api.model_info(repo).private
-        except RepositoryNotFoundError:
-            # exist_ok: a private repository that this token may not see is answered with 409 or 403, and 403 follows.
-            api.create_repo(repo, private=not public, exist_ok=True)
-            private = not public
-        if not private and not public:
-            raise UsageError(f"HF_REPO={repo} exists and is public: anyone could see the model. Make it private at "
-                             f"{api.endpoint}/{repo}/settings , use another HF_REPO, or say PUBLIC=1.")
-        if private and public:
-            say(f"{repo} exists and is private, and stays so. To publish it: {api.endpoint}/{repo}/settings")
-        # create_repo is no test of write access: where the repository exists, the client takes its 403 for success. The
-        # question how a file would be sent is one (huggingface_hub#1182), and sends nothing for a small text file.
-        api.preupload_lfs_files(repo, [CommitOperationAdd("config.json", folder / "config.json")])
+    account = api.whoami()
+    role = account.get("auth", {}).get("accessToken", {}).get("role")
+    if role == "read":
+        raise UsageError(f"the token of {account['name']} may only read. Make one with write access at "
+                         f"{api.endpoint}/settings/tokens and put it into HF_TOKEN (in .env).")
+    try:
+        private = api.model_info(repo).private
+    except RepositoryNotFoundError:
+        # exist_ok: a private repository that this token may not see is answered with 409 or 403, and 403 follows.
+        api.create_repo(repo, private=not public, exist_ok=True)
+        private = not public
+    if not private and not public:
+        raise UsageError(f"HF_REPO={repo} exists and is public: anyone could see the model. Make it private at "
+                         f"{api.endpoint}/{repo}/settings , use another HF_REPO, or say PUBLIC=1.")
+    if private and public:
+        say(f"{repo} exists and is private, and stays so. To publish it: {api.endpoint}/{repo}/settings")
+    # create_repo is no test of write access: where the repository exists, the client takes its 403 for success. The
+    # question how a file would be sent is one (huggingface_hub#1182), and sends nothing for a small text file.
+    api.preupload_lfs_files(repo, [CommitOperationAdd("config.json", folder / "config.json")])
     say(f"{account['name']} may write to {repo} ({'private' if private else 'public'})")
 
 
@@ -123,17 +116,16 @@ def upload(folder: Path, repo: str) -> tuple[str, str]:
     api = HfApi()
     names = sorted(file.name for file in folder.iterdir() if file.is_file() and is_model_file(file.name))
     say(f"uploading {len(names)} files, {sum((folder / name).stat().st_size for name in names) / 1e9:.2f} GB")
-    with hub_errors_explained(f"HF_REPO={repo}", AGAIN, OFFLINE_CURE, RIGHTS_CURE):
-        try:
-            commit = api.upload_folder(
-                repo_id=repo, folder_path=folder, allow_patterns=names, delete_patterns=STALE,
-                commit_message=f"Upload the {folder.parent.name} model of run {folder.parent.parent.name}")
-        except RuntimeError as error:
-            # The client wraps what went wrong with one file.
-            if not isinstance(cause := error.__cause__, RequestException):
-                raise
-            status = getattr(cause.response, "status_code", type(cause).__name__)
-            raise UsageError(f"the hub did not take a file ({status}). {AGAIN}") from error
+    try:
+        commit = api.upload_folder(
+            repo_id=repo, folder_path=folder, allow_patterns=names, delete_patterns=STALE,
+            commit_message=f"Upload the {folder.parent.name} model of run {folder.parent.parent.name}")
+    except RuntimeError as error:
+        # The client wraps what went wrong with one file.
+        if not isinstance(cause := error.__cause__, RequestException):
+            raise
+        status = getattr(cause.response, "status_code", type(cause).__name__)
+        raise UsageError(f"the hub did not take a file ({status}). {AGAIN}") from error
     return f"{api.endpoint}/{repo}", commit.oid
 
 
@@ -142,8 +134,9 @@ def main() -> None:
     folder, repo, *public = sys.argv[1:]
     folder = Path(folder)
     refuse(folder_problems(folder, folder.parent.name))
-    check_rights(repo, bool(public), folder)
-    address, commit = upload(folder, repo)
+    with hub_errors_explained(f"HF_REPO={repo}", AGAIN, OFFLINE_CURE, RIGHTS_CURE):
+        check_rights(repo, bool(public), folder)
+        address, commit = upload(folder, repo)
     print(f"{address} (commit {commit})")
 
 

@@ -1,8 +1,8 @@
 """A stand-in for the Hugging Face Hub's server, for tests and rehearsals where no hub can be reached.
 
 It is a fake, and the only fake part: clients talk to it over HTTP with the real `huggingface_hub` (HF_ENDPOINT), which
-asks and transfers as it would with the real hub. It answers the part of the protocol that the upload stage uses: one
-account that may do everything, LFS in one piece, and commits; the tests add rights, parts and downloads. It does not offer
+asks and transfers as it would with the real hub. It answers what a first upload to a new repository asks: one account that may
+do everything, LFS in one piece, and a commit; the tests add rights, histories, parts and downloads. It does not offer
 Xet. The status codes and X-Error-Code headers are those that huggingface_hub 0.34 looks at.
 
     with StandInHub(folder, "hf_alice") as hub:
@@ -15,7 +15,7 @@ import json
 import re
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -23,22 +23,7 @@ from urllib.parse import unquote, urlsplit
 # The hub keeps these outside git; so does it with anything larger than 10 MB.
 LFS_NAMES = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|model)")
 LFS_SIZE = 10_000_000
-INVALID_TOKEN = "Invalid credentials in Authorization header"
-
-
-@dataclass
-class Repository:
-    """A model repository: who sees it, and its commits, oldest first, each an id and {path: sha256 of the bytes}."""
-
-    private: bool = False
-    commits: list[tuple[str, dict[str, str]]] = field(default_factory=list)
-
-    def commit(self, files: Mapping[str, str]) -> str:
-        """Add a commit that consists of these files; return its id."""
-        parent = self.commits[-1][0] if self.commits else ""
-        identity = hashlib.sha1(json.dumps([parent, sorted(files.items())]).encode()).hexdigest()
-        self.commits.append((identity, dict(files)))
-        return identity
+ID, REVISION = r"([^/]+/[^/]+)", r"([^/]+)"
 
 
 @dataclass
@@ -50,66 +35,20 @@ class Refusal(Exception):
     code: str | None = None
 
 
-class StandInHub:
-    """The server; runs in a thread of its own between __enter__ and __exit__.
-
-    Args:
-        folder: where the bytes of files are stored, each under its sha256.
-        token: with which everything may be done.
-
-    Attributes:
-        repositories: by OWNER/NAME.
-    """
-
-    # Of a subclass that answers more.
-    handler: type["Handler"] | None = None
-
-    def __init__(self, folder: Path, token: str):
-        self.objects = Path(folder) / "objects"
-        self.objects.mkdir(parents=True, exist_ok=True)
-        self.token = token
-        self.repositories: dict[str, Repository] = {}
-
-    def __enter__(self) -> "StandInHub":
-        handler = type("Handler", (self.handler or Handler,), {"hub": self})
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-        return self
-
-    def __exit__(self, *_exception) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-
-    def env(self, token: str | None = None) -> dict[str, str]:
-        """What a client process needs in its environment to talk to this hub (a proxy could not reach it)."""
-        return {"HF_ENDPOINT": self.url, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
-                **({"HF_TOKEN": token} if token else {})}
-
-    def files(self, repo_id: str) -> dict[str, bytes]:
-        """The bytes of every file of a model's newest commit."""
-        commits = self.repositories[repo_id].commits
-        return {path: (self.objects / sha256).read_bytes() for path, sha256 in commits[-1][1].items()} if commits else {}
-
-    def store(self, data: bytes) -> str:
-        """Store the bytes of a file; return their sha256."""
-        digest = hashlib.sha256(data).hexdigest()
-        (self.objects / digest).write_bytes(data)
-        return digest
-
-
-def is_lfs(path: str, size: int) -> bool:
-    """Whether the hub keeps a file outside git."""
-    return size > LFS_SIZE or bool(LFS_NAMES.fullmatch(path))
-
-
 class Handler(BaseHTTPRequestHandler):
     """One request: find its route, check the rights, answer."""
 
     protocol_version = "HTTP/1.1"
-    hub: StandInHub
-    more_routes: list[tuple[str, str, str]] = []
+    routes = [
+        ("GET", r"/api/whoami-v2", "whoami"),
+        ("POST", r"/api/repos/create", "create"),
+        ("GET", rf"/api/models/{ID}(?:/revision/{REVISION})?", "model_info"),
+        ("GET", rf"/api/models/{ID}/tree/{REVISION}", "tree"),
+        ("POST", rf"/api/models/{ID}/preupload/{REVISION}", "preupload"),
+        ("POST", rf"/api/models/{ID}/commit/{REVISION}", "commit"),
+        ("POST", rf"/{ID}\.git/info/lfs/objects/batch", "lfs_batch"),
+        ("PUT", r"/objects/([0-9a-f]{64})", "upload"),
+    ]
 
     def log_message(self, *_arguments) -> None:
         """What a rehearsal prints is not of this."""
@@ -128,11 +67,13 @@ class Handler(BaseHTTPRequestHandler):
         # Whatever the answer will be: what is left of it would be taken for the next request.
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         try:
-            for method, pattern, route in (*ROUTES, *self.more_routes):
+            for method, pattern, route in self.routes:
                 match = re.fullmatch(pattern, path)
                 if match and self.command in method.split("|"):
-                    getattr(self, route)(*match.groups())
-                    return
+                    # Like the hub's signed links, those to an object ask for no token.
+                    if not path.startswith("/objects/"):
+                        self.authorize()
+                    return getattr(self, route)(*match.groups())
             raise Refusal(404, f"The stand-in hub knows no {self.command} {path}")
         except Refusal as refusal:
             code = {"X-Error-Code": refusal.code} if refusal.code else {}
@@ -140,46 +81,30 @@ class Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = serve
 
-    # ---- information
-
-    def authorize(self, repo_id: str | None = None, write: bool = False) -> None:
+    def authorize(self) -> None:
         """Refuse who may not ask this."""
-        if self.headers.get("Authorization") != f"Bearer {self.hub.token}":
-            raise Refusal(401, INVALID_TOKEN)
-
-    def repository(self, repo_id: str, write: bool = False) -> Repository:
-        """The repository, if the caller may know of it and, to `write`, change it."""
-        self.authorize(repo_id, write)
-        if repo_id not in self.hub.repositories:
-            raise Refusal(404, "Repository not found", "RepoNotFound")
-        return self.hub.repositories[repo_id]
+        if self.headers.get("Authorization") != f"Bearer {self.server.token}":
+            raise Refusal(401, "Invalid credentials in Authorization header")
 
     def whoami(self) -> None:
-        self.authorize()
         self.answer(200, {"type": "user", "name": "rehearsal", "orgs": []})
 
     def model_info(self, repo_id: str, revision: str | None) -> None:
-        repository = self.repository(repo_id)
-        self.answer(200, {"id": repo_id, "sha": repository.commits[-1][0], "private": repository.private})
-
-    def tree(self, repo_id: str, revision: str) -> None:
-        # Who uploads only asks for what was there before, and that is nothing.
-        self.repository(repo_id)
-        self.answer(200, [])
-
-    # ---- upload
+        if repo_id not in self.server.repositories:
+            raise Refusal(404, "Repository not found", "RepoNotFound")
+        self.answer(200, {"id": repo_id, "private": True})
 
     def create(self) -> None:
         asked = json.loads(self.body)
         repo_id = f"{asked['organization']}/{asked['name']}"
-        self.authorize(repo_id, write=True)
-        self.hub.repositories[repo_id] = repository = Repository(private=bool(asked.get("private")))
-        repository.commit({})
-        self.answer(200, {"url": f"{self.hub.url}/{repo_id}", "name": repo_id})
+        self.server.repositories[repo_id] = {}
+        self.answer(200, {"url": f"{self.server.url}/{repo_id}", "name": repo_id})
+
+    def tree(self, repo_id: str, revision: str) -> None:
+        # What was there before: nothing.
+        self.answer(200, [])
 
     def preupload(self, repo_id: str, revision: str) -> None:
-        self.repository(repo_id, write=True)
-        # oid: None, since nothing was there before.
         self.answer(200, {"files": [
             {"path": file["path"], "shouldIgnore": False, "oid": None,
              "uploadMode": "lfs" if is_lfs(file["path"], file["size"]) else "regular"}
@@ -187,49 +112,69 @@ class Handler(BaseHTTPRequestHandler):
         ]})
 
     def lfs_batch(self, repo_id: str) -> None:
-        self.repository(repo_id, write=True)
-        answers = []
-        for asked in json.loads(self.body)["objects"]:
-            upload = {"href": f"{self.hub.url}/objects/{asked['oid']}"}
-            # An object that is there already gets no actions: the client skips it.
-            stored = (self.hub.objects / asked["oid"]).exists()
-            answers.append({**asked, **({} if stored else {"actions": {"upload": upload}})})
-        self.answer(200, {"transfer": "basic", "objects": answers})
+        self.answer(200, {"transfer": "basic", "objects": [
+            {**asked, "actions": {"upload": {"href": f"{self.server.url}/objects/{asked['oid']}"}}}
+            for asked in json.loads(self.body)["objects"]
+        ]})
 
     def upload(self, sha256: str) -> None:
-        """Store an object. Like the hub's signed links it asks for no token."""
-        if hashlib.sha256(self.body).hexdigest() != sha256:
+        if self.server.store(self.body) != sha256:
             raise Refusal(400, "The bytes are not those announced")
-        self.hub.store(self.body)
         self.answer(200, None, {"ETag": f'"{sha256}"'})
 
     def commit(self, repo_id: str, revision: str) -> None:
-        repository = self.repository(repo_id, write=True)
-        files = dict(repository.commits[-1][1])
-        for line in self.body.decode().splitlines():
-            operation = json.loads(line)
+        for operation in map(json.loads, self.body.splitlines()):
             value = operation["value"]
             if operation["key"] == "file":
-                files[value["path"]] = self.hub.store(base64.b64decode(value["content"]))
+                self.server.repositories[repo_id][value["path"]] = self.server.store(base64.b64decode(value["content"]))
             elif operation["key"] == "lfsFile":
-                if not (self.hub.objects / value["oid"]).exists():
-                    raise Refusal(400, f"The object of {value['path']} was not uploaded")
-                files[value["path"]] = value["oid"]
-            elif operation["key"] == "deletedFile":
-                del files[value["path"]]
-        identity = repository.commit(files)
-        self.answer(200, {"success": True, "commitOid": identity,
-                          "commitUrl": f"{self.hub.url}/{repo_id}/commit/{identity}"})
+                self.server.repositories[repo_id][value["path"]] = value["oid"]
+        identity = hashlib.sha1(self.body).hexdigest()
+        self.answer(200, {"success": True, "commitOid": identity, "commitUrl": f"{self.server.url}/{repo_id}/commit/{identity}"})
 
 
-ID, REVISION = r"([^/]+/[^/]+)", r"([^/]+)"
-ROUTES: list[tuple[str, str, str]] = [
-    ("GET", r"/api/whoami-v2", "whoami"),
-    ("POST", r"/api/repos/create", "create"),
-    ("GET", rf"/api/models/{ID}(?:/revision/{REVISION})?", "model_info"),
-    ("GET", rf"/api/models/{ID}/tree/{REVISION}", "tree"),
-    ("POST", rf"/api/models/{ID}/preupload/{REVISION}", "preupload"),
-    ("POST", rf"/api/models/{ID}/commit/{REVISION}", "commit"),
-    ("POST", rf"/{ID}\.git/info/lfs/objects/batch", "lfs_batch"),
-    ("PUT", r"/objects/([0-9a-f]{64})", "upload"),
-]
+class StandInHub(ThreadingHTTPServer):
+    """The server; runs in a thread of its own between __enter__ and __exit__.
+
+    Args:
+        folder: where the bytes of files are stored, each under its sha256.
+        token: with which everything may be done.
+
+    Attributes:
+        repositories: by OWNER/NAME, path of a file -> sha256 of its bytes.
+    """
+
+    # Of a subclass that answers more.
+    handler = Handler
+    daemon_threads = True
+
+    def __init__(self, folder: Path, token: str):
+        super().__init__(("127.0.0.1", 0), self.handler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.objects = Path(folder) / "objects"
+        self.objects.mkdir(parents=True, exist_ok=True)
+        self.token, self.repositories = token, {}
+
+    def __enter__(self) -> "StandInHub":
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        self.shutdown()
+        self.server_close()
+
+    def env(self, token: str | None = None) -> dict[str, str]:
+        """What a client process needs in its environment to talk to this hub (a proxy could not reach it)."""
+        return {"HF_ENDPOINT": self.url, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
+                **({"HF_TOKEN": token} if token else {})}
+
+    def store(self, data: bytes) -> str:
+        """Store the bytes of a file; return their sha256."""
+        digest = hashlib.sha256(data).hexdigest()
+        (self.objects / digest).write_bytes(data)
+        return digest
+
+
+def is_lfs(path: str, size: int) -> bool:
+    """Whether the hub keeps a file outside git."""
+    return size > LFS_SIZE or bool(LFS_NAMES.fullmatch(path))

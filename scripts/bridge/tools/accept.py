@@ -61,7 +61,7 @@ class Acceptance:
 
     def command(self, status: int) -> None:
         """Take a command's exit status."""
-        if trial.interrupted(status):
+        if status in trial.INTERRUPTED:
             self.interrupted = status
         if status:
             raise StepFailed(f"exit status {status}")
@@ -166,8 +166,7 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
     trial.check(own, env, made, new_model=not (settings.model_dir / "run.json").is_file(), trained=("sft", "ppo"))
     with trial.own_folder(settings, "accept") as folder:
         trial.remove(made)
-        trial.borrow(settings, folder, data=bool(gpus))
-        if status := trial.make_inputs(own, own_env):
+        if status := trial.inputs(settings, own, own_env, borrow_data=bool(gpus)):
             return status
         head, hidden = about(own, own_env, gpus), to_hide(settings, env)
 

@@ -49,38 +49,30 @@ def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return ((found.float() - wanted).norm() / wanted.norm()).item()
 
 
-def compare(case: str, attend: Callable, lengths: tuple[int, ...], heads: tuple[int, int], size: int, causal: bool,
-            device: str) -> Comparison:
-    """Run `attend(q, k, v)` in bf16 on sequences laid end to end, (all lengths, heads, size), and the reference on each."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def random(count: int) -> torch.Tensor:
-        return torch.randn(sum(lengths), count, size, device=device, generator=generator).bfloat16()
-
-    inputs, output_gradient = [random(heads[0]), random(heads[1]), random(heads[1])], random(heads[0])
-    found_inputs = [tensor.clone().requires_grad_() for tensor in inputs]
-    wanted_inputs = [tensor.float().requires_grad_() for tensor in inputs]
-    found = attend(*found_inputs)
-    wanted = torch.cat([reference(*pieces, causal) for pieces in
-                        zip(*(tensor.split(lengths) for tensor in wanted_inputs), strict=True)])
-    found.backward(output_gradient)
-    wanted.backward(output_gradient.float())
-    gradients = [relative_error(a.grad, b.grad) for a, b in zip(found_inputs, wanted_inputs, strict=True)]
-    # max() would pass over a NaN that is not first.
-    return Comparison(case, relative_error(found, wanted), torch.tensor(gradients).max().item())
-
-
 def comparisons(flash_attn_func: Callable, flash_attn_varlen_func: Callable, device: str = "cuda") -> Iterator[Comparison]:
-    """All cases: head sizes, grouped heads, causal or not, two rows of a batch, and sequences packed into one row."""
+    """All cases: head sizes, grouped heads, causal or not, two rows of a batch, and sequences packed into one row.
+
+    Each in bf16 on sequences laid end to end, (all lengths, heads, size), and the reference on each sequence.
+    """
     ends = torch.tensor((0, *PACKED), device=device).cumsum(0).to(torch.int32)
-    for size, heads, causal in product(HEAD_SIZES, HEADS, (False, True)):
-        def batch(q, k, v, causal=causal):
-            rows = [tensor.unflatten(0, (2, LENGTH)) for tensor in (q, k, v)]
-            return flash_attn_func(*rows, causal=causal).flatten(0, 1)
-
-        def packed(q, k, v, causal=causal):
-            return flash_attn_varlen_func(q, k, v, ends, ends, max(PACKED), max(PACKED), causal=causal)
-
-        what = f"head size {size}, {heads[0]} heads on {heads[1]}{', causal' if causal else ''}"
-        yield compare(f"batch, {what}", batch, (LENGTH, LENGTH), heads, size, causal, device)
-        yield compare(f"packed, {what}", packed, PACKED, heads, size, causal, device)
+    for size, heads, causal, lengths in product(HEAD_SIZES, HEADS, (False, True), ((LENGTH, LENGTH), PACKED)):
+        generator = torch.Generator(device).manual_seed(0)
+        *inputs, output_gradient = (
+            torch.randn(sum(lengths), count, size, device=device, generator=generator).bfloat16()
+            for count in (heads[0], heads[1], heads[1], heads[0]))
+        found_inputs = [tensor.clone().requires_grad_() for tensor in inputs]
+        wanted_inputs = [tensor.float().requires_grad_() for tensor in inputs]
+        if lengths == PACKED:
+            found = flash_attn_varlen_func(*found_inputs, ends, ends, max(PACKED), max(PACKED), causal=causal)
+        else:
+            rows = [tensor.unflatten(0, (2, LENGTH)) for tensor in found_inputs]
+            found = flash_attn_func(*rows, causal=causal).flatten(0, 1)
+        wanted = torch.cat([reference(*pieces, causal) for pieces in
+                            zip(*(tensor.split(lengths) for tensor in wanted_inputs), strict=True)])
+        found.backward(output_gradient)
+        wanted.backward(output_gradient.float())
+        gradients = [relative_error(a.grad, b.grad) for a, b in zip(found_inputs, wanted_inputs, strict=True)]
+        case = (f"{'packed' if lengths == PACKED else 'batch'}, head size {size}, {heads[0]} heads on {heads[1]}"
+                f"{', causal' if causal else ''}")
+        # max() would pass over a NaN that is not first.
+        yield Comparison(case, relative_error(found, wanted), torch.tensor(gradients).max().item())

@@ -9,9 +9,8 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import count
 from pathlib import Path
 from statistics import fmean
@@ -34,7 +33,7 @@ from bridge.tools import trial
 PEAK = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100-SXM4-40GB": 312e12}
 DEFAULT_MODEL = "random:llama-3.2-1b"
 # Phases of a PPO step in their order, as the tables have them. What is left of the step is "other".
-PHASES = ("gen", "old_log_prob", "values", "update_critic", "update_actor", "other")
+PHASES = ("gen", "old_log_prob", "values", "update_critic", "update_actor")
 # Nothing is saved or validated: neither is the training's speed.
 ALWAYS = ["trainer.save_freq=-1", "trainer.test_freq=-1"]
 METHOD = [
@@ -83,14 +82,12 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
     bench, bench_env = trial.inside(settings.work_dir / "bench", env, MODEL=settings.model, GPUS=str(ranks))
     has_model = any((found.model_dir / "run.json").is_file() for found in (bench, settings))
     trial.check(bench, env, [path for case in cases for path in leftovers(case, bench)], new_model=not has_model)
-    with trial.own_folder(settings, "bench") as folder:
+    with trial.own_folder(settings, "bench"):
         if env.get("DATA_SOURCE"):
             # Of an earlier benchmark; the stage refuses to replace data of another source.
             trial.remove([bench.data_dir])
-        trial.borrow(settings, folder, data=not env.get("DATA_SOURCE"))
-        if status := trial.make_inputs(bench, bench_env):
-            return status
-        return measure_all(cases, bench, bench_env, gpus[:ranks])
+        return (trial.inputs(settings, bench, bench_env, borrow_data=not env.get("DATA_SOURCE"))
+                or measure_all(cases, bench, bench_env, gpus[:ranks]))
 
 
 def measure_all(cases: list[Case], settings: Settings, env: Mapping[str, str], gpus: list[hardware.Gpu]) -> int:
@@ -102,22 +99,18 @@ def measure_all(cases: list[Case], settings: Settings, env: Mapping[str, str], g
     for case in cases:
         say(f"--- {case.name}")
         found = measure(case, settings, env, gpus)
-        if trial.interrupted(found.get("exit_status", 0)):
+        if found.get("exit_status", 0) in trial.INTERRUPTED:
             say(f"ended at {case.name}: what was measured of it before, and of the others, stays in bench.json")
             return found["exit_status"]
         results[case.stage][case.name.partition("-")[2]] = found
         results["ratios"] = ratios(results)
         record.write_json(settings.work_dir / "bench.json", results, record.secret_values(env))
     report(settings.work_dir / "bench.json")
-    return 1 if any(results[case.stage][case.name.partition("-")[2]]["status"] == "failed" for case in cases) else 0
+    return 1 if any(by_name(results)[case.name]["status"] == "failed" for case in cases) else 0
 
 
 def read_cases(file: Path, wanted: str) -> list[Case]:
-    """The cases of a file, or those whose names are given (by comma).
-
-    Raises:
-        UsageError: every mistake in the file or in the names.
-    """
+    """The cases of a file, or those whose names are given (by comma). A UsageError with every mistake in file and names."""
     if not file.is_file():
         raise UsageError(f"{file}: no such file of cases.")
     explained = "Its keys are explained in configs/bench.yaml."
@@ -186,7 +179,7 @@ def measure(case: Case, settings: Settings, env: Mapping[str, str], gpus: list[h
     if case.stage == "ppo":
         figures = ppo_figures(rows, config, settings.gpus)
     else:
-        figures = sft_figures(rows, config, settings.gpus, tokens_per_row(settings.model_dir, json.dumps(config["data"])),
+        figures = sft_figures(rows, config, settings.gpus, tokens_per_row(settings.model_dir, config["data"]),
                               model_folder.parameter_count(settings.model_dir), PEAK.get(gpus[0].name) if gpus else None,
                               log.read_text(errors="replace"))
     first = figures["first_step_seconds"]
@@ -231,14 +224,12 @@ def speed(seconds: list[float], tokens: float, positions: int, gpus: int) -> dic
             "padded_tokens_per_second": round(positions / mean / gpus, 1)}
 
 
-@cache
-def tokens_per_row(model_dir: Path, data: str) -> float:
-    """Mean number of tokens that a training row has in verl's SFT dataset with this configuration (JSON), without padding."""
+def tokens_per_row(model_dir: Path, data: Mapping[str, Any]) -> float:
+    """Mean number of tokens that a training row has in verl's SFT dataset with this configuration, without padding."""
     from transformers import AutoTokenizer
     from verl.utils.dataset.sft_dataset import SFTDataset
 
-    config = json.loads(data)
-    rows = SFTDataset(config["train_files"], AutoTokenizer.from_pretrained(model_dir), config)
+    rows = SFTDataset(data["train_files"], AutoTokenizer.from_pretrained(model_dir), data)
     return fmean(int(rows[index]["attention_mask"].sum()) for index in range(len(rows)))
 
 
@@ -275,17 +266,13 @@ def earlier(file: Path, head: dict[str, Any]) -> dict[str, Any]:
 
 def ratios(results: Mapping[str, Any]) -> dict[str, float]:
     """Tokens a second of each case over those of the case that it is compared with."""
-    found = {f"{stage}-{label}": case for stage in ("sft", "ppo") for label, case in results[stage].items()}
+    found = by_name(results)
     rates = {name: case["tokens_per_second"] for name, case in found.items() if case["status"] == "measured"}
     return {name: round(rates[name] / rates[found[name]["against"]], 2) for name in rates if found[name]["against"] in rates}
 
 
 def load(file: Path) -> dict[str, Any]:
-    """The content of a bench.json.
-
-    Raises:
-        UsageError: it is none.
-    """
+    """The content of a bench.json; a UsageError if it is none."""
     try:
         results = json.loads(file.read_text())
     except ValueError as error:
@@ -309,15 +296,9 @@ def report(file: Path) -> int:
 # ---- the tables
 
 
-def measured_cases(results: Mapping[str, Any], stage: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The measured cases of a stage."""
-    return ((f"{stage}-{label}", case) for label, case in results[stage].items() if case["status"] == "measured")
-
-
-def phases(case: Mapping[str, Any]) -> list[float]:
-    """Seconds of each phase of PHASES in one step."""
-    found = [case["phases"][name] for name in PHASES if name != "other"]
-    return [*found, max(0.0, case["phases"]["step"] - sum(found))]
+def by_name(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The cases of both stages by their whole names."""
+    return {f"{stage}-{label}": case for stage in ("sft", "ppo") for label, case in results[stage].items()}
 
 
 def number(value: float | None, digits: int = 0) -> str:
@@ -336,17 +317,21 @@ def markdown(results: Mapping[str, Any]) -> str:
     lines = [f"{results['gpus']} x {results['gpu'] or 'CPU rank'}, driver {machine['driver'] or '-'}, {machine['cpus']} cores, "
              f"{trained['name']} ({trained['parameters'] / 1e9:.4g} B parameters), image {results['image'] or '-'}, "
              f"commit {results['git_commit'] or '-'}.", ""]
+    measured = {name: case for name, case in by_name(results).items() if case["status"] == "measured"}
     rows = [[name, number(case["seconds_per_step"], 2), number(case["tokens_per_second"]),
              number(case["padded_tokens_per_second"]), number(ratios.get(name), 2),
-             number(case["mfu"] if stage == "sft" else case["mfu_actor"], 2), number(case.get("mfu_critic"), 2),
+             number(case["mfu"] if "mfu" in case else case["mfu_actor"], 2), number(case.get("mfu_critic"), 2),
              number(case["peak_memory_gib"], 1), number(case["start_seconds"]), number(case["first_step_seconds"], 1)]
-            for stage in ("sft", "ppo") for name, case in measured_cases(results, stage)]
+            for name, case in measured.items()]
     lines += table(["case", "s a step", "tokens/s/GPU", "with padding", "ratio", "MFU (actor)", "MFU critic", "peak GiB",
                     "start s", "first step s"], rows)
-    rows = [[name, *(number(seconds, 2) for seconds in phases(case)), number(case["phases"]["step"], 2),
-             number(case["answer_tokens"])] for name, case in measured_cases(results, "ppo")]
+    rows = []
+    for name, case in ((name, case) for name, case in measured.items() if "phases" in case):
+        step, seconds = case["phases"]["step"], [case["phases"][phase] for phase in PHASES]
+        columns = [*seconds, max(0.0, step - sum(seconds)), step]
+        rows.append([name, *(number(column, 2) for column in columns), number(case["answer_tokens"])])
     if rows:
-        lines += ["", *table(["PPO, seconds", *PHASES, "step", "answer tokens"], rows)]
-    failed = [f"{stage}-{label} failed after {case['steps_made']} steps (exit status {case['exit_status']}): {case['log'][-1]}"
-              for stage in ("sft", "ppo") for label, case in results[stage].items() if case["status"] == "failed"]
+        lines += ["", *table(["PPO, seconds", *PHASES, "other", "step", "answer tokens"], rows)]
+    failed = [f"{name} failed after {case['steps_made']} steps (exit status {case['exit_status']}): {case['log'][-1]}"
+              for name, case in by_name(results).items() if case["status"] == "failed"]
     return "\n".join([*lines, *([""] + failed if failed else [])]) + "\n"

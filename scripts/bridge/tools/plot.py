@@ -7,7 +7,8 @@ import argparse
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+
+import pandas
 
 from bridge.errors import UsageError, nearest, refuse, say
 from bridge.runs import metrics, record
@@ -22,11 +23,7 @@ FEW = 30
 
 
 def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int:
-    """Draw what the command line says.
-
-    Raises:
-        UsageError: a run without metrics, a key that no run has, no matplotlib, or a file of another kind.
-    """
+    """Draw what the command line says. A UsageError names all that keeps it from being drawn."""
     stage = settings.stage or "ppo"
     if stage not in KEYS:
         raise UsageError(f"STAGE={stage} has no curves. Use STAGE=sft or STAGE=ppo.")
@@ -43,66 +40,56 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
         problems.append(f"--output={given.output}: there is no folder {given.output.parent}. Make it, or write elsewhere.")
     if find_spec("matplotlib") is None:
         problems.append("matplotlib is not installed here. Draw where the development tools are: make plot.")
-    curves = {}
+    curves, key = {}, f"profile/{stage}="
     for name in dict.fromkeys(given.runs):
         folder = (Path(name).expanduser() if is_local(name) else settings.work_dir / "runs" / name) / stage
         rows = metrics.read(folder / "metrics.jsonl")
         if not rows:
             problems.append(f"run {name!r} has no metrics in {folder / 'metrics.jsonl'}. STAGE=sft or STAGE=ppo says whose.")
-        label = f"{Path(name).name} ({profile(folder, stage)})"
+        recorded = record.read(folder)
+        words = recorded["attempts"][-1]["command"] if recorded else []
+        label = f"{Path(name).name} ({next((word.split('=')[1] for word in words if word.startswith(key)), 'profile unknown')})"
         if label in curves:
             problems.append(f"two runs are called {label}. Draw one of them from a folder of another name.")
-        curves[label] = rows
-    known = sorted({key for rows in curves.values() for row in rows for key in row} - {"step"})
+        curves[label] = pandas.DataFrame(rows, columns=None if rows else ["step"]).set_index("step")
+    known = sorted(set().union(*curves.values()))
     keys = given.keys.split(",")
     problems += [f"no run has the metric {key!r}.{nearest(key, known)} There are: {', '.join(known)}."
                  for key in keys if known and key not in known]
     refuse(problems)
-    for name, key in ((name, key) for name in curves for key in keys if not any(key in row for row in curves[name])):
-        say(f"warning: {name} has no {key}: its panel lacks a line")
+    for message in (f"warning: {name} has no {key}: its panel lacks a line"
+                    for name, rows in curves.items() for key in keys if key not in rows):
+        say(message)
     draw(curves, keys, given.mean, given.output)
     print(given.output)
     return 0
 
 
-def profile(folder: Path, stage: str) -> str:
-    """The profile that a stage's run was made with, as its record says."""
-    recorded = record.read(folder)
-    words = recorded["attempts"][-1]["command"] if recorded else []
-    return next((word.split("=")[1] for word in words if word.startswith(f"profile/{stage}=")), "profile unknown")
-
-
-def moving_mean(values: Sequence[float], count: int) -> list[float]:
+def moving_mean(values: Sequence[float], count: int) -> pandas.Series:
     """The mean of `count` values around each; of fewer at both ends."""
-    before, after = (count - 1) // 2, count // 2 + 1
-    windows = [values[max(0, place - before):place + after] for place in range(len(values))]
-    return [sum(window) / len(window) for window in windows]
+    return pandas.Series(values).rolling(count, center=True, min_periods=1).mean()
 
 
-def draw(curves: Mapping[str, list[dict[str, Any]]], keys: list[str], mean: int, output: Path) -> None:
-    """Write the figure: curves are {"run (profile)": lines of metrics.jsonl}, mean is the number of steps in a mean."""
+def draw(curves: Mapping[str, pandas.DataFrame], keys: list[str], mean: int, output: Path) -> None:
+    """Write the figure: curves are {"run (profile)": metrics by step}, mean is the number of steps in a mean."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    profiles: dict[str, list[str]] = {}
-    for name in curves:
-        profiles.setdefault(name.rpartition(" (")[2], []).append(name)
-    looks = {name: {"color": f"C{place}", "linestyle": STYLES[number % len(STYLES)], "linewidth": 1.2}
-             for place, names in enumerate(profiles.values()) for number, name in enumerate(names)}
+    profiles = [name.rpartition(" (")[2] for name in curves]
+    looks = [{"color": f"C{[*dict.fromkeys(profiles)].index(profile)}", "linewidth": 1.2,
+              "linestyle": STYLES[profiles[:place].count(profile) % len(STYLES)]} for place, profile in enumerate(profiles)]
     # Text as text (also with a $ in it), and the same file from the same numbers.
     with matplotlib.rc_context({"text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "bridge", "font.size": 9}):
         columns, lines = min(2, len(keys)), (len(keys) + 1) // 2
         figure = Figure(figsize=(5.5 * columns, 3.2 * lines), layout="constrained")
-        panels = figure.subplots(lines, columns, squeeze=False).flat
-        for panel in panels[len(keys):]:
-            panel.remove()
-        for panel, key in zip(panels, keys, strict=False):
-            for name, rows in curves.items():
-                steps, values = [row["step"] for row in rows if key in row], [row[key] for row in rows if key in row]
-                look = {**looks[name], "marker": "." if len(steps) < FEW else None}
+        for place, key in enumerate(keys, 1):
+            panel = figure.add_subplot(lines, columns, place)
+            for (name, rows), look in zip(curves.items(), looks, strict=True):
+                values = rows.get(key, pandas.Series(dtype=float)).dropna()
+                marker = "." if len(values) < FEW else None
                 if mean > 1:
-                    panel.plot(steps, values, **{**look, "alpha": 0.25})
-                panel.plot(steps, moving_mean(values, mean), label=name, **look)
+                    panel.plot(values, marker=marker, alpha=0.25, **look)
+                panel.plot(moving_mean(values, mean), marker=marker, label=name, **look)
             panel.set(title=key + (f" (mean of {mean} steps)" if mean > 1 else ""), xlabel="step")
             panel.grid(alpha=0.3)
         figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(curves), 3 * columns))

@@ -24,21 +24,12 @@ TOKEN = "token-of-the-stand-in-hub"
 # Numbers of ranks. More than two take the tutorial's own batches, which divide by them (profile eight).
 RANKS = (1, 2, 4, 8)
 
-# (what the table calls it, stage, settings of this step)
-STEPS = (
-    ("data", "data", {}),
-    ("model", "model", {}),
-    ("sft", "sft", {}),
-    ("merge sft", "merge", {"STAGE": "sft"}),
-    ("ppo", "ppo", {"INIT": "sft"}),
-    ("merge ppo", "merge", {"STAGE": "ppo"}),
-    ("eval", "eval", {"LIMIT": "8"}),
-    ("upload", "upload", {"STAGE": "ppo"}),
-)
+# The stages, and what merge merges.
+STEPS = ("data", "model", "sft", "merge sft", "ppo", "merge ppo", "eval", "upload")
 
 
 def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int:
-    """Run the chain; stops at the first stage that fails and returns its exit status."""
+    """Run the chain and print the table; stops at the first stage that fails and returns its exit status."""
     if arguments:
         raise UsageError(f"rehearse takes no arguments; got {' '.join(arguments)}. "
                          "MODEL=, DATA_SOURCE= and GPUS= apply.")
@@ -59,7 +50,22 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
                          "DATA_SOURCE=builtin`, MODEL=smollm2 or a folder with a small model.")
     with trial.own_folder(settings, "rehearsal"):
         trial.remove(made)
-        return run_chain(chain, chain_env)
+        rows = []
+        with StandInHub(chain.work_dir / "hub", TOKEN) as hub:
+            # Only the upload goes to the stand-in: a MODEL of the real hub may be rehearsed where there is a GPU.
+            # It is on this machine, so a node that is told to stay offline reaches it.
+            own = {"ppo": {"INIT": "sft"}, "eval": {"LIMIT": "8"},
+                   "upload": {"STAGE": "ppo", **hub.env(TOKEN), "HF_HUB_OFFLINE": "0"}}
+            for name in STEPS:
+                say(f"--- {name}")
+                started = time.monotonic()
+                stage, _, merged = name.partition(" ")
+                if status := trial.stage(stage, {**chain_env, **own.get(stage, {}), **({"STAGE": merged} if merged else {})}):
+                    say(f"the rehearsal stopped at {name}; the next one begins anew")
+                    return status
+                rows.append((name, time.monotonic() - started, outcome(name, chain, hub)))
+    print(trial.table(rows))
+    return 0
 
 
 def profile(model_name: str, ranks: int) -> str:
@@ -69,35 +75,21 @@ def profile(model_name: str, ranks: int) -> str:
     return "tiny" if model_name == "tiny" else "rehearsal"
 
 
-def run_chain(chain: Settings, chain_env: Mapping[str, str]) -> int:
-    """Run the stages and print the table."""
-    rows = []
-    with StandInHub(chain.work_dir / "hub", TOKEN) as hub:
-        for name, stage, extra in STEPS:
-            say(f"--- {name}")
-            started = time.monotonic()
-            # Only the upload goes to the stand-in: a MODEL of the real hub may be rehearsed where there is a GPU.
-            # It is on this machine, so a node that is told to stay offline reaches it.
-            step_env = {**chain_env, **extra, **({**hub.env(TOKEN), "HF_HUB_OFFLINE": "0"} if stage == "upload" else {})}
-            status = trial.stage(stage, step_env)
-            if status:
-                say(f"the rehearsal stopped at {name}; the next one begins anew")
-                return status
-            rows.append((name, time.monotonic() - started, outcome(name, chain, hub)))
-    print(trial.table(rows))
-    return 0
-
-
 def outcome(name: str, settings: Settings, hub: StandInHub) -> str:
     """What a step left behind, read from its files."""
     if name == "data":
-        counts = [pyarrow.parquet.ParquetFile(settings.data_dir / f"{part}.parquet").metadata.num_rows
-                  for part in ("train", "test")]
-        return f"{counts[0]} + {counts[1]} rows"
+        train, test = (pyarrow.parquet.read_metadata(settings.data_dir / f"{part}.parquet").num_rows
+                       for part in ("train", "test"))
+        return f"{train} + {test} rows"
     if name == "model":
         return f"{settings.model_dir.name}, {model_folder.parameter_count(settings.model_dir) / 1e6:.3g} M parameters"
     if name in ("sft", "ppo"):
-        return training_outcome(name, metrics.read(settings.stage_dir(name) / "metrics.jsonl"))
+        # First and last value of what the stage is to improve.
+        key, word = {"sft": ("train/loss", "loss"), "ppo": ("critic/score/mean", "reward")}[name]
+        rows = metrics.read(settings.stage_dir(name) / "metrics.jsonl")
+        values, last = [row[key] for row in rows if key in row], rows[-1].get("val/loss")
+        return (f"{len(rows)} steps, {word} {values[0]:.3f} -> {values[-1]:.3f}"
+                + (f", validation loss {last:.3f}" if last is not None else ""))
     if name.startswith("merge "):
         merged = settings.merged_dir(name.split()[1])
         return f"{checkpoints.size(merged) / 1e6:.3g} MB, {merged}"
@@ -105,13 +97,4 @@ def outcome(name: str, settings: Settings, hub: StandInHub) -> str:
         found = json.loads((settings.stage_dir("eval") / RESULT_FILE).read_text())
         return f"{found['rows']} rows, accuracy " + ", ".join(
             f"{which} {result['accuracy']:.3f}" for which, result in found["models"].items())
-    return f"{len(hub.files(REPOSITORY))} files at {hub.url}/{REPOSITORY}"
-
-
-def training_outcome(stage: str, rows: list[dict]) -> str:
-    """First and last value of what the stage is to improve."""
-    key, word = {"sft": ("train/loss", "loss"), "ppo": ("critic/score/mean", "reward")}[stage]
-    values = [row[key] for row in rows if key in row]
-    text = f"{len(rows)} steps, {word} {values[0]:.3f} -> {values[-1]:.3f}"
-    last = rows[-1].get("val/loss")
-    return text + (f", validation loss {last:.3f}" if last is not None else "")
+    return f"{len(hub.repositories[REPOSITORY])} files at {hub.url}/{REPOSITORY}"

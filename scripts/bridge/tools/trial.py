@@ -20,6 +20,8 @@ LEFT_OUT = ("WANDB_API_KEY", "STAGE", "STEP", "CKPT", "TP", "INIT")
 # Lies in every folder that is a tool's own: no other is written to, and nothing in another is removed.
 MARK = ".made-by-bridge"
 PARTS = ("data", "models", "runs", "cache", "hub")
+# Exit statuses that say that a person or Slurm ended the work, so that nothing is to follow.
+INTERRUPTED = (129, 130, 143)
 LOCK_CURE = "Wait for it, or use another WORK_DIR."
 
 
@@ -27,8 +29,7 @@ LOCK_CURE = "Wait for it, or use another WORK_DIR."
 def own_folder(settings: Settings, name: str) -> Iterator[Path]:
     """The folder WORK_DIR/NAME, made, marked and locked.
 
-    Raises:
-        UsageError: WORK_DIR cannot be written to, the folder is somebody else's or a link, or another process works in it.
+    A UsageError: WORK_DIR cannot be written to, the folder is somebody else's or a link, or another process works in it.
     """
     folder = settings.work_dir / name
     refuse(work_dir_problems(settings.work_dir) + [
@@ -45,7 +46,7 @@ def own_folder(settings: Settings, name: str) -> Iterator[Path]:
 
 def check(settings: Settings, env: Mapping[str, str], removed: list[Path], new_model: bool,
           trained: tuple[str, ...] = (), problems: Sequence[str] = ()) -> None:
-    """Refuse GPUS, DATA_SOURCE and MODEL before anything is removed rather than when a stage needs them.
+    """Refuse GPUS, DATA_SOURCE and MODEL, all at once, before anything is removed rather than when a stage needs them.
 
     Args:
         settings: those of the stages, in the own folder.
@@ -53,9 +54,6 @@ def check(settings: Settings, env: Mapping[str, str], removed: list[Path], new_m
         new_model: whether the model has yet to be made.
         trained: training stages whose batches are to be shared by all ranks.
         problems: what was found already.
-
-    Raises:
-        UsageError: with everything found.
     """
     problems = list(problems)
     sources = {"MODEL": settings.model_dir} if is_local(settings.model) else {}
@@ -93,14 +91,13 @@ def made(settings: Settings, *more: Path) -> list[Path]:
 def remove(paths: list[Path]) -> None:
     """Remove these folders. A link is removed as such: what it leads to stays.
 
-    Raises:
-        UsageError: a stage works in one of them, or one cannot be removed.
+    A UsageError: a stage works in one of them, or one cannot be removed.
     """
-    for lock in [lock for path in paths if not path.is_symlink() for lock in path.glob("*/.lock")]:
-        if not lock.parent.is_symlink():
-            # Only tried: on NFS what is open here could not be removed.
-            with record.locked(lock.parent, LOCK_CURE):
-                pass
+    locks = [lock for path in paths if not path.is_symlink() for lock in path.glob("*/.lock")]
+    for stage_dir in (lock.parent for lock in locks if not lock.parent.is_symlink()):
+        # Only tried: on NFS what is open here could not be removed.
+        with record.locked(stage_dir, LOCK_CURE):
+            pass
     for path in paths:
         try:
             if path.is_symlink():
@@ -128,28 +125,22 @@ def stage(name: str, env: Mapping[str, str], arguments: list[str] | None = None,
                       until=until)
 
 
-def borrow(settings: Settings, folder: Path, data: bool) -> None:
-    """Show the model of WORK_DIR, and if `data` its data, in this folder too, where they are there and it has none."""
-    shown = [(settings.data_dir, data), *([] if is_local(settings.model) else [(settings.model_dir, True)])]
+def inputs(settings: Settings, own: Settings, env: Mapping[str, str], borrow_data: bool) -> int:
+    """Show the model of WORK_DIR, and its data if so, in the own folder, where they are there and it has none; make the rest.
+
+    Returns the exit status of what failed, or 0.
+    """
+    shown = [(settings.data_dir, borrow_data), *([] if is_local(settings.model) else [(settings.model_dir, True)])]
     for path, wanted in shown:
-        link = folder / path.relative_to(settings.work_dir)
+        link = own.work_dir / path.relative_to(settings.work_dir)
         if link.is_symlink():
             link.unlink()
         if wanted and (path / "run.json").is_file() and not link.exists():
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(path)
-
-
-def make_inputs(settings: Settings, env: Mapping[str, str]) -> int:
-    """Make the data and the model that are not there; returns the exit status of what failed, or 0."""
-    missing = [name for name, folder in (("data", settings.data_dir), ("model", settings.model_dir))
+    missing = [name for name, folder in (("data", own.data_dir), ("model", own.model_dir))
                if not (folder / "run.json").is_file()]
     return next((status for name in missing if (status := stage(name, env))), 0)
-
-
-def interrupted(status: int) -> bool:
-    """Whether an exit status says that a person or Slurm ended the work, so that nothing is to follow."""
-    return status in (129, 130, 143)
 
 
 def last_lines(file: Path, count: int) -> list[str]:

@@ -11,6 +11,8 @@ import runpy
 import socket
 import sys
 
+from bridge.trainers import stoppable
+
 
 def address() -> str:
     """Where this process is found."""
@@ -19,6 +21,7 @@ def address() -> str:
 
 def close() -> None:
     """Let this process, and those it starts, find each other over this address; what the user has set wins."""
+    stoppable.write_stacks_when_asked()
     # For gloo, NCCL and vLLM. Within a node NCCL's ranks only find each other over sockets: data go through NVLink or memory.
     for name, value in {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": address()}.items():
         os.environ.setdefault(name, value)

@@ -6,7 +6,9 @@ each step, saves that step unless it has, leaves the file `stopped`, and ends as
 What is trained stays verl's.
 """
 
+import faulthandler
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,11 +19,22 @@ from bridge.errors import Tolerance
 
 # In the folder of the stage: asked by whoever may write there, answered by the trainer.
 REQUEST, ANSWER = "stop-requested", "stopped"
+# Asks a process where it is.
+STACKS = signal.SIGUSR2
 
 
 def stage_dir() -> Path:
     """Where both files are, as the door tells its trainers."""
     return Path(os.environ["BRIDGE_STAGE_DIR"])
+
+
+def write_stacks_when_asked() -> None:
+    """From now on the signal makes this process of a trainer write where its Python threads are, whatever they wait for.
+
+    To the stage's log itself: Ray, through which a worker's output comes, leaves out what two workers say alike.
+    """
+    if "BRIDGE_STAGE_DIR" in os.environ:
+        faulthandler.register(STACKS, open(stage_dir() / "log.txt", "a"))  # noqa: SIM115 - for the process's life
 
 
 def is_requested() -> bool:
@@ -44,6 +57,8 @@ def is_answered(answer: Path) -> bool:
 def stoppable_sft(trainer: type) -> type:
     """A class of verl's SFT trainer that can be asked to stop."""
     import torch
+
+    write_stacks_when_asked()
 
     class StoppableSFTTrainer(trainer):
         steps, stopping = 0, False
