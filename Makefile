@@ -28,9 +28,6 @@ merge: ## Turn the newest checkpoint into a Hugging Face model
 eval: ## Accuracy on GSM8K of the base, the SFT and the PPO model
 upload: ## Publish the merged model, privately unless PUBLIC=1
 rehearse: ## The whole chain in small, without a GPU
-plot: ## Draw the curves of runs: ARGS='RUN... --keys=a,b' (in .venv)
-plot: export ENGINE := none
-plot: venv
 bench: ## Measure how fast the profiles are; CASES=name,name picks some
 accept: ## Try out this node with all its GPUs: a page and a JSON
 
@@ -49,7 +46,7 @@ lint: venv ## Run the linters
 help: ## Show this menu
 	@awk -F ':.*## ' '/^##@/ {print "\n" substr($$0, 5)} /^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
 
-STAGES := check shell data model sft ppo merge eval upload rehearse bench accept plot
+STAGES := check shell data model sft ppo merge eval upload rehearse bench accept
 $(STAGES):
 	@scripts/host/$(if $(filter shell1,$@$(SLURM))$(filter-out check,$(filter check%,$@$(NODES))),submit.sh,container.sh) $@ $(ARGS)
 

@@ -21,7 +21,6 @@ STOPPED = os.EX_TEMPFAIL
 TOOLS = {
     "check": "test this environment (--json)",
     "rehearse": "the whole chain, small, on this machine",
-    "plot": "curves of runs over each other (RUN... --keys=a,b --mean=N --output=FILE)",
     "bench": "how fast the trainings are (CASES=; --report FILE.json)",
     "accept": "the acceptance test of a GPU node, about ten minutes",
     "join": "take part in a training over several nodes (make submit NODES=2 starts it)",

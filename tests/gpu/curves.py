@@ -1,18 +1,20 @@
-"""Draw the curves of runs over each other, one panel for each metric, coloured by profile.   bridge plot RUN... --keys=a,b
+"""Draw the curves of runs over each other, one panel for each metric, coloured by profile. Needs .venv (matplotlib).
 
-Runs on the development side (.venv): the image has no matplotlib.   make plot STAGE=ppo ARGS='a b --keys=critic/score/mean'
+    WORK_DIR=/folder STAGE=ppo .venv/bin/python tests/gpu/curves.py RUN... --keys=critic/score/mean
 """
 
 import argparse
+import os
+import sys
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 import pandas
 
-from bridge.errors import UsageError, nearest, refuse, say
+from bridge import settings as settings_module
+from bridge.errors import UsageError, exit_status, nearest, refuse, say
 from bridge.runs import metrics, record
-from bridge.settings import Settings, is_local
+from bridge.settings import is_local
 
 # Drawn unless --keys names others.
 KEYS = {"sft": "train/loss", "ppo": "critic/score/mean,response_length/mean,actor/entropy,critic/vf_loss"}
@@ -22,24 +24,23 @@ STYLES = ("-", "--", ":", "-.")
 FEW = 30
 
 
-def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int:
+def main() -> int:
     """Draw what the command line says. A UsageError names all that keeps it from being drawn."""
+    settings = settings_module.read(os.environ)
     stage = settings.stage or "ppo"
     if stage not in KEYS:
         raise UsageError(f"STAGE={stage} has no curves. Use STAGE=sft or STAGE=ppo.")
-    parser = argparse.ArgumentParser(prog="bridge plot")
+    parser = argparse.ArgumentParser(prog="curves.py")
     parser.add_argument("runs", nargs="*", default=[settings.run], help="names, or folders (/..., ./...) like WORK_DIR/runs/RUN")
     parser.add_argument("--keys", default=KEYS[stage], help="metrics, with commas between")
     parser.add_argument("--mean", type=int, default=1, help="the mean over so many steps, with the values faintly behind")
     parser.add_argument("--output", type=Path, default=settings.work_dir / f"{stage}.svg", help="an .svg or a .png")
-    given = parser.parse_args(arguments)
+    given = parser.parse_args()
     problems = [f"--mean={given.mean}: use a whole number of at least 1."] if given.mean < 1 else []
     if given.output.suffix not in (".svg", ".png"):
         problems.append(f"--output={given.output}: the name has to end in .svg or .png.")
     if not given.output.parent.is_dir():
         problems.append(f"--output={given.output}: there is no folder {given.output.parent}. Make it, or write elsewhere.")
-    if find_spec("matplotlib") is None:
-        problems.append("matplotlib is not installed here. Draw where the development tools are: make plot.")
     curves, key = {}, f"profile/{stage}="
     for name in dict.fromkeys(given.runs):
         folder = (Path(name).expanduser() if is_local(name) else settings.work_dir / "runs" / name) / stage
@@ -94,3 +95,7 @@ def draw(curves: Mapping[str, pandas.DataFrame], keys: list[str], mean: int, out
             panel.grid(alpha=0.3)
         figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(curves), 3 * columns))
         figure.savefig(output, metadata={"Date": None} if output.suffix == ".svg" else None, dpi=150)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))

@@ -35,7 +35,7 @@ Path(os.environ["FAKE_RECORD"]).write_text(json.dumps({{
                              for prefix in ("", "APPTAINERENV_", "SINGULARITYENV_"))}}))
 """
 TARGETS = ("help", "venv", "lock", "data", "model", "sft", "ppo", "merge", "upload", "check", "rehearse", "test", "lint",
-           "image", "oci", "shell", "bench", "accept", "plot", "eval",
+           "image", "oci", "shell", "bench", "accept", "eval",
            "pull", "submit")
 
 

@@ -1,15 +1,17 @@
-"""The plot tool: what is drawn from the metrics of two runs."""
+"""tests/gpu/curves.py: what is drawn from the metrics of two runs."""
 
+import importlib.util
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
 from bridge.runs import record
-from bridge.tools import plot
-from door import bridge, recorded
+from door import ROOT, SHELL, recorded
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -28,9 +30,15 @@ def work_dir(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def curves(*arguments: str, **env: str) -> subprocess.CompletedProcess:
+    """Call it as a person does."""
+    return subprocess.run([sys.executable, ROOT / "tests/gpu/curves.py", *arguments], env={**SHELL, **env}, capture_output=True,
+                          text=True, check=False)
+
+
 def drawn(work_dir: Path, *arguments: str) -> ElementTree.Element:
-    """Draw through the door and read the figure."""
-    result = bridge("plot", *arguments, WORK_DIR=str(work_dir))
+    """Draw and read the figure."""
+    result = curves(*arguments, WORK_DIR=str(work_dir))
     assert result.returncode == 0, result.stderr
     assert result.stdout == f"{work_dir / 'ppo.svg'}\n"
     return ElementTree.parse(work_dir / "ppo.svg").getroot()
@@ -64,8 +72,12 @@ def test_every_run_is_a_line_in_every_panel_in_the_colour_of_its_profile(work_di
 def test_a_mean_is_drawn_over_the_values(work_dir):
     figure = drawn(work_dir, "a1", "b1", "--keys=critic/score/mean", "--mean=5")
     assert len(lines(figure, 40)) == 2 * 2 and "critic/score/mean (mean of 5 steps)" in texts(figure)
-    assert list(plot.moving_mean([1, 2, 3, 4, 10], 3)) == pytest.approx([1.5, 2, 3, 17 / 3, 7])
-    assert list(plot.moving_mean([5, 7], 1)) == [5, 7]
+    spec = importlib.util.spec_from_file_location("curves", ROOT / "tests/gpu/curves.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    moving_mean = module.moving_mean
+    assert list(moving_mean([1, 2, 3, 4, 10], 3)) == pytest.approx([1.5, 2, 3, 17 / 3, 7])
+    assert list(moving_mean([5, 7], 1)) == [5, 7]
 
 
 def test_the_same_numbers_give_the_same_file_and_a_folder_elsewhere_will_do(work_dir):
@@ -76,17 +88,17 @@ def test_the_same_numbers_give_the_same_file_and_a_folder_elsewhere_will_do(work
 
 
 def test_a_run_without_a_metric_is_named(work_dir):
-    result = bridge("plot", "a1", "b1", "--keys=val/acc", f"--output={work_dir / 'x.png'}", WORK_DIR=str(work_dir))
+    result = curves("a1", "b1", "--keys=val/acc", f"--output={work_dir / 'x.png'}", WORK_DIR=str(work_dir))
     assert result.returncode == 0 and "b1 (tuned) has no val/acc" in result.stderr
     assert (work_dir / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_everything_wrong_is_named_at_once(work_dir):
     again = str(work_dir / "runs" / "a1")
-    result = bridge("plot", "a1", again, "c1", "--keys=critic/scor/mean", "--output=/no/such/x.doc", "--mean=0",
+    result = curves("a1", again, "c1", "--keys=critic/scor/mean", "--output=/no/such/x.doc", "--mean=0",
                     WORK_DIR=str(work_dir))
     assert result.returncode == 2 and "Traceback" not in result.stderr
     for said in ("two runs are called a1 (tutorial)", "run 'c1' has no metrics", "Did you mean critic/score/mean?",
                  ".svg or .png", "there is no folder /no/such", "--mean=0"):
         assert said in result.stderr
-    assert "has no curves" in bridge("plot", STAGE="base", WORK_DIR=str(work_dir)).stderr
+    assert "has no curves" in curves(STAGE="base", WORK_DIR=str(work_dir)).stderr
