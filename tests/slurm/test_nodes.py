@@ -37,7 +37,7 @@ def steps(site, stage: str) -> list[int]:
 
 def ended_well(site, job: str, stage: str, last: int) -> Path:
     """The folder of a stage that is finished, and of which nothing is left on either node."""
-    assert site.cluster.wait(job, "COMPLETED", "FAILED")["JobState"] == "COMPLETED", site.log(f"{job}.0.log")
+    assert site.cluster.wait(job, "COMPLETED", "FAILED", seconds=600)["JobState"] == "COMPLETED", site.log(f"{job}.0.log")
     folder = site.work_dir / "runs" / "default" / stage
     assert steps(site, stage) == list(range(1, last + 1)) and record.read(folder)["status"] == "finished"
     assert record.read(folder)["config"]["trainer"]["nnodes"] == 2
@@ -131,7 +131,7 @@ def test_a_process_that_dies_on_either_node_ends_the_job(site, node, words):
     job = begin(site, "sft", "trainer.save_freq=-1 trainer.total_epochs=200")
     site.cluster.wait_for(lambda: steps(site, "sft"), "the first step is made")
     process(site, words, node).send_signal(signal.SIGKILL)
-    assert site.cluster.wait(job, "FAILED", seconds=120)["Restarts"] == "0"
+    assert site.cluster.wait(job, "FAILED")["Restarts"] == "0"
     nothing_left(site)
 
 
