@@ -6,6 +6,7 @@ root. Each node says that it has 16 cores and 8 GPUs, which are terminals: enoug
 """
 
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -13,6 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import psutil
+
+from door import SHELL
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 NODES = ("n1", "n2")
@@ -187,3 +190,33 @@ class Cluster:
         """End the first process, and with it all others."""
         self.first.kill()
         self.first.wait()
+
+
+class Site:
+    """A checkout and a folder of results on the cluster, and make as a person there calls it."""
+
+    def __init__(self, cluster: Cluster, folder: Path, checkout: Path):
+        self.cluster, self.checkout, self.work_dir, self.env_file = cluster, checkout, folder / "work", folder / "settings.env"
+        self.env_file.touch(0o600)
+        self.env = {**SHELL, "PATH": f"{cluster.bin}:{os.environ['PATH']}", "WORK_DIR": str(self.work_dir),
+                    "ENV_FILE": str(self.env_file), "ENGINE": "none"}
+
+    def make(self, *arguments: str, timeout: float = 300, **env: str) -> subprocess.CompletedProcess:
+        """make with these arguments, in the checkout."""
+        return subprocess.run(["make", "--no-print-directory", *arguments], cwd=self.checkout, env={**self.env, **env},
+                              capture_output=True, text=True, check=False, timeout=timeout)
+
+    def submit(self, *arguments: str, **env: str) -> dict[str, str]:
+        """make submit, which must not be refused; returns the job of each stage."""
+        result = self.make("submit", *arguments, **env)
+        assert result.returncode == 0, result.stderr
+        return dict(re.findall(r"^bridge: (\S+) is job (\d+)\.", result.stdout, re.MULTILINE))
+
+    def log(self, name: str) -> str:
+        """A file of the jobs' logs."""
+        return (self.work_dir / "jobs" / name).read_text()
+
+    def empty(self) -> None:
+        """No test leaves the next one a job."""
+        self.cluster.run("scancel", "--user=root")
+        self.cluster.wait_for(lambda: not self.cluster.run("squeue", "-h"), "no job is left")
