@@ -65,7 +65,7 @@ stage_pid=$!
 [[ -z $ending ]] || kill -TERM "$stage_pid"
 if ((others)); then
     # A node that fails ends the others and, by its message to the first, the stage.
-    (srun --overlap --export=ALL --relative=1 --nodes="$others" --ntasks="$others" --ntasks-per-node=1 --kill-on-bad-exit=1 \
+    (env -u SLURM_GPUS srun --overlap --export=ALL --relative=1 --nodes="$others" --ntasks="$others" --ntasks-per-node=1 --kill-on-bad-exit=1 \
         ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} --unbuffered --label \
         "$checkout/scripts/host/node.sh" "$stage" "$(image_id)" < /dev/null {watch}>&- ||
         { [[ ! -d $BRIDGE_NODES_DIR ]] || { tell "another node's part of $stage has failed (see $log): all end" &&
@@ -79,13 +79,12 @@ wait "$stage_pid" || status=$?
 exec {watch}>&-
 if ((others)); then
     # Now they end. A node that is lost does not.
-    rm -rf -- "$BRIDGE_NODES_DIR"
-    for _ in {1..60}; do
-        kill -0 "$others_pid" 2> /dev/null || break
-        sleep 1
-    done
+    rm -rf -- "$BRIDGE_NODES_DIR" || true
+    for _ in {1..60}; do if kill -0 "$others_pid" 2> /dev/null; then sleep 1; fi; done
 fi
 
+# A preemption may end a node that has only begun to start, and with it the stage.
+[[ $status != 143 || -n $ending || ! -e $request ]] || status=75
 if [[ $status == 75 && -z $ending && $put_back -lt $most ]]; then
     tell "$stage was asked to stop and did: the job is put back into the queue"
     # This ends the script, too: what it says is no preemption.

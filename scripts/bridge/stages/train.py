@@ -211,6 +211,8 @@ def node_problems(settings: Settings, env: Mapping[str, str], gpus: int, dry_run
     problems = []
     if not (env.get("BRIDGE_NODES_DIR") or dry_run):
         problems.append(f"NODES={settings.nodes}: make submit starts trainings over several nodes. Use it, or NODES=1.")
+    if env.get("NCCL_SOCKET_IFNAME", "").lstrip("=") == "lo":
+        problems.append("NCCL_SOCKET_IFNAME=lo: over lo no node reaches another. Leave it out, or name a network card.")
     if gpus % (settings.tp or 1):
         problems.append(f"TP={settings.tp} does not divide the {gpus} GPUs of a node: one copy of the model has to fit into it.")
     return problems

@@ -14,10 +14,11 @@ import sys
 import time
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 
 from bridge import hardware
 from bridge.environment import clean_environment
-from bridge.errors import UsageError, read_json, say, write_whole
+from bridge.errors import UsageError, read_json, refuse, say, write_whole
 from bridge.runs import launch, record
 from bridge.settings import Settings
 from bridge.stages import train
@@ -39,33 +40,38 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
     notes: list[str] = []
     problems: list[str] = []
     gpus, on_cpu = train.choose_hardware(settings, env, notes, problems, dry_run=False)
-    if problems:
-        raise UsageError(*(f"{host}: {problem}" for problem in problems))
+    few = None if on_cpu else hardware.core_problem(hardware.cpu_count(), gpus)
+    refuse(f"{host}: {problem}" for problem in problems + train.interface_problems(env))
     # Where srun was started the door is.
     first = env["SLURM_LAUNCH_NODE_IPADDR"]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
         route.connect((first, 9))
         address = route.getsockname()[0]
-    write_whole(nodes.folder() / f"{number}.json", json.dumps({"host": host, "address": address, "first": first}))
-    while not nodes.listening().exists():
-        if not nodes.folder().exists():
+    own_file = nodes.folder() / f"{number}.json"
+    write_whole(own_file, json.dumps({"host": host, "address": address, "first": first}))
+    while not nodes.is_there(nodes.listening(), False):
+        if not nodes.is_there(own_file, True):
             return 0
         time.sleep(0.5)
-    attempt = record.read(settings.stage_dir(arguments[0]))["attempts"][-1]
+    recorded = record.read(settings.stage_dir(arguments[0]))
+    attempt = recorded["attempts"][-1]
     own = {**clean_environment(settings, env), **attempt["environment"], "BRIDGE_NODE": str(number),
-           "BRIDGE_NODE_CPUS": str(max(hardware.cpu_count(), gpus + 1))}
+           "BRIDGE_NODE_GPUS": str(gpus)}
+    model, same = Path(own["BRIDGE_MODEL_DIR"]), "is not that of the first node. Put it where all nodes see one, or copy it anew."
+    refuse([f"{host}: {model} {same}"] * (train.model_fingerprint(model) != recorded["inputs"]["model"])
+           + [f"{host}: requirements.lock in its image {same}"] * (record.machine(env)["lock_sha256"] != attempt["lock_sha256"]))
     if not on_cpu:
         own["CUDA_VISIBLE_DEVICES"] = ",".join(gpu.device for gpu in hardware.visible_gpus(env)[:gpus])
     if folder := read_json(nodes.listening())["temporary"]:
-        # Ray's folder has one name on all nodes, and is each node's own.
-        os.makedirs(folder, mode=0o700, exist_ok=True)
+        # Ray's folder has one name on all nodes, and is each node's own: nobody else has made it.
+        os.mkdir(folder, mode=0o700)
         own["RAY_TMPDIR"] = folder
-    say(f"node {number} ({host}, {address}) joins")
+    say(f"node {number} ({host}, {address}) joins" + (f"; warning: {few}" if few else ""))
     launch.adopt_orphans()
     child = subprocess.Popen([sys.executable, *attempt["command"][1:]], env=own, stdin=subprocess.DEVNULL, start_new_session=True,
                              preexec_fn=partial(launch.end_with_parent, signal.SIGKILL))
     status, failed_at = 0, None
-    while nodes.listening().exists():
+    while nodes.is_there(nodes.listening(), True):
         if child.poll():
             failed_at = failed_at or time.monotonic()
             if time.monotonic() > failed_at + GRACE:

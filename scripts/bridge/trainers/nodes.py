@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 
+from bridge import hardware
 from bridge.errors import UsageError, exit_status, read_json, write_whole
 from bridge.trainers import loopback
 
@@ -34,6 +35,17 @@ def folder() -> Path:
 def listening() -> Path:
     """What the first node says there as long as it trains: {"address", "port", "temporary"}."""
     return folder() / "listening.json"
+
+
+def is_there(file: Path, otherwise: bool) -> bool:
+    """Whether a file is there; `otherwise` where that cannot be seen now. By opening it, which NFS answers from no cache."""
+    try:
+        open(file).close()
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return otherwise
+    return True
 
 
 def count() -> int:
@@ -60,7 +72,7 @@ def other_nodes() -> list[dict[str, str]]:
     files = [folder() / f"{number}.json" for number in range(1, count())]
 
     def there() -> list[dict[str, str]]:
-        return [read_json(file) for file in files if file.exists()]
+        return [read_json(file) for file in files if is_there(file, False)]
 
     wait_for_all(lambda: [socket.gethostname(), *(node["host"] for node in there())])
     return there()
@@ -68,10 +80,14 @@ def other_nodes() -> list[dict[str, str]]:
 
 def listen_at(address: str) -> None:
     """Let this process and those that it starts be found at this address of the node; the user's network cards win."""
-    [card] = [name for name, addresses in psutil.net_if_addrs().items() if address in (found.address for found in addresses)]
+    cards = {name: [found.address for found in addresses] for name, addresses in psutil.net_if_addrs().items()}
+    card = next((name for name, addresses in cards.items() if address in addresses), None)
+    if card is None:
+        raise UsageError(f"{socket.gethostname()}: no network card has the address {address} that Slurm gives it: {cards}.")
     os.environ["BRIDGE_NODE_ADDRESS"] = address
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        os.environ.setdefault(name, card)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", card)
+    # For NCCL a name is the beginning of one.
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={card}")
 
 
 def use_tls() -> None:
@@ -143,10 +159,10 @@ def follow(number: int) -> None:
     use_tls()
     loopback.close()
     loopback.close_ray()
-    ranks = os.environ.get("BRIDGE_CPU_RANKS")
+    ranks, cores = os.environ.get("BRIDGE_CPU_RANKS"), hardware.cpu_count()
     on_cpu = [f"--num-gpus={ranks}", f"--resources={json.dumps({'cpu': int(ranks)})}"] if ranks else []
     sys.argv = ["ray", "start", f"--address={first['address']}:{first['port']}", f"--node-ip-address={address}", *on_cpu,
-                f"--num-cpus={os.environ['BRIDGE_NODE_CPUS']}", "--min-worker-port=0", "--max-worker-port=0",
+                f"--num-cpus={max(cores, int(ranks or os.environ['BRIDGE_NODE_GPUS']) + 1)}", "--min-worker-port=0", "--max-worker-port=0",
                 "--disable-usage-stats", "--block"]
     runpy.run_module("ray.scripts.scripts", run_name="__main__", alter_sys=True)
 

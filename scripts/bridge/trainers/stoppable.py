@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from multiprocessing import popen_fork
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,9 @@ def stoppable_sft(trainer: type) -> type:
     """A class of verl's SFT trainer that can be asked to stop."""
     import torch
 
+    if "BRIDGE_NODE" in os.environ:
+        # SIGTERM is blocked there (tools.join): a rank that fails would wait for the processes that load its data for ever.
+        popen_fork.Popen.terminate = popen_fork.Popen.kill
     write_stacks_when_asked()
 
     class StoppableSFTTrainer(trainer):
