@@ -21,7 +21,7 @@ from bridge.errors import UsageError, exit_status, full_disk_explained, nearest,
 from bridge.plan import Plan
 from bridge.runs import record
 from bridge.settings import Settings, is_local, repository_problems
-from bridge.standins.models import RANDOM, SHAPES, convert_smollm2, make_random, make_tiny
+from bridge.standins.models import RANDOM, convert_smollm2, make_random, make_tiny, shapes
 
 # Says what models/NAME was made from: two organisations may use the same last name.
 SOURCE_FILE = ".bridge-source.json"
@@ -84,9 +84,9 @@ def check_source(name: str, texts: Path, env: Mapping[str, str]) -> None:
 def name_problem(name: str) -> str | None:
     """Why a model cannot have this name; None for a name of a known form, whether the model is there or not."""
     shape = name.removeprefix(RANDOM)
-    if name.startswith(RANDOM) and shape not in SHAPES:
-        return (f"MODEL={name!r}: no such shape. There are: {', '.join(RANDOM + known for known in SHAPES)}."
-                f"{nearest(shape.lower(), SHAPES)}")
+    if name.startswith(RANDOM) and shape not in shapes():
+        return (f"MODEL={name!r}: no such shape. There are: {', '.join(RANDOM + known for known in shapes())}."
+                f"{nearest(shape.lower(), shapes())}")
     if is_local(name) or name in ("tiny", "smollm2") or name.startswith(RANDOM):
         return None
     if name.count("/") == 1:
@@ -300,7 +300,7 @@ def make(name: str, folder: Path, texts: Path) -> str:
             elif name == "smollm2":
                 convert_smollm2(partial)
             else:
-                make_random(SHAPES[name.removeprefix(RANDOM)], partial)
+                make_random(name.removeprefix(RANDOM), partial)
             (partial / SOURCE_FILE).write_text(json.dumps({"source": name}))
         refuse(model_folder.check_model_folder(partial, f"Remove {partial} and run `make model` again."))
         # The door's files that wait there move in first; the lock goes last.
