@@ -30,8 +30,7 @@ COUNT = re.compile(r".*(_batch_size|_per_gpu|_parallel_size|_length|\.nnodes|\.n
 
 def verl_config_dir() -> Path:
     """Folder of verl's own configuration, found without importing verl (which imports torch: 7 s)."""
-    spec = importlib.util.find_spec("verl")
-    return Path(spec.submodule_search_locations[0]) / "trainer" / "config"
+    return Path(importlib.util.find_spec("verl").submodule_search_locations[0]) / "trainer" / "config"
 
 
 def quote(value: str) -> str:

@@ -1,6 +1,5 @@
 """What a Hugging Face model folder must hold, and what its small files and headers tell. No torch is needed."""
 
-import json
 import math
 import shutil
 from fnmatch import fnmatchcase
@@ -17,7 +16,7 @@ CURE = "Make it again with `make model`, or give a whole folder: MODEL=/folder."
 
 def longest_sequence(folder: Path) -> int | None:
     """Tokens that a model can look at, as vLLM reads its config.json; None for one that does not say."""
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     longest, scaling = config.get("max_position_embeddings"), config.get("rope_scaling") or {}
     kind = scaling.get("rope_type", scaling.get("type"))
     # These have the factor in max_position_embeddings already.

@@ -13,7 +13,7 @@ from hub_fixture import LLAMA_TEMPLATE, model_files, run_module, write_files
 
 from bridge import model_folder
 from bridge import settings as settings_module
-from bridge.errors import UsageError
+from bridge.errors import UsageError, read_json
 from bridge.stages import model
 from bridge.standins import models
 from downloads_hub import Account, DownloadsHub
@@ -470,22 +470,24 @@ def test_smollm2_answers_and_stops(smollm2):
     # Those of the models on the hub.
     ("llama-3.2-1b", 1_235_814_400), ("llama-3.2-3b", 3_212_749_824)])
 def test_a_shape_has_the_parameters_of_the_real_model(shape, count):
-    assert models.empty_llama(models.SHAPES[shape]).num_parameters() == count
+    assert models.empty_llama(shape).num_parameters() == count
 
 
 def test_every_shape_has_its_parameters_tested():
     [counted] = [mark for mark in test_a_shape_has_the_parameters_of_the_real_model.pytestmark if mark.name == "parametrize"]
-    assert {shape for shape, _ in counted.args[1]} == set(models.SHAPES)
+    assert {shape for shape, _ in counted.args[1]} == set(models.shapes())
 
 
 @pytest.fixture(scope="module")
 def random_models(tmp_path_factory):
     """The same small shape made twice; its vocabulary is larger than the tokenizer's, as with the real shapes."""
-    small = {**models.LLAMA_3_2, "vocab_size": 50000, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
-             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    small = {**read_json(models.SHAPES / "llama-3.2-1b.json"), "vocab_size": 50000, "hidden_size": 128, "intermediate_size": 256,
+             "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
     folders = [tmp_path_factory.mktemp("random") / "random-small" for _ in range(2)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.SHAPES, "small", small)
+        shapes = tmp_path_factory.mktemp("shapes")
+        (shapes / "small.json").write_text(json.dumps(small))
+        patch.setattr(models, "SHAPES", shapes)
         for folder in folders:
             model.make("random:small", folder, folder / "none.parquet")
     return folders

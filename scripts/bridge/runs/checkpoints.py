@@ -290,8 +290,7 @@ def set_aside_damaged(folder: Path, wanted: Contents) -> list[str]:
     faults: dict[Path, list[str]] = {}
     for checkpoint in reversed([found for found in list_checkpoints(folder, wanted) if found.complete]):
         say(f"comparing {checkpoint.path.name} with the checksums of when it was saved")
-        found = damage(checkpoint.path)
-        if not found:
+        if not (found := damage(checkpoint.path)):
             return [f"set aside the damaged checkpoint {path.name} as {set_aside(path).name} ({why[0]})"
                     for path, why in faults.items()]
         faults[checkpoint.path] = found

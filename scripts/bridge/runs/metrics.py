@@ -18,8 +18,7 @@ ITEM = re.compile(r"(?:^| - )([^\s:]+):(-?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|inf|nan)
 
 def parse(line: str) -> tuple[int, dict[str, float]] | None:
     """Return (step, values) of a line of output, None if it holds no metrics."""
-    match = LINE.search(line)
-    if not match:
+    if not (match := LINE.search(line)):
         return None
     values = {key: float(value) for key, value in ITEM.findall(match[2])}
     return (int(match[1]), values) if values else None

@@ -120,16 +120,10 @@ def git_commit() -> str | None:
 def machine(env: Mapping[str, str]) -> dict[str, Any]:
     """Where and with what a run was made."""
     return {
-        "host": socket.gethostname(),
-        "job": env.get("SLURM_JOB_ID"),
-        "python": platform.python_version(),
-        "driver": hardware.driver_version(),
-        "gpus": [gpu.name for gpu in hardware.visible_gpus(env)],
-        "kernel": platform.release(),
-        "cpus": hardware.cpu_count(),
-        "memory_gib": psutil.virtual_memory().total >> 30,
-        "git_commit": git_commit(),
-        "lock_sha256": sha256(ROOT / "requirements.lock"),
+        "host": socket.gethostname(), "job": env.get("SLURM_JOB_ID"), "python": platform.python_version(),
+        "driver": hardware.driver_version(), "gpus": [gpu.name for gpu in hardware.visible_gpus(env)],
+        "kernel": platform.release(), "cpus": hardware.cpu_count(), "memory_gib": psutil.virtual_memory().total >> 30,
+        "git_commit": git_commit(), "lock_sha256": sha256(ROOT / "requirements.lock"),
         "configs_sha256": {str(file.relative_to(CONFIGS)): sha256(file) for file in sorted(CONFIGS.rglob("*.yaml"))},
         # Apptainer sets the first, the OCI image the second; neither: run from a virtual environment.
         "image": env.get("APPTAINER_CONTAINER") or env.get("BRIDGE_IMAGE"),
@@ -148,14 +142,8 @@ def begin(plan: Plan, env: Mapping[str, str]) -> dict[str, Any]:
     before = read(plan.record_dir) if plan.resume_step else None
     attempt = {"started": now(), "from_step": plan.resume_step, "command": plan.command, "environment": plan.env,
                **machine(env)}
-    return {
-        "status": "running",
-        "last_step": plan.resume_step,
-        "config": plan.config,
-        "inputs": plan.inputs,
-        "work_dir": plan.env.get("WORK_DIR"),
-        "attempts": [*(before["attempts"] if before else []), attempt],
-    }
+    return {"status": "running", "last_step": plan.resume_step, "config": plan.config, "inputs": plan.inputs,
+            "work_dir": plan.env.get("WORK_DIR"), "attempts": [*(before["attempts"] if before else []), attempt]}
 
 
 def end(record: dict[str, Any], status: int, last_step: int) -> dict[str, Any]:

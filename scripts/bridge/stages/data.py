@@ -47,13 +47,8 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
                                                     "that `make data` did not make, or did not finish")
                          + f"; DATA_SOURCE={source} would replace them. Keep them and go on (`make model`), or move {folder} "
                            "away, or use another WORK_DIR.")
-    return Plan(
-        command=[sys.executable, "-m", "bridge.stages.data", source, str(settings.data_dir)],
-        env={},
-        record_dir=settings.data_dir,
-        keep_log=False,
-        notes=["DATA_SOURCE=builtin: made-up problems for rehearsals, not GSM8K."] if source == "builtin" else [],
-    )
+    notes = ["DATA_SOURCE=builtin: made-up problems for rehearsals, not GSM8K."] if source == "builtin" else []
+    return Plan([sys.executable, "-m", "bridge.stages.data", source, str(folder)], {}, folder, keep_log=False, notes=notes)
 
 
 def recorded_source(folder: Path) -> str | None:
@@ -89,8 +84,7 @@ def ground_truth(answer: str) -> str:
     A ValueError gives the reason if the answer's last line is not `#### NUMBER`, or not what verl would take.
     """
     last = answer.strip().rsplit("\n", 1)[-1].strip()
-    marked = MARKED.fullmatch(last)
-    if not marked:
+    if not (marked := MARKED.fullmatch(last)):
         raise ValueError(f"the answer's last line is not '#### NUMBER' but {reprlib.repr(last)}")
     if MARKED.search(answer).group(1) != marked.group(1):
         raise ValueError("the answer has another '#### NUMBER' before its last line, and verl takes the first")
@@ -153,10 +147,9 @@ def from_hub() -> dict[str, Rows]:
     except (ConnectionError, FileNotFoundError, requests.exceptions.RequestException) as error:
         raise UsageError(
             f"{GSM8K} cannot be had from the Hugging Face Hub: {type(error).__name__}: {str(error).splitlines()[0]}",
-            "Either fetch it on a machine with internet (`make data` there; the same WORK_DIR, or copy its "
-            "data folder), or give a folder with train.jsonl and test.jsonl (DATA_SOURCE=folder), or rehearse with "
-            "made-up problems (DATA_SOURCE=builtin).",
-        ) from error
+            "Either fetch it on a machine with internet (`make data` there; the same WORK_DIR, or copy its data folder), or give "
+            "a folder with train.jsonl and test.jsonl (DATA_SOURCE=folder), or rehearse with made-up problems "
+            "(DATA_SOURCE=builtin).") from error
     return checked_splits({split: (f"{GSM8K} {split}, row", list(enumerate(found[split], start=1))) for split in SPLITS})
 
 

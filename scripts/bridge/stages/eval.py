@@ -72,14 +72,11 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
     if not gpus:
         notes.append(f"no GPU visible: on {hardware.cpu_count()} CPU cores, with transformers; LIMIT= takes fewer rows")
     kept = {key: config[key] for key in ("max_prompt_length", "max_response_length", "truncation")}
+    output = settings.stage_dir("eval")
     return Plan(
-        command=[sys.executable, "-u", "-m", "bridge.stages.eval", config["val_files"][0], str(settings.stage_dir("eval")),
-                 str(count), "vllm" if gpus else "transformers", json.dumps(kept),
-                 *(f"{name}={folder}" for name, folder in models.items())],
-        env=own_env,
-        record_dir=settings.stage_dir("eval"),
-        notes=notes,
-        config={"data": kept, "rows": count},
+        command=[sys.executable, "-u", "-m", "bridge.stages.eval", config["val_files"][0], str(output), str(count),
+                 "vllm" if gpus else "transformers", json.dumps(kept), *(f"{name}={folder}" for name, folder in models.items())],
+        env=own_env, record_dir=output, notes=notes, config={"data": kept, "rows": count},
         inputs={"data": record.sha256(settings.data_dir / "test.parquet"),
                 "models": {name: {**train.model_fingerprint(folder), "merged_from": merged_from(settings, name)}
                            for name, folder in models.items()}},
@@ -98,8 +95,7 @@ def chosen_models(settings: Settings, problems: list[str]) -> tuple[dict[str, Pa
     folders = {"base": settings.model_dir, **{name: settings.merged_dir(name) for name in ("sft", "ppo", "ckpt")}}
     cures = {name: f"Run `make merge STAGE={name}` first." for name in folders}
     cures |= {"base": "Run `make model` first.", "ckpt": "Run `make merge CKPT=...` first."}
-    names = [stage] if stage else [name for name in ("base", "sft", "ppo") if folders[name].exists()]
-    if not names:
+    if not (names := [stage] if stage else [name for name in ("base", "sft", "ppo") if folders[name].exists()]):
         problems.append(f"nothing to evaluate: there is neither the base model {folders['base']} nor a merged model in "
                         f"{settings.run_dir}. Run `make model` first, or `make merge` after a training.")
     for name in names:

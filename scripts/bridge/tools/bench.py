@@ -5,7 +5,6 @@ door, as a person would, in WORK_DIR/bench, and ended after some steps. Results:
 case, with tables beside it. `bridge bench --report FILE.json` makes these from the file again.
 """
 
-import json
 import os
 import re
 import time
@@ -22,7 +21,7 @@ import yaml
 from bridge import hardware, model_folder
 from bridge import settings as settings_module
 from bridge.compose import compose_checked
-from bridge.errors import UsageError, nearest, refuse, say
+from bridge.errors import UsageError, nearest, read_json, refuse, say
 from bridge.runs import metrics, record
 from bridge.settings import CONFIGS, NAME, Settings
 from bridge.stages.table import STAGES
@@ -36,15 +35,6 @@ DEFAULT_MODEL = "random:llama-3.2-1b"
 PHASES = ("gen", "old_log_prob", "values", "update_critic", "update_actor")
 # Nothing is saved or validated: neither is the training's speed.
 ALWAYS = ["trainer.save_freq=-1", "trainer.test_freq=-1"]
-METHOD = [
-    "Each case is `bridge sft` or `bridge ppo`, ended after `steps` steps; its first step is warm-up and left out of all means.",
-    "SFT: a step lasts from one line of metrics to the next. PPO: verl's timing_s/step; phases are verl's timing_s/*.",
-    "tokens_per_second is for one GPU and counts no padding: PPO verl's perf/total_num_tokens (prompts and answers), SFT the "
-    "mean over the training rows as the trainer tokenizes them, times the batch. padded_tokens_per_second counts every position.",
-    "mfu_actor and mfu_critic are verl's; SFT's mfu is 6 x parameters x tokens (without padding) / time / dense bf16 peak.",
-    "start_seconds runs from the command to the beginning of its first step, first_step_seconds is that step.",
-    "peak_memory_gib: the most that the driver saw used on a GPU, asked 5 times a second; allocated, reserved: PyTorch's.",
-]
 
 
 @dataclass(frozen=True)
@@ -161,7 +151,6 @@ def measure(case: Case, settings: Settings, env: Mapping[str, str], gpus: list[h
     stage_dir, log = folder / "runs" / case.name / case.stage, folder / f"{case.name}.log"
     trial.remove(leftovers(case, settings))
     log.unlink(missing_ok=True)
-    case_env = {**env, "RUN": case.name, "PROFILE": case.profile}
     started, result = time.time(), {"profile": case.profile, "overrides": case.overrides, "against": case.against,
                                     "caches": case.caches, "steps": case.steps, "started": record.now()}
     used: list[int] = []
@@ -171,17 +160,15 @@ def measure(case: Case, settings: Settings, env: Mapping[str, str], gpus: list[h
         used.extend(gpu.memory_used for gpu in hardware.visible_gpus(env)[:len(gpus)])
         return len(metrics.read(stage_dir / "metrics.jsonl")) >= case.steps
 
-    status = trial.stage(case.stage, case_env, [*ALWAYS, *case.overrides], log, enough)
+    status = trial.stage(case.stage, {**env, "RUN": case.name, "PROFILE": case.profile}, [*ALWAYS, *case.overrides], log, enough)
     rows = metrics.read(stage_dir / "metrics.jsonl")
     if status or len(rows) < case.steps:
         return {**result, "status": "failed", "exit_status": status, "steps_made": len(rows), "log": trial.last_lines(log, 40)}
     rows, config = rows[:case.steps], record.read(stage_dir)["config"]
-    if case.stage == "ppo":
-        figures = ppo_figures(rows, config, settings.gpus)
-    else:
-        figures = sft_figures(rows, config, settings.gpus, tokens_per_row(settings.model_dir, config["data"]),
-                              model_folder.parameter_count(settings.model_dir), PEAK.get(gpus[0].name) if gpus else None,
-                              log.read_text(errors="replace"))
+    figures = ppo_figures(rows, config, settings.gpus) if case.stage == "ppo" else sft_figures(
+        rows, config, settings.gpus, tokens_per_row(settings.model_dir, config["data"]),
+        model_folder.parameter_count(settings.model_dir), PEAK.get(gpus[0].name) if gpus else None,
+        log.read_text(errors="replace"))
     first = figures["first_step_seconds"]
     figures["start_seconds"] = None if first is None else round(rows[0]["time"] - started - first, 2)
     return {**result, "status": "measured", **figures, "peak_memory_gib": round(max(used) / 2**30, 2) if used else None}
@@ -236,15 +223,15 @@ def tokens_per_row(model_dir: Path, data: Mapping[str, Any]) -> float:
 def header(settings: Settings, env: Mapping[str, str], gpus: list[hardware.Gpu]) -> dict[str, Any]:
     """Where and with what is measured; no names of hosts or people."""
     machine = record.machine(env)
-    image = machine["image"]
     return {
         "gpu": gpus[0].name if gpus else None, "gpus": settings.gpus,
         "machine": {"gpu_memory_gib": round(gpus[0].memory / 2**30, 1) if gpus else None,
                     **{fact: machine[fact] for fact in ("driver", "cpus", "memory_gib", "kernel")}},
-        "image": image and Path(image).name, "git_commit": machine["git_commit"], "lock_sha256": machine["lock_sha256"],
+        "image": machine["image"] and Path(machine["image"]).name,
+        **{fact: machine[fact] for fact in ("git_commit", "lock_sha256")},
         "model": {"name": settings.model_dir.name, "parameters": model_folder.parameter_count(settings.model_dir)},
         "data": {part: record.sha256(settings.data_dir / f"{part}.parquet") for part in ("train", "test")},
-        "method": METHOD,
+        "method": yaml.safe_load((CONFIGS / "bench.yaml").read_text(encoding="utf-8"))["method"],
     }
 
 
@@ -274,7 +261,7 @@ def ratios(results: Mapping[str, Any]) -> dict[str, float]:
 def load(file: Path) -> dict[str, Any]:
     """The content of a bench.json; a UsageError if it is none."""
     try:
-        results = json.loads(file.read_text())
+        results = read_json(file)
     except ValueError as error:
         raise UsageError(f"{file} is no benchmark's result ({error}). Move it away.") from error
     if not isinstance(results, dict) or not results.keys() >= {"sft", "ppo", "ratios"}:
@@ -287,8 +274,7 @@ def report(file: Path) -> int:
     if not file.is_file():
         raise UsageError(f"{file}: no such file. `make bench` writes WORK_DIR/bench/bench.json.")
     results = load(file)
-    text = markdown(results)
-    file.with_suffix(".md").write_text(text)
+    file.with_suffix(".md").write_text(text := markdown(results))
     print(text)
     return 0
 

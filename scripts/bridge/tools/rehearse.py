@@ -31,8 +31,7 @@ STEPS = ("data", "model", "sft", "merge sft", "ppo", "merge ppo", "eval", "uploa
 def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int:
     """Run the chain and print the table; stops at the first stage that fails and returns its exit status."""
     if arguments:
-        raise UsageError(f"rehearse takes no arguments; got {' '.join(arguments)}. "
-                         "MODEL=, DATA_SOURCE= and GPUS= apply.")
+        raise UsageError(f"rehearse takes no arguments; got {' '.join(arguments)}. MODEL=, DATA_SOURCE= and GPUS= apply.")
     gpus = hardware.visible_gpus(env)
     ranks = settings.gpus or (1 if gpus else 2)
     problems = [] if ranks in RANKS else [f"GPUS={ranks}: the rehearsal runs on so many ranks that its batches divide by them. "
@@ -70,17 +69,14 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
 
 def profile(model_name: str, ranks: int) -> str:
     """The file of configs/profile/ that fits this model and so many ranks."""
-    if ranks > 2:
-        return "eight"
-    return "tiny" if model_name == "tiny" else "rehearsal"
+    return "eight" if ranks > 2 else "tiny" if model_name == "tiny" else "rehearsal"
 
 
 def outcome(name: str, settings: Settings, hub: StandInHub) -> str:
     """What a step left behind, read from its files."""
     if name == "data":
-        train, test = (pyarrow.parquet.read_metadata(settings.data_dir / f"{part}.parquet").num_rows
-                       for part in ("train", "test"))
-        return f"{train} + {test} rows"
+        return " + ".join(str(pyarrow.parquet.read_metadata(settings.data_dir / f"{split}.parquet").num_rows)
+                          for split in ("train", "test")) + " rows"
     if name == "model":
         return f"{settings.model_dir.name}, {model_folder.parameter_count(settings.model_dir) / 1e6:.3g} M parameters"
     if name in ("sft", "ppo"):
