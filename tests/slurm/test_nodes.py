@@ -126,7 +126,7 @@ def test_a_preempted_training_over_two_nodes_saves_and_goes_on(site):
     site.cluster.wait_for(lambda: left_running(site.work_dir) == [], "nothing runs")
 
 
-@pytest.mark.parametrize(("node", "words"), [("n2", RANK), ("n1", RANK)])
+@pytest.mark.parametrize(("node", "words"), [("n2", RANK), ("n1", RANK), ("n2", "bin/bridge join")])
 def test_a_process_that_dies_on_either_node_ends_the_job(site, node, words):
     job = begin(site, "sft", "trainer.save_freq=-1 trainer.total_epochs=200")
     site.cluster.wait_for(lambda: steps(site, "sft"), "the first step is made")
