@@ -127,11 +127,12 @@ def test_a_preempted_training_over_two_nodes_saves_and_goes_on(site):
 
 
 # Interrupted, Python ends as with an error of its own: first it ends the processes that load its data.
-@pytest.mark.parametrize(("node", "number"), [("n2", signal.SIGKILL), ("n1", signal.SIGKILL), ("n2", signal.SIGINT)])
-def test_a_rank_that_dies_or_fails_on_either_node_ends_the_job(site, node, number):
+@pytest.mark.parametrize(("node", "words", "number"), [
+    ("n2", RANK, signal.SIGKILL), ("n1", RANK, signal.SIGKILL), ("n2", RANK, signal.SIGINT), ("n2", "bin/bridge join", signal.SIGKILL)])
+def test_a_process_that_dies_or_fails_on_either_node_ends_the_job(site, node, words, number):
     job = begin(site, "sft", "trainer.save_freq=-1 trainer.total_epochs=200")
     site.cluster.wait_for(lambda: steps(site, "sft"), "the first step is made")
-    process(site, RANK, node).send_signal(number)
+    process(site, words, node).send_signal(number)
     assert site.cluster.wait(job, "FAILED")["Restarts"] == "0"
     nothing_left(site)
 

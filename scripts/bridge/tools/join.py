@@ -68,8 +68,12 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
         own["RAY_TMPDIR"] = folder
     say(f"node {number} ({host}, {address}) joins" + (f"; warning: {few}" if few else ""))
     launch.adopt_orphans()
+    end_with_this = partial(launch.end_with_parent, signal.SIGKILL)
     child = subprocess.Popen([sys.executable, *attempt["command"][1:]], env=own, stdin=subprocess.DEVNULL, start_new_session=True,
-                             preexec_fn=partial(launch.end_with_parent, signal.SIGKILL))
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=end_with_this)
+    # Slurm calls this task ended only once nobody holds its output: a rank that outlives it must not.
+    subprocess.Popen(["cat"], stdin=child.stdout, start_new_session=True, preexec_fn=end_with_this)
+    child.stdout.close()
     status, failed_at = 0, None
     while nodes.is_there(nodes.listening(), True):
         if child.poll():

@@ -24,6 +24,8 @@ from bridge.trainers import loopback
 
 # Seconds until all nodes are there, and then until Ray has all their GPUs.
 JOINING = 600
+# Seconds in which Ray brings the driver what a worker has printed: it looks ten times a second, and a busy machine is slower.
+LAST_WORDS = 2
 KEY, CERTIFICATE = "ray.key", "ray.crt"
 
 
@@ -145,6 +147,8 @@ def lead() -> None:
     try:
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     finally:
+        # What the trainer said last, its last step's metrics among it, is still on its way here: at an exit Ray waits for that.
+        time.sleep(LAST_WORDS)
         # Before the others end, or it would call that unexpected.
         ray.shutdown()
 
