@@ -38,11 +38,11 @@ submit: ## Hand a stage to Slurm: STAGE=ppo GPUS=8, or CHAIN=sft,merge:sft,ppo. 
 venv: ## Make .venv from the locks
 	@scripts/host/venv.sh
 lock: ## Renew the locks from requirements*.in
-	@scripts/host/lock.sh
+	@.ci/lock
 test: venv ## Run the tests; ARGS goes to pytest
 	.venv/bin/python -m pytest $(ARGS)
 lint: venv ## Run the linters
-	@scripts/host/lint.sh
+	@.ci/lint
 help: ## Show this menu
 	@awk -F ':.*## ' '/^##@/ {print "\n" substr($$0, 5)} /^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
 

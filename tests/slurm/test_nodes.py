@@ -128,7 +128,8 @@ def test_a_preempted_training_over_two_nodes_saves_and_goes_on(site):
 
 # Interrupted, Python ends as with an error of its own: first it ends the processes that load its data.
 @pytest.mark.parametrize(("node", "words", "number"), [
-    ("n2", RANK, signal.SIGKILL), ("n1", RANK, signal.SIGKILL), ("n2", RANK, signal.SIGINT), ("n2", "bin/bridge join", signal.SIGKILL)])
+    ("n2", RANK, signal.SIGKILL), ("n1", RANK, signal.SIGKILL), ("n2", RANK, signal.SIGINT),
+    ("n2", "bin/bridge join", signal.SIGKILL)])
 def test_a_process_that_dies_or_fails_on_either_node_ends_the_job(site, node, words, number):
     job = begin(site, "sft", "trainer.save_freq=-1 trainer.total_epochs=200")
     site.cluster.wait_for(lambda: steps(site, "sft"), "the first step is made")

@@ -163,11 +163,10 @@ def follow(number: int) -> None:
     use_tls()
     loopback.close()
     loopback.close_ray()
-    ranks, cores = os.environ.get("BRIDGE_CPU_RANKS"), hardware.cpu_count()
-    on_cpu = [f"--num-gpus={ranks}", f"--resources={json.dumps({'cpu': int(ranks)})}"] if ranks else []
-    sys.argv = ["ray", "start", f"--address={first['address']}:{first['port']}", f"--node-ip-address={address}", *on_cpu,
-                f"--num-cpus={max(cores, int(ranks or os.environ['BRIDGE_NODE_GPUS']) + 1)}", "--min-worker-port=0", "--max-worker-port=0",
-                "--disable-usage-stats", "--block"]
+    gpus, on_cpu = int(os.environ["BRIDGE_NODE_GPUS"]), "BRIDGE_CPU_RANKS" in os.environ
+    sys.argv = ["ray", "start", f"--address={first['address']}:{first['port']}", f"--node-ip-address={address}", f"--num-gpus={gpus}",
+                *([f"--resources={json.dumps({'cpu': gpus})}"] if on_cpu else []), "--block",
+                f"--num-cpus={max(hardware.cpu_count(), gpus + 1)}", "--min-worker-port=0", "--max-worker-port=0"]
     runpy.run_module("ray.scripts.scripts", run_name="__main__", alter_sys=True)
 
 
