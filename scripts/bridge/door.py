@@ -154,7 +154,7 @@ def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
         housekeeping.start()
     # From here on no error of the file system ends the run.
     try:
-        watch = hang.Watch(plan.hang_seconds, metrics, plan.checkpoints, log) if plan.checkpoints else None
+        watch = hang.Watch(plan.hang_seconds, metrics, log) if plan.checkpoints else None
         status = launch.run(plan.command, env, log, metrics, secrets, watch or (lambda: False))
         if status == 0 and watch and watch.hung:
             status = hang.HUNG

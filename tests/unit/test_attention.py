@@ -1,10 +1,9 @@
 """The comparison of attention kernels with a reference: the reference is right, and a wrong kernel is found."""
 
+import attention
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-
-from bridge.tools import attention
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -7,6 +7,7 @@ import types
 from pathlib import Path
 
 import pytest
+import test_attention
 
 from bridge import hardware, settings
 from bridge.image import manifest
@@ -116,12 +117,26 @@ def test_kernels_that_do_not_run_on_the_gpu_fail_with_torchs_own_words(monkeypat
     def kernel(*arguments, **options):
         raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore")
 
-    from bridge.tools import attention
-    cases = attention.comparisons
-    monkeypatch.setattr(attention, "comparisons", lambda one, other: cases(one, other, device="cpu"))
     flash_attn(monkeypatch, kernel)
+    on_gpu = check.flash_attention_kernels
+    monkeypatch.setattr(check, "flash_attention_kernels", lambda: on_gpu("cpu"))
     status, seen = statuses(check.flash_attention(some_settings, dict(os.environ)))["flash-attn kernels"]
     assert status == "FAIL" and "no kernel image is available" in seen and "more" not in seen
+
+
+def no_value(q, k, v, causal):
+    return test_attention.sdpa(q, k, v, causal) * float("nan")
+
+
+@pytest.mark.parametrize(("batch", "packed", "status"), [
+    (test_attention.sdpa, test_attention.sdpa_packed, "ok"),
+    (lambda q, k, v, causal: test_attention.sdpa(q, k, v, False), test_attention.sdpa_packed, "FAIL"),
+    (test_attention.sdpa, lambda *arguments, causal: test_attention.sdpa_packed(*arguments, causal=False), "FAIL"),
+    (no_value, test_attention.sdpa_packed, "FAIL")])
+def test_kernels_that_compute_something_else_fail(monkeypatch, batch, packed, status):
+    monkeypatch.setitem(check.sys.modules, "flash_attn", types.SimpleNamespace(
+        flash_attn_func=batch, flash_attn_varlen_func=packed))
+    assert check.flash_attention_kernels("cpu").status == status
 
 
 @pytest.fixture

@@ -31,12 +31,11 @@ class Watch:
     Args:
         seconds: without a step that mean so; None: as above; 0: none do.
         metrics: gets a row for each step.
-        checkpoints: their folder. One that is being written is a sign of life.
         log: the trainer's.
     """
 
-    def __init__(self, seconds: int | None, metrics: Metrics, checkpoints: Path, log: Path):
-        self.seconds, self.metrics, self.checkpoints, self.log = seconds, metrics, checkpoints, log
+    def __init__(self, seconds: int | None, metrics: Metrics, log: Path):
+        self.seconds, self.metrics, self.log = seconds, metrics, log
         self.looked = self.last = time.monotonic()
         self.step, self.took, self.hung = None, [], False
 
@@ -63,18 +62,7 @@ class Watch:
             self.step, self.last = self.metrics.rows[-1]["step"], now
         usual = max(LEAST if len(self.took) > 1 else START, TIMES * max(self.took, default=0))
         limit, waited = usual if self.seconds is None else self.seconds, now - self.last
-        if not limit or waited <= limit or time.time() - self.written() <= limit:
-            return None
-        return int(waited)
-
-    def written(self) -> float:
-        """When something of a checkpoint was last written, in seconds since 1970."""
-        times = [0.0]
-        for file in self.checkpoints.glob("global_step_*/**/*"):
-            # It may just be removed.
-            with suppress(OSError):
-                times.append(file.stat().st_mtime)
-        return max(times)
+        return int(waited) if limit and waited > limit else None
 
 
 def ask_for_stacks(log: TextIO) -> None:

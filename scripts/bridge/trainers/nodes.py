@@ -50,28 +50,23 @@ def is_there(file: Path, otherwise: bool) -> bool:
     return True
 
 
-def count() -> int:
-    """Number of nodes."""
-    return int(os.environ["NODES"])
-
-
 def wait_for_all(hosts: Callable[[], list[str]]) -> None:
     """Wait until there are as many hosts as nodes.
 
     Raises:
         UsageError: there are not.
     """
-    deadline = time.monotonic() + JOINING
-    while len(seen := hosts()) < count():
+    deadline, count = time.monotonic() + JOINING, int(os.environ["NODES"])
+    while len(seen := hosts()) < count:
         if time.monotonic() > deadline:
-            raise UsageError(f"{len(seen)} of {count()} nodes are there after {JOINING} s: {', '.join(seen)}. The job has "
+            raise UsageError(f"{len(seen)} of {count} nodes are there after {JOINING} s: {', '.join(seen)}. The job has "
                              f"{os.environ.get('SLURM_JOB_NODELIST')}. What each node said stands in the job's log.")
         time.sleep(0.2)
 
 
 def other_nodes() -> list[dict[str, str]]:
     """What the other nodes have left of themselves: {"host", "address", "first"}, the last being the first node's address."""
-    files = [folder() / f"{number}.json" for number in range(1, count())]
+    files = [folder() / f"{number}.json" for number in range(1, int(os.environ["NODES"]))]
 
     def there() -> list[dict[str, str]]:
         return [read_json(file) for file in files if is_there(file, False)]
@@ -109,7 +104,7 @@ def make_key(place: Path, addresses: list[str]) -> None:
 
 def torchrun(number: int, address: str, port: int) -> None:
     """Become torchrun on this node."""
-    sys.argv[1:1] = [f"--nnodes={count()}", f"--node_rank={number}", f"--local_addr={os.environ['BRIDGE_NODE_ADDRESS']}",
+    sys.argv[1:1] = [f"--nnodes={os.environ['NODES']}", f"--node_rank={number}", f"--local_addr={os.environ['BRIDGE_NODE_ADDRESS']}",
                      f"--master_addr={address}", f"--master_port={port}"]
     loopback.close()
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
@@ -164,8 +159,8 @@ def follow(number: int) -> None:
     loopback.close()
     loopback.close_ray()
     gpus, on_cpu = int(os.environ["BRIDGE_NODE_GPUS"]), "BRIDGE_CPU_RANKS" in os.environ
-    sys.argv = ["ray", "start", f"--address={first['address']}:{first['port']}", f"--node-ip-address={address}", f"--num-gpus={gpus}",
-                *([f"--resources={json.dumps({'cpu': gpus})}"] if on_cpu else []), "--block",
+    sys.argv = ["ray", "start", f"--address={first['address']}:{first['port']}", f"--node-ip-address={address}",
+                f"--num-gpus={gpus}", *([f"--resources={json.dumps({'cpu': gpus})}"] if on_cpu else []), "--block",
                 f"--num-cpus={max(hardware.cpu_count(), gpus + 1)}", "--min-worker-port=0", "--max-worker-port=0"]
     runpy.run_module("ray.scripts.scripts", run_name="__main__", alter_sys=True)
 
@@ -173,8 +168,7 @@ def follow(number: int) -> None:
 def main() -> None:
     """Become the trainer, or the part of it on this node."""
     sys.argv = sys.argv[1:]
-    number = int(os.environ.get("BRIDGE_NODE", "0"))
-    if number:
+    if number := int(os.environ.get("BRIDGE_NODE", "0")):
         return follow(number)
     try:
         lead()
