@@ -93,6 +93,6 @@ if [[ $status == 75 && -z $ending && $put_back -lt $most ]]; then
 elif [[ $status == 75 && -z $ending ]]; then
     tell "$stage was asked to stop and did. It was put back $put_back times (REQUEUE=$most): make submit continues it"
 else
-    tell "$stage ended with $status${ending:+, $ending}"
+    tell "$stage ended with $status${ending:+, $ending}; its last word: $(grep '^bridge: ' "$log" | tail -n 1)"
 fi
 exit "$status"

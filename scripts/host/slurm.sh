@@ -47,7 +47,7 @@ share_of() { # GPUS [PARTITION]: that share of a node's cores (4 for no GPU; the
 ask_for() { # STAGE: fills options (of sbatch and srun) and drop (names that the job's call must not have), adds to problems
     local stage=$1 partition=${SBATCH_PARTITION:-} gpus=0 asked='' share most nodes name
     local count=1
-    if is_training "$stage" || [[ $stage == check ]]; then count=${NODES:-1}; fi
+    ! is_training "$stage" && [[ $stage != check ]] || count=${NODES:-1}
     options=(--nodes="$count" --ntasks-per-node=1) drop=()
     [[ -n ${SBATCH_JOB_NAME:-} ]] || options+=(--job-name="bridge-$stage")
     if needs_internet "$stage"; then partition=$NET_PARTITION && options+=(--partition="$partition") && drop+=(-u SBATCH_PARTITION); fi
@@ -65,6 +65,7 @@ ask_for() { # STAGE: fills options (of sbatch and srun) and drop (names that the
         for name in "${gpu_settings[@]}"; do [[ ! -v SBATCH_$name ]] || drop+=(-u "SBATCH_$name"); done
     fi
     read -r share most nodes < <(share_of "$gpus" "$partition")
+    [[ $nodes == 0 || $nodes -ge $count ]] || problems+=("NODES=$count: ${partition:-the default partition} has $nodes (sinfo -o '%P %D').")
     [[ $nodes == 0 || -n $asked || $most -ge $gpus ]] ||
         problems+=("GPUS=$gpus: a node of ${partition:-the default partition} has $most, says Slurm (sinfo -o '%P %N %G').")
     if [[ $gpus != 0 && -n ${SBATCH_CPUS_PER_TASK:-} ]]; then

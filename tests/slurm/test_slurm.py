@@ -42,7 +42,7 @@ REFUSED = {
     "unknown stage": (("STAGE=dpo",), "dpo is no stage"),
     "stage and chain": (("STAGE=sft", "CHAIN=ppo", "GPUS=1"), "give one of them"),
     "no nodes": (("STAGE=data", "NODES=0"), "NODES=0"),
-    "more nodes than there are": (("STAGE=ppo", "GPUS=8", "NODES=3"), "Requested node configuration is not available"),
+    "more nodes than there are": (("STAGE=ppo", "GPUS=8", "NODES=3"), "NODES=3: the default partition has 2"),
     "no GPUs": (("STAGE=ppo",), "ppo needs GPUs"),
     "zero GPUs": (("STAGE=ppo", "GPUS=0"), "GPUS=0"),
     "more GPUs than a node has": (("STAGE=ppo", "GPUS=9"), "a node of the default partition has 8"),

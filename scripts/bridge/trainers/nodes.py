@@ -104,8 +104,8 @@ def make_key(place: Path, addresses: list[str]) -> None:
 
 def torchrun(number: int, address: str, port: int) -> None:
     """Become torchrun on this node."""
-    sys.argv[1:1] = [f"--nnodes={os.environ['NODES']}", f"--node_rank={number}", f"--local_addr={os.environ['BRIDGE_NODE_ADDRESS']}",
-                     f"--master_addr={address}", f"--master_port={port}"]
+    sys.argv[1:1] = [f"--nnodes={os.environ['NODES']}", f"--node_rank={number}", f"--master_addr={address}",
+                     f"--master_port={port}", f"--local_addr={loopback.address()}"]
     loopback.close()
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
