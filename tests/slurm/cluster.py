@@ -5,10 +5,12 @@ seen by other programs, two such clusters do not meet, and all of it is gone whe
 root. Each node says that it has 16 cores and 8 GPUs, which are terminals: enough for Slurm to count.
 """
 
+import fcntl
 import os
 import re
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -92,6 +94,9 @@ def unpack(folder: Path) -> Path:
     """Debian's packages of Slurm, not installed: they would be services of this machine."""
     archives, root = folder / "archives", folder / "root"
     (archives / "partial").mkdir(parents=True)
+    # apt-get refuses where another one reads the lists, as when two such clusters are made at once.
+    alone = open(Path(tempfile.gettempdir()) / "bridge-tests-apt-get", "w")  # noqa: SIM115 - held till the end of this function
+    fcntl.flock(alone, fcntl.LOCK_EX)
     options = ["-qq", "-y", "--no-install-recommends", "--download-only", "-o", f"Dir::Cache::archives={archives}"]
     for command in (["update"], ["install", *PACKAGES]):
         fetched = subprocess.run(["apt-get", *options, *command], capture_output=True, text=True, check=False)
@@ -159,8 +164,9 @@ class Cluster:
 
     def on(self, node: str, *command: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess:
         """Run a command on a node, as another program of it: in its network and with its folders."""
+        # Not of one that is about to end: of those the system says nothing.
         [daemon] = [process for process in psutil.Process(self.first.pid).children(recursive=True)
-                    if process.cmdline()[:4] == ["./slurmd", "-D", "-N", node]]
+                    if process.name() == "slurmd" and process.cmdline()[:4] == ["./slurmd", "-D", "-N", node]]
         return subprocess.run(["nsenter", f"--target={daemon.pid}", "--net", "--uts", "--mount", *command], capture_output=True,
                               text=True, check=False, timeout=60, env=env)
 
