@@ -1,4 +1,4 @@
-"""Ends of real trainings on the cluster of this ring, each at a random moment: docs/cluster.md, "Ends that were tried". Needs root.
+"""Ends of real trainings on the cluster of this ring, each at a random moment (docs/cluster.md). Needs root.
 
     PYTHONPATH=scripts:tests .venv/bin/python tests/slurm/kills.py FOLDER [NUMBER...]     (FOLDER: new, short; minutes a row)
 """
