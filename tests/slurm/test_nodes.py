@@ -4,6 +4,7 @@ import json
 import re
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -53,10 +54,26 @@ def nothing_left(site) -> None:
     assert list((site.work_dir / "jobs").glob("*.nodes")) == []
 
 
+def running() -> Iterator[tuple[psutil.Process, str, dict[str, str]]]:
+    """Every process with its command line and its environment; of one that is about to end the system says nothing."""
+    for found in psutil.process_iter(["cmdline", "environ"]):
+        yield found, " ".join(found.info["cmdline"] or ()), found.info["environ"] or {}
+
+
 def process(site, words: str, node: str) -> psutil.Process:
     """A process of the training on a node."""
-    return next(found for found in psutil.process_iter() if words in " ".join(found.cmdline())
-                and str(site.work_dir) in found.environ().values() and found.environ().get("SLURMD_NODENAME") == node)
+    return next(found for found, command, env in running()
+                if words in command and str(site.work_dir) in env.values() and env.get("SLURMD_NODENAME") == node)
+
+
+def agents(temporary: str) -> dict[str, str]:
+    """Address -> port of Ray's agents for runtime environments whose folder this is."""
+    found = {}
+    for _, command, _ in running():
+        told = dict(re.findall(r"--(node-ip-address|runtime-env-agent-port)=(\S+)", command))
+        if "runtime_env/agent/main.py" in command and temporary in command and len(told) == 2:
+            found[told["node-ip-address"]] = told["runtime-env-agent-port"]
+    return found
 
 
 def test_sft_over_two_nodes(site):
@@ -81,6 +98,18 @@ def test_ppo_over_two_nodes_of_which_strangers_get_no_answer(site):
     job = begin(site, "ppo", "trainer.total_training_steps=2")
     meeting = site.work_dir / "jobs" / f"{job}.0.nodes"
     site.cluster.wait_for(lambda: (meeting / "listening.json").exists(), "Ray listens")
+    # It trains only once all have been asked.
+    driver = process(site, "-m bridge.trainers.nodes", "n1")
+    driver.suspend()
+    try:
+        ask_as_strangers(site, meeting)
+    finally:
+        driver.resume()
+    ended_well(site, job, "ppo", 2)
+
+
+def ask_as_strangers(site, meeting: Path) -> None:
+    """Ray answers who has the job's key, and its agents their own nodes."""
     ray = json.loads((meeting / "listening.json").read_text())
     assert ray["address"] == ADDRESSES["n1"] and meeting.stat().st_mode & 0o077 == 0
     with_key = {"RAY_USE_TLS": "1", "RAY_TLS_SERVER_KEY": str(meeting / nodes.KEY),
@@ -94,19 +123,20 @@ def test_ppo_over_two_nodes_of_which_strangers_get_no_answer(site):
         result = site.cluster.on("n2", sys.executable, "-c", STRANGER, f"{ray['address']}:{ray['port']}", env={**SHELL, **env})
         seen[name] = result.returncode
     assert seen["the key"] == 0 and seen["another key"] and seen["no key"], seen
-    # The agents for runtime environments speak no TLS, and answer their own nodes only.
-    agents = {}
-    for found in psutil.process_iter():
-        told = dict(re.findall(r"--(node-ip-address|runtime-env-agent-port)=(\S+)", " ".join(found.cmdline())))
-        if "runtime_env/agent/main.py" in " ".join(found.cmdline()) and ray["temporary"] in " ".join(found.cmdline()):
-            agents[told["node-ip-address"]] = told["runtime-env-agent-port"]
-    assert sorted(agents) == sorted(ADDRESSES.values())
+    site.cluster.wait_for(lambda: sorted(agents(ray["temporary"])) == sorted(ADDRESSES.values()), "each node has an agent")
+    ports = agents(ray["temporary"])
+    # These speak no TLS.
     ask = "import sys, urllib.request as r; print(r.urlopen(r.Request(sys.argv[1], data=b''), timeout=10).status)"
     for asking in ADDRESSES:
         for asked, address in ADDRESSES.items():
-            said = site.cluster.on(asking, sys.executable, "-c", ask, f"http://{address}:{agents[address]}/get_runtime_envs_info")
-            assert said.stdout.strip() == "200" if asking == asked else "403: Forbidden" in said.stderr, (asking, asked, said)
-    ended_well(site, job, "ppo", 2)
+            url = f"http://{address}:{ports[address]}/get_runtime_envs_info"
+
+            def answered(asking=asking, asked=asked, url=url) -> bool:
+                said = site.cluster.on(asking, sys.executable, "-c", ask, url)
+                return said.stdout.strip() == "200" if asking == asked else "403: Forbidden" in said.stderr
+
+            # One that has only begun to start does not listen yet.
+            site.cluster.wait_for(answered, f"{asked}'s agent answers {asking} as it should", seconds=60)
 
 
 def test_a_preempted_training_over_two_nodes_saves_and_goes_on(site):
