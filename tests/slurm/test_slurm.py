@@ -1,9 +1,14 @@
 """make submit and the job script, on a real Slurm with two nodes."""
 
 import os
+import re
 import shutil
+import signal
 import subprocess
+from contextlib import suppress
+from pathlib import Path
 
+import psutil
 import pytest
 
 from bridge.runs import metrics, record
@@ -116,11 +121,24 @@ def ask_by_time_limit(site, job: str) -> None:
     site.cluster.run("scontrol", "update", f"jobid={job}", "timelimit=1")
 
 
+def is_watched(site) -> bool:
+    """Whether the job's small step has begun to wait for a preemption (what came before that would end it)."""
+    for found in psutil.process_iter(["name", "cmdline"]):
+        command = " ".join(found.info["cmdline"] or ())
+        if found.info["name"] == "bash" and "bridge: preempted" in command and str(site.work_dir) in command:
+            with suppress(OSError):
+                caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{found.pid}/status").read_text())[1]
+                return bool(int(caught, 16) >> signal.SIGTERM - 1 & 1)
+    return False
+
+
 def ask_by_signal(site, job: str) -> None:
+    site.cluster.wait_for(lambda: is_watched(site), "a step waits for a preemption")
     site.cluster.run("scancel", "--signal=TERM", job)
 
 
 def ask_by_preemption(site, job: str) -> None:
+    site.cluster.wait_for(lambda: is_watched(site), "a step waits for a preemption")
     subprocess.run(["sbatch", "--partition=urgent", "--nodes=2", "--gpus-per-node=8", "--output=/dev/null", "--wrap=sleep 3"],
                    env=site.env, check=True, capture_output=True)
 
