@@ -76,7 +76,9 @@ def test_several_nodes_outside_a_job_and_join_by_hand_are_refused(tmp_path):
 
 
 def test_the_batch_is_shared_by_the_gpus_of_all_nodes_and_a_copy_of_the_model_fits_into_one(tmp_path):
-    result = bridge("ppo", "--dry-run", WORK_DIR=str(tmp_path), NODES="3", GPUS="2", TP="4", PROFILE="tutorial")
+    result = bridge("ppo", "--dry-run", WORK_DIR=str(tmp_path), NODES="3", GPUS="2", TP="4", PROFILE="tutorial",
+                    NCCL_SOCKET_IFNAME="lo")
     assert result.returncode == 2
     assert "GPUS=2 NODES=3: data.train_batch_size=256 does not divide by 6 GPUs." in result.stderr
     assert "TP=4 does not divide the 2 GPUs of a node" in result.stderr
+    assert "NCCL_SOCKET_IFNAME=lo: over lo no node reaches another" in result.stderr

@@ -22,7 +22,7 @@ from bridge import hardware
 from bridge.errors import UsageError, exit_status, read_json, write_whole
 from bridge.trainers import loopback
 
-# Seconds until all nodes are there, and then until Ray has all their GPUs.
+# Seconds until all nodes are there, and then until Ray has them all.
 JOINING = 600
 # Seconds in which Ray brings the driver what a worker has printed: it looks ten times a second, and a busy machine is slower.
 LAST_WORDS = 2
