@@ -31,7 +31,8 @@ class Case:
 
     def env(self, **settings: str) -> dict[str, str]:
         return {**SHELL, "WORK_DIR": str(self.work_dir), "MODEL": "tiny", "PROFILE": "tiny", "GPUS": "2",
-                "CUDA_VISIBLE_DEVICES": "", **settings}
+                # One that hangs ends, and says what its processes were doing, before a test's patience does.
+                "CUDA_VISIBLE_DEVICES": "", "HANG_SECONDS": str(PATIENCE // 2), **settings}
 
     @contextmanager
     def started(self, *command: str, **settings: str) -> Iterator[subprocess.Popen]:
@@ -64,7 +65,7 @@ class Case:
         before = processes(self.work_dir).keys()
         result = subprocess.run([*self.prefix, sys.executable, "-m", "bridge", *self.command, *more], env=self.env(),
                                 capture_output=True, text=True, check=False, timeout=2 * PATIENCE)
-        assert result.returncode == 0, result.stderr[-3000:]
+        assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-9000:]
         assert processes(self.work_dir).keys() <= before, "nothing of its own is left"
         return self.went_on(result.stderr, *(["will be set aside"] if more else []))
 
