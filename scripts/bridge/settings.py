@@ -21,6 +21,7 @@ PLACEHOLDER = re.compile(r"YOU_[A-Z_]+")
 # Names become folders, run names (wandb's have at most 128 characters) and parts of a command.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 NUMBER = re.compile(r"[0-9]{1,9}")
+REWARD = re.compile(r"(.+\.py):([A-Za-z_]\w*)")
 # What can be masked wherever text is kept without masking what is none: no word, no number.
 SECRET = re.compile(r"[!-~]{8,}")
 # Control characters, and what Python makes of bytes that are not UTF-8.
@@ -38,6 +39,10 @@ class Settings:
     profile: str
     model: str
     data_source: str
+    question: str
+    answer: str
+    reward: tuple[Path, str] | None
+    seed: int | None
     init: str
     stage: str | None
     step: int | None
@@ -175,6 +180,9 @@ def read(env: Mapping[str, str]) -> Settings:
             problems.append(f"{name}={env[name]!r}: no such file here. Give the whole path of a file with certificates.")
     public = choice("PUBLIC", ["0", "1"], "0")
     share_gpu = choice("SHARE_GPU", ["0", "1"], "0")
+    reward = given("REWARD")
+    if reward and not (reward := REWARD.fullmatch(given("REWARD"))):
+        problems.append(f"REWARD={given('REWARD')!r} is not of the form FILE.py:FUNCTION.")
     ckpt = given("CKPT")
     work_dir = given("WORK_DIR", "work")
     settings = Settings(
@@ -183,6 +191,10 @@ def read(env: Mapping[str, str]) -> Settings:
         profile=choice("PROFILE", profiles(), "tuned"),
         model=given("MODEL", "meta-llama/Llama-3.2-1B-Instruct"),
         data_source=given("DATA_SOURCE", "hub"),
+        question=given("QUESTION", "question"),
+        answer=given("ANSWER", "answer"),
+        reward=(Path(os.path.abspath(os.path.expanduser(reward[1]))), reward[2]) if reward else None,
+        seed=number("SEED", 0, "a seed"),
         init=choice("INIT", ["base", "sft"], "base"),
         stage=choice("STAGE", ["base", "sft", "ppo", "ckpt"], None),
         step=number("STEP", 1, "a training step"),

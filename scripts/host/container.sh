@@ -44,8 +44,8 @@ if [[ $ENGINE != none ]]; then
     bind "$WORK_DIR" "$WORK_DIR"
     bind "$checkout/configs" /opt/bridge/configs ro
     for path in "${TMPDIR:-}" "${RAY_TMPDIR:-}"; do [[ ! -d $path ]] || bind "$path" "$path"; done
-    for name in MODEL DATA_SOURCE CKPT HF_TOKEN_PATH NETRC SSL_CERT_FILE REQUESTS_CA_BUNDLE; do
-        path=${!name:-}
+    for name in MODEL DATA_SOURCE REWARD CKPT HF_TOKEN_PATH NETRC SSL_CERT_FILE REQUESTS_CA_BUNDLE; do
+        path=${!name:-}; [[ $name != REWARD ]] || path=${path%:*}
         # What is in WORK_DIR is there already, and a mount of its own would stand in the way of a rename.
         [[ $path == /* && -e $path && $path != "$WORK_DIR"/* ]] || continue
         bind "$path" "$path" ro

@@ -23,7 +23,8 @@ resolve_paths() {
         [[ -z ${!name:-} ]] || printf -v "$name" %s "$(absolute "${!name}")"
     done
     ! is_local "${MODEL:-}" || MODEL=$(absolute "$MODEL")
-    [[ ${DATA_SOURCE:-} == @(|hub|builtin) || ! -d $DATA_SOURCE ]] || DATA_SOURCE=$(absolute "$DATA_SOURCE")
+    [[ -z ${REWARD:-} ]] || REWARD=$(absolute "$REWARD")
+    [[ ${DATA_SOURCE:-} == @(|hub|builtin) || ! -e $DATA_SOURCE ]] || DATA_SOURCE=$(absolute "$DATA_SOURCE")
     # An existing login is as good as HF_TOKEN and WANDB_API_KEY.
     login=${HF_TOKEN_PATH:-${HF_HOME:-${XDG_CACHE_HOME:-$home/.cache}/huggingface}/token}
     [[ ! -f $login ]] || export HF_TOKEN_PATH=$login

@@ -1,15 +1,18 @@
-"""[image] GSM8K as parquet files that verl reads: WORK_DIR/data/gsm8k/{train,test}.parquet.   bridge data
+"""[image] GSM8K, or data of one's own, as parquet files that verl reads: WORK_DIR/data/gsm8k/{train,test}.parquet.   bridge data
 
-The rows are those of verl 0.5.0's examples/data_preprocess/gsm8k.py, which its wheel does not hold.
+The rows are those of verl 0.5.0's examples/data_preprocess/gsm8k.py, which its wheel does not hold. Where a reward of one's own
+judges the answers (REWARD=), questions and answers are taken as they are.
 """
 
 import codecs
+import csv
 import json
 import os
+import random
 import re
 import reprlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,7 +22,7 @@ from pyarrow import Table, parquet
 from bridge.errors import UsageError, exit_status, naming, nearest, refuse
 from bridge.plan import Plan
 from bridge.runs import record
-from bridge.settings import Settings
+from bridge.settings import Settings, is_local
 from bridge.standins.word_problems import problems
 
 SPLITS = ("train", "test")
@@ -30,11 +33,15 @@ INSTRUCTION = 'Let\'s think step by step and output the final answer after "####
 MARKED = re.compile(r"#### (-?[0-9.,]+)")
 NUMBER = re.compile(r"-?([0-9]+\.?[0-9]*|\.[0-9]+)")
 FORM = '{"question": "...", "answer": "... #### NUMBER"}'
+# A data set on the hub: OWNER/NAME, and the name of one of its configurations.
+HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
+# Share of the rows of one file that become test rows, and what they are drawn by unless SEED= says.
+TEST_SHARE, SEED = 0.1, 0
 SHOWN = 20
 
 Rows = list[dict[str, str]]
 # What a row is called before its number, and the rows with their numbers.
-Numbered = tuple[str, list[tuple[int, Any]]]
+Numbered = tuple[str, Iterable[tuple[int, Any]]]
 
 
 def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
@@ -48,7 +55,16 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
                          + f"; DATA_SOURCE={source} would replace them. Keep them and go on (`make model`), or move {folder} "
                            "away, or use another WORK_DIR.")
     notes = ["DATA_SOURCE=builtin: made-up problems for rehearsals, not GSM8K."] if source == "builtin" else []
-    return Plan([sys.executable, "-m", "bridge.stages.data", source, str(folder)], {}, folder, keep_log=False, notes=notes)
+    form = "text" if settings.reward else "number"
+    if is_own(source) and settings.reward:
+        notes.append("REWARD judges the answers: questions and answers are taken as they are, and need no number")
+    return Plan([sys.executable, "-m", "bridge.stages.data", source, str(folder), settings.question, settings.answer, form,
+                 str(SEED if settings.seed is None else settings.seed)], {}, folder, keep_log=False, notes=notes)
+
+
+def is_own(source: str | None) -> bool:
+    """Whether data of this source are other than GSM8K or made up, so that nobody knows how long they are."""
+    return source not in (None, "hub", "builtin")
 
 
 def recorded_source(folder: Path) -> str | None:
@@ -59,23 +75,44 @@ def recorded_source(folder: Path) -> str | None:
     return command[command.index("-m") + 2] if "-m" in command[:-2] else None
 
 
+def recorded_form(folder: Path) -> str:
+    """"text" if any answer was taken when the data in a folder were made, else "number"."""
+    recorded = record.read(folder)
+    return "text" if recorded and recorded["attempts"][-1]["command"][-2] == "text" else "number"
+
+
 def checked_source(source: str) -> str:
-    """Either hub, builtin or the absolute path of a folder with train.jsonl and test.jsonl; anything else is a UsageError."""
-    if source in ("hub", "builtin"):
+    """hub, builtin, OWNER/NAME[:CONFIGURATION] on the hub, or the absolute path of a file or a folder. Else a UsageError."""
+    path = Path(os.path.abspath(os.path.expanduser(source)))
+    if source in ("hub", "builtin") or (HUB_NAME.fullmatch(source) and not is_local(source) and not path.exists()):
         return source
-    folder = Path(os.path.abspath(os.path.expanduser(source)))
-    if not folder.is_dir():
-        raise UsageError(f"DATA_SOURCE={source!r} is neither hub ({GSM8K}), nor builtin (made-up problems), nor a folder that "
-                         f"exists (with train.jsonl and test.jsonl).{nearest(source.lower(), ['hub', 'builtin'])}")
-    faults = []
-    for file in (folder / f"{split}.jsonl" for split in SPLITS):
-        if not file.is_file():
-            other = " Its parquet files are not read." if any(folder.glob("*.parquet")) else ""
-            faults.append(f"DATA_SOURCE={source!r} lacks the file {file}. A line of it is {FORM}.{other}")
-        elif not os.access(file, os.R_OK):
-            faults.append(f"{file} cannot be read: you lack the permission.")
+    if not path.exists():
+        raise UsageError(f"DATA_SOURCE={source!r} is neither hub ({GSM8K}), nor builtin (made-up problems), nor OWNER/NAME (a data "
+                         "set on the hub), nor a file or a folder that exists (with train.jsonl and test.jsonl)."
+                         f"{nearest(source.lower(), ['hub', 'builtin'])}")
+    source_files(path)
+    return str(path)
+
+
+def source_files(path: Path) -> dict[str, Path]:
+    """The file of each split in a folder, or "all": the one file. A UsageError for what is missing or cannot be read."""
+    kinds, faults, files = ", ".join(READERS), [], {}
+    if not path.is_dir():
+        files["all"] = path
+        if path.suffix not in READERS:
+            faults.append(f"DATA_SOURCE={path} ends in none of {kinds}.")
+    for split in SPLITS if path.is_dir() else ():
+        found = [file for suffix in READERS if (file := path / f"{split}{suffix}").is_file()]
+        if len(found) == 1:
+            files[split] = found[0]
+        elif found:
+            faults.append(f"DATA_SOURCE={str(path)!r} has {' and '.join(file.name for file in found)}. Keep one of them.")
+        else:
+            faults.append(f"DATA_SOURCE={str(path)!r} lacks the file {path / split}.jsonl (or {kinds}). A line of it is {FORM}. "
+                          "A file that is to be split is named itself: DATA_SOURCE=FILE.")
+    faults += [f"{file} cannot be read: you lack the permission." for file in files.values() if not os.access(file, os.R_OK)]
     refuse(faults)
-    return str(folder)
+    return files
 
 
 def ground_truth(answer: str) -> str:
@@ -94,10 +131,14 @@ def ground_truth(answer: str) -> str:
     return number
 
 
-def checked_row(row: object) -> dict[str, str]:
+def checked_row(row: object, question: str, answer: str, form: str) -> dict[str, str]:
     """The question and the answer of a row, or of a line of JSON; further keys are left out.
 
-    A ValueError gives the reason if the row is not in GSM8K's form.
+    Args:
+        question, answer: the keys of both.
+        form: "number": the answer ends in `#### NUMBER`, or is a number; "text": whatever it is.
+
+    A ValueError gives the reason if the row is not so.
     """
     try:
         row = json.loads(row.decode()) if isinstance(row, bytes) else row
@@ -109,80 +150,158 @@ def checked_row(row: object) -> dict[str, str]:
         raise ValueError("not a row (nested too deeply)") from error
     if not isinstance(row, dict):
         raise ValueError(f"not a JSON object but of type {type(row).__name__}")
-    for key in ("question", "answer"):
-        if key not in row:
-            raise ValueError(f"has no {key!r}")
-        if not isinstance(row[key], str):
-            raise ValueError(f"its {key!r} is not a text but of type {type(row[key]).__name__}")
-        if not row[key].strip():
+    found = {}
+    for name, key in (("question", question), ("answer", answer)):
+        if row.get(key) is None:
+            raise ValueError(f"has no {key!r} (it has {reprlib.repr(sorted(map(str, row)))})")
+        value = row[key]
+        if name == "answer" and isinstance(value, int | float) and not isinstance(value, bool):
+            value = f"{value:.15g}"
+        if not isinstance(value, str):
+            raise ValueError(f"its {key!r} is not a text but of type {type(value).__name__}")
+        if not value.strip():
             raise ValueError(f"its {key!r} is empty")
-        # JSON may escape half of one (\ud83d), which no file in UTF-8 can hold.
-        if half := re.search(r"[\ud800-\udfff]", row[key]):
-            raise ValueError(f"its {key!r} holds half a character (character {half.start() + 1})")
-    ground_truth(row["answer"])
-    return {"question": row["question"], "answer": row["answer"]}
+        # JSON may escape half of one (\ud83d), which no file in UTF-8 can hold. NUL ends a text in many programs.
+        if wrong := re.search(r"[\ud800-\udfff\0]", value):
+            what = "NUL" if wrong[0] == "\0" else "half a character"
+            raise ValueError(f"its {key!r} holds {what} (character {wrong.start() + 1})")
+        found[name] = value
+    if form == "number":
+        if NUMBER.fullmatch(found["answer"].strip().replace(",", "")):
+            found["answer"] = f"#### {found['answer'].strip()}"
+        ground_truth(found["answer"])
+    return found
 
 
-def from_folder(folder: Path) -> dict[str, Rows]:
-    """Read and check both files of a folder. Blank lines are no rows."""
+# ---- where rows come from
+
+def json_lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file with their numbers. Blank lines are no rows."""
+    # Bytes, because lines of text would also end at U+2028, which JSON may hold within a string.
+    lines = file.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
+    return ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+
+
+def json_rows(file: Path) -> Iterator[tuple[int, Any]]:
+    """The elements of a list with their numbers."""
+    rows = json.loads(file.read_bytes().removeprefix(codecs.BOM_UTF8))
+    if not isinstance(rows, list):
+        raise ValueError(f"it is not a list of rows but of type {type(rows).__name__}")
+    return enumerate(rows, start=1)
+
+
+def csv_rows(file: Path) -> Iterator[tuple[int, Any]]:
+    """The rows below the head, each with the number of its last line."""
+    csv.field_size_limit(2**31 - 1)
+    with open(file, encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines, strict=True)
+        for row in reader:
+            yield reader.line_num, row if None not in row else "more fields than the head"
+
+
+def parquet_rows(file: Path) -> Iterator[tuple[int, Any]]:
+    """The rows with their numbers."""
+    return enumerate(parquet.read_table(file).to_pylist(), start=1)
+
+
+# By the end of a file's name: what its rows are called, and how they are read.
+READERS: dict[str, tuple[str, Callable[[Path], Iterable[tuple[int, Any]]]]] = {
+    ".jsonl": ("line", json_lines), ".json": ("row", json_rows), ".csv": ("line", csv_rows), ".parquet": ("row", parquet_rows)}
+
+
+def from_files(path: Path) -> dict[str, Numbered]:
+    """The rows of a file, or of both files of a folder, not looked at yet. A UsageError for a file that is damaged as a whole."""
     splits = {}
-    for split in SPLITS:
-        file = folder / f"{split}.jsonl"
-        # Bytes, because lines of text would also end at U+2028, which JSON may hold within a string.
-        lines = file.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
-        splits[split] = f"{file}, line", [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    return checked_splits(splits)
+    for split, file in source_files(path).items():
+        word, read = READERS[file.suffix]
+        try:
+            splits[split] = f"{file}, {word}", list(read(file))
+        # Each library's error for what is not of its form; one of the system's has a number.
+        except (ValueError, csv.Error, OSError) as error:
+            if getattr(error, "errno", None):
+                raise
+            raise UsageError(f"{file} cannot be read as {file.suffix}: {error}. Nothing was written.") from error
+    return splits
 
 
-def from_hub() -> dict[str, Rows]:
-    """Fetch GSM8K from the Hugging Face Hub (or take it from its cache) and check it. A UsageError if it cannot be had."""
+def from_hub(source: str) -> dict[str, Numbered]:
+    """Fetch GSM8K, or another data set, from the Hugging Face Hub (or take it from its cache). A UsageError if it cannot be had."""
     # Here, because the other sources need neither and start a second sooner without.
     import datasets
     import requests
 
+    name, config = (GSM8K, "main") if source == "hub" else HUB_NAME.fullmatch(source).groups()
     try:
-        found = datasets.load_dataset(GSM8K, "main")
+        found = datasets.load_dataset(name, config)
     # datasets 4.1.0: ConnectionError without a network or offline, FileNotFoundError where the hub (or a proxy in its
-    # place) answers with an error or has no such data set, requests' own for a refused token or a broken download.
-    except (ConnectionError, FileNotFoundError, requests.exceptions.RequestException) as error:
+    # place) answers with an error or has no such data set, requests' own for a refused token or a broken download,
+    # ValueError for a configuration that has to be named, or that there is not.
+    except (ConnectionError, FileNotFoundError, ValueError, requests.exceptions.RequestException) as error:
         raise UsageError(
-            f"{GSM8K} cannot be had from the Hugging Face Hub: {type(error).__name__}: {str(error).splitlines()[0]}",
+            f"{name} cannot be had from the Hugging Face Hub: {type(error).__name__}: {str(error).splitlines()[0]}",
             "Either fetch it on a machine with internet (`make data` there; the same WORK_DIR, or copy its data folder), or give "
-            "a folder with train.jsonl and test.jsonl (DATA_SOURCE=folder), or rehearse with made-up problems "
-            "(DATA_SOURCE=builtin).") from error
-    return checked_splits({split: (f"{GSM8K} {split}, row", list(enumerate(found[split], start=1))) for split in SPLITS})
+            "a file, or a folder with train.jsonl and test.jsonl (DATA_SOURCE=), or rehearse with made-up problems "
+            "(DATA_SOURCE=builtin). One of several configurations is named so: DATA_SOURCE=OWNER/NAME:CONFIGURATION.") from error
+    if "train" not in found:
+        raise UsageError(f"{name} has no split train; it has {', '.join(found)}. Save what you want as a file (DATA_SOURCE=FILE).")
+    splits = SPLITS if "test" in found else ("train",)
+    return {split if len(splits) > 1 else "all": (f"{name} {split}, row", enumerate(found[split], start=1)) for split in splits}
 
 
-def checked_splits(splits: Mapping[str, Numbered]) -> dict[str, Rows]:
+def checked_splits(splits: Mapping[str, Numbered], check: Callable[[object], dict[str, str]]) -> dict[str, Rows]:
     """The rows of each split, checked. A UsageError shows the first faults and counts the others."""
     found, faults = {split: [] for split in splits}, []
     for split, (place, rows) in splits.items():
+        number = 0
         for number, row in rows:
             try:
-                found[split].append(checked_row(row))
+                found[split].append(check(row))
             except ValueError as error:
                 faults.append(f"{place} {number}: {error}")
-        if not rows:
+        if not number:
             faults.append(f"{place.rpartition(',')[0]} has no rows.")
     more = len(faults) - SHOWN
     if faults:
         raise UsageError(*faults[:SHOWN], *([f"... and {more} more bad row{'s' if more > 1 else ''}."] if more > 0 else []),
-                         f"Nothing was written. Each line must be {FORM}; mend or remove the lines named.")
+                         f"Nothing was written. Each row must be {FORM}, or of such columns (QUESTION= and ANSWER= name others; "
+                         "REWARD= takes any answer); mend or remove the rows named.")
     return found
 
 
-def table(split: str, rows: Rows) -> Table:
+def without_repetitions(splits: Mapping[str, Rows]) -> tuple[dict[str, Rows], list[str]]:
+    """The rows less those whose question came before, and what to say of it. A test row that is trained on tests nothing."""
+    seen, kept, said = set(), {}, []
+    # The train rows last: of a question in both the test keeps it.
+    for split, rows in reversed(splits.items()):
+        kept[split] = [row for row in rows if not (row["question"] in seen or seen.add(row["question"]))]
+        if dropped := len(rows) - len(kept[split]):
+            said.append(f"{dropped} of {len(rows)} rows of {split} dropped: their question comes twice"
+                        + (", here or in test" if split == "train" else ""))
+    return {split: kept[split] for split in splits}, said
+
+
+def drawn(rows: Rows, seed: int) -> dict[str, Rows]:
+    """Both splits of one file, in its order. A UsageError for a single row."""
+    if len(rows) < 2:
+        raise UsageError("one row is not enough for a train and a test split. Use more data.")
+    count = max(1, round(TEST_SHARE * len(rows)))
+    chosen = set(random.Random(seed).sample(range(len(rows)), count))
+    return {"train": [row for place, row in enumerate(rows) if place not in chosen], "test": [rows[place] for place in sorted(chosen)]}
+
+
+def table(split: str, rows: Rows, form: str = "number", source: str = GSM8K) -> Table:
     """Rows in the schema that `datasets` gives verl's script: fields within a struct are in alphabetical order."""
+    number = form == "number"
     return Table.from_pylist([{
-        "data_source": GSM8K,
-        "prompt": [{"content": f"{row['question']} {INSTRUCTION}", "role": "user"}],
-        "ability": "math",
-        "reward_model": {"ground_truth": ground_truth(row["answer"]), "style": "rule"},
+        "data_source": GSM8K if number else source,
+        "prompt": [{"content": f"{row['question']} {INSTRUCTION}" if number else row["question"], "role": "user"}],
+        "ability": "math" if number else "own",
+        "reward_model": {"ground_truth": ground_truth(row["answer"]) if number else row["answer"], "style": "rule"},
         "extra_info": {"answer": row["answer"], "index": index, "question": row["question"], "split": split},
     } for index, row in enumerate(rows)])
 
 
-def write(splits: dict[str, Rows], folder: Path) -> dict[str, Path]:
+def write(splits: dict[str, Rows], folder: Path, *form: str) -> dict[str, Path]:
     """Write one parquet file a split, all or none: after a failure the folder is as it was. Returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     files = {split: folder / f"{split}.parquet" for split in splits}
@@ -192,7 +311,7 @@ def write(splits: dict[str, Rows], folder: Path) -> dict[str, Path]:
         old.mkdir()
         for split, rows in splits.items():
             with naming(files[split]):
-                parquet.write_table(table(split, rows), new / split)
+                parquet.write_table(table(split, rows, *form), new / split)
         try:
             for split, file in files.items():
                 if file.exists():
@@ -210,17 +329,26 @@ def write(splits: dict[str, Rows], folder: Path) -> dict[str, Path]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """What the stage runs: hub, builtin or a folder of train.jsonl and test.jsonl; and the folder of both parquet files."""
-    source, output = sys.argv[1:] if arguments is None else arguments
-    source = checked_source(source)
-    if source == "hub":
-        splits, origin = from_hub(), f"{GSM8K} on the hub"
-    elif source == "builtin":
-        splits, origin = problems(), "builtin problems"
+    """What the stage runs: the source, the folder of both parquet files; then the columns, the form and the seed, as in plan."""
+    source, output, *more = sys.argv[1:] if arguments is None else arguments
+    question, answer, form, seed = more or ("question", "answer", "number", str(SEED))
+    source, said = checked_source(source), []
+    if source == "builtin":
+        splits = problems()
     else:
-        splits, origin = from_folder(Path(source)), source
-    for split, file in write(splits, Path(output)).items():
+        gsm8k = source == "hub"
+        found = from_files(Path(source)) if os.path.isabs(source) else from_hub(source)
+        splits = checked_splits(found, (lambda row: checked_row(row, "question", "answer", "number")) if gsm8k else
+                                lambda row: checked_row(row, question, answer, form))
+        if not gsm8k:
+            splits, said = without_repetitions(splits)
+            splits = drawn(splits["all"], int(seed)) if "all" in splits else splits
+    origin = {"hub": f"{GSM8K} on the hub", "builtin": "builtin problems"}.get(source, source)
+    form = form if is_own(source) else "number"
+    for split, file in write(splits, Path(output), form, Path(source).name).items():
         print(f"{file}: {len(splits[split])} rows from {origin}")
+    for line in said:
+        print(line)
 
 
 if __name__ == "__main__":

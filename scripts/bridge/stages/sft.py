@@ -6,6 +6,9 @@ from typing import Any
 
 from bridge.trainers.packed_settings import packing_problems
 
+# Columns of the data stage's that hold what is read, as in lengths.
+TEXTS = ("extra_info.question", "extra_info.answer")
+
 
 def modules(config: Mapping[str, Any]) -> list[str]:
     """Which trainer to run: verl's own, or the packed one where a budget of tokens is set."""

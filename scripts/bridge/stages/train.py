@@ -1,5 +1,6 @@
 """Plan the two stages that verl trains, sft and ppo: what they share."""
 
+import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from bridge.errors import UsageError, refuse
 from bridge.plan import Plan
 from bridge.runs import checkpoints, record, tracking
 from bridge.settings import CONFIGS, Settings, is_local
-from bridge.stages import data, model, ppo, sft
+from bridge.stages import data, lengths, model, ppo, reward, sft
 
 # What is particular to each.
 TRAINERS = {"sft": sft, "ppo": ppo}
@@ -82,6 +83,9 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
     tracking.go_offline_without_login(env, own_env, notes)
     tp = [f"actor_rollout_ref.rollout.tensor_model_parallel_size={settings.tp}"] if stage == "ppo" and settings.tp else []
     own = [f"profile/{stage}={settings.profile}", *([f"device/{stage}=cpu"] if on_cpu else []), *tp]
+    if stage == "ppo" and settings.reward:
+        own += [f"custom_reward_function.{key}={quote(str(value))}" for key, value in zip(("path", "name"), settings.reward,
+                                                                                          strict=True)]
     if settings.profile not in BY_ROWS and not any(text.startswith(f"memory/{stage}=") for text in overrides):
         own.append(f"memory/{stage}={memory_preset(stage, hardware.visible_gpus(env), notes)}")
     if gpus is None:
@@ -136,6 +140,10 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
                      "DATA_SOURCE=hub`")
     if rows:
         problems += step_problems(config, rows[0]) + trainer.validation_problems(config, world, rows[1])
+        if data.is_own(data.recorded_source(settings.data_dir)) and not model_problems:
+            problems += length_problems(trainer, config, model_dir, notes)
+        if stage == "ppo":
+            problems += reward_problems(settings, config, notes)
     refuse(problems)
 
     made = Plan(
@@ -333,6 +341,29 @@ def data_problems(config: Mapping[str, Any], columns: list[str], problems: list[
     if len(problems) > before:
         return None
     return tuple(counts.values())
+
+
+def length_problems(trainer: ModuleType, config: Mapping[str, Any], model_dir: Path, notes: list[str]) -> list[str]:
+    """Rows of one's own data that are longer than verl takes."""
+    files = tuple(file for key in DATA_KEYS for file in data_files(config, key))
+    found = lengths.lengths(files, trainer.TEXTS, model_dir, " ".join(map(record.sha256, files)))
+    return lengths.compare(config["data"], found, notes)
+
+
+def reward_problems(settings: Settings, config: Mapping[str, Any], notes: list[str]) -> list[str]:
+    """Answers that only a reward of one's own can judge where there is none, or one that does not do."""
+    own = config["custom_reward_function"]
+    if not own["path"]:
+        return [] if data.recorded_form(settings.data_dir) != "text" else [
+            f"the answers in {settings.data_dir} were taken as they are, and verl's scorer wants a number. Say what judges them: "
+            "REWARD=FILE.py:FUNCTION."]
+    file = Path(own["path"])
+    try:
+        notes.append(reward.tried(file, own["name"], record.sha256(file) if file.is_file() else "",
+                                  json.dumps(own.get("reward_kwargs") or {}), data_files(config, "train_files")[0]))
+    except UsageError as error:
+        return error.problems
+    return []
 
 
 def model_fingerprint(folder: Path) -> dict[str, Any]:

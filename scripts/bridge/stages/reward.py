@@ -1,0 +1,103 @@
+"""[image] A reward of one's own, REWARD=FILE.py:FUNCTION (verl's custom_reward_function): loaded, and tried before a training.
+
+FUNCTION(data_source, solution_str, ground_truth, extra_info) returns a number, or a dict of which "score" is one. docs/own_data.md
+has an example.
+"""
+
+import json
+import math
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from functools import cache
+from importlib import util
+from itertools import islice
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from pyarrow import parquet
+
+from bridge.errors import UsageError, exit_status
+
+# How many rows it is tried on, and the seconds that they may take: a step of the tutorial has 256.
+ROWS, PATIENCE = 10, 60
+
+
+@cache
+def tried(file: Path, name: str, digest: str, options: str, data: Path) -> str:
+    """Try the function in a process of its own, and return what there is to say of it. A UsageError if it does not do.
+
+    Args:
+        digest: the file's, so that one that was changed is tried anew.
+        options: further arguments of the function (verl's reward_kwargs), as JSON.
+        data: parquet file whose first rows it is tried on.
+    """
+    command = [sys.executable, "-m", "bridge.stages.reward", str(file), name, options, str(data)]
+    try:
+        result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        raise UsageError(f"REWARD={file}:{name} takes longer than {PATIENCE} s for {ROWS} rows, and a step has hundreds. Make it "
+                         "faster, or let it give up.") from None
+    said = result.stdout.strip().rpartition("\n")[2] if result.returncode == 0 else result.stderr.strip().rpartition("\n")[2]
+    if result.returncode:
+        raise UsageError(said.removeprefix("bridge: ") or f"REWARD={file}:{name} ended its process ({result.returncode}).")
+    return said
+
+
+def load(file: Path, name: str) -> Callable[..., Any]:
+    """The function, as verl loads it. A UsageError if the file cannot be run, or has none of that name."""
+    if not file.is_file():
+        raise UsageError(f"REWARD: there is no file {file}.")
+    spec = util.spec_from_file_location("custom_module", file)
+    module = sys.modules["custom_module"] = util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    # It is the user's program: whatever it raises is said.
+    except Exception as error:
+        raise UsageError(f"REWARD={file} cannot be loaded: {brief(error, file)}") from error
+    if not callable(function := getattr(module, name, None)):
+        raise UsageError(f"REWARD={file}:{name}: the file has no function {name}.")
+    return function
+
+
+def brief(error: Exception, file: Path) -> str:
+    """An error of the user's program, with its place there."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+    return f"{type(error).__name__}: {error}" + (f" (line {lines[-1]})" if lines else "")
+
+
+def score(function: Callable[..., Any], row: Mapping[str, Any], answer: str, **options: Any) -> float:
+    """What the function gives a row's answer. A ValueError for what is no number."""
+    given = function(data_source=row["data_source"], solution_str=answer, ground_truth=row["reward_model"]["ground_truth"],
+                     extra_info=dict(row["extra_info"]), **options)
+    value = given.get("score") if isinstance(given, dict) else given
+    if not isinstance(value, Real) or not math.isfinite(value):
+        raise ValueError(f"it returned {given!r}. A finite number is wanted, or a dict with one as 'score'")
+    return float(value)
+
+
+def main() -> None:
+    """What tried() runs: the file, the function, further arguments as JSON, and the data."""
+    file, name, options, data = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]), sys.argv[4]
+    rows = list(islice(parquet.ParquetFile(data).iter_batches(ROWS), 1))[0].to_pylist()
+    function, given = load(file, name), {}
+    started = time.monotonic()
+    for kind in ("their own answers", "empty ones"):
+        given[kind] = []
+        for number, row in enumerate(rows, 1):
+            answer = row["extra_info"]["answer"] if kind == "their own answers" else ""
+            try:
+                given[kind].append(score(function, row, answer, **options))
+            # As above.
+            except Exception as error:
+                raise UsageError(f"REWARD={file}:{name} fails on row {number} of {data} ({kind}): {brief(error, file)}") from error
+    each = (time.monotonic() - started) / 2 / len(rows)
+    print(f"REWARD={file.name}:{name} gives the first {len(rows)} rows " + ", ".join(
+        f"{kind}: {' '.join(f'{value:.3g}' for value in values)}" for kind, values in given.items()) + f"; {each:.2g} s an answer")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))
