@@ -62,10 +62,9 @@ def apply() -> None:
     from verl.workers.rollout.vllm_rollout import vllm_rollout_spmd
     from vllm.worker.multi_step_model_runner import MultiStepModelRunner
 
-    for module in (speedups.multi_step, speedups.packed_ppo):
-        for name, function in list(vars(module).items()):
-            if isinstance(function, FunctionType) and function.__module__.startswith("bridge.trainers"):
-                counted(module, name)
+    for name, function in list(vars(speedups.packed_ppo).items()):
+        if isinstance(function, FunctionType) and function.__module__.startswith("bridge.trainers"):
+            counted(speedups.packed_ppo, name)
     counted(speedups, "inspect_models_in_process")
     counted(speedups, "freeze_gc")
     counted(vllm_rollout_spmd, "LLM", "make_engine")

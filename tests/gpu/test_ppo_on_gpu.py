@@ -20,7 +20,6 @@ STEPS = 3
 DRIVEN = {
     "rms_norm_forward", "rms_norm_backward", "bucket_rms_norm", "rope_forward", "rope_backward", "swiglu_forward",
     "swiglu_backward", "FusedAdamW", "make_engine", "inspect_models_in_process", "freeze_gc", "expose_multi_step_model",
-    "asks_for_tokens_only", "kept_length", "append", "process_turn",
     "pack_responses", "prediction_mask", "unpack", "forward_log_probs", "forward_values", "flash_attention_kwargs", "pack",
     "packed_logits", "averages_groups", "group_weights"}
 

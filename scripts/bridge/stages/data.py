@@ -152,7 +152,7 @@ def checked_row(row: object, question: str, answer: str, form: str) -> dict[str,
         raise ValueError(f"not a JSON object but of type {type(row).__name__}")
     found = {}
     for name, key in (("question", question), ("answer", answer)):
-        if row.get(key) is None:
+        if key not in row:
             raise ValueError(f"has no {key!r} (it has {reprlib.repr(sorted(map(str, row)))})")
         value = row[key]
         if name == "answer" and isinstance(value, int | float) and not isinstance(value, bool):

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from bridge.trainers import multi_step, packed_ppo
+from bridge.trainers import packed_ppo
 
 
 def fuse_layers(model_type: str) -> None:
@@ -80,22 +80,18 @@ def make_engine(**options: Any):
     """vLLM's engine with verl's options, for a process that trains too.
 
     No cache of prompts' keys and values: GSM8K's prompts share a few tokens only, and no answer can come from those of the
-    weights before. Where several steps are decoded between two turns of the scheduler, the bookkeeping is done at the turn,
-    for all of them together (multi_step), not for each step beside the GPU's work; and flash attention 2 decodes for heads of
-    64 elements: it was seen to be faster at it than 3 (docs/benchmarks.md).
+    weights before. Flash attention 2 decodes for heads of 64 elements: it was seen to be faster at it than 3
+    (docs/benchmarks.md).
     """
     from vllm import LLM
 
     inspect_models_in_process()
     # A collection takes half a second in a process with all this imported, and each CUDA graph is recorded after one.
     freeze_gc()
-    own = {}
-    if options.get("num_scheduler_steps", 1) > 1:
-        own["disable_async_output_proc"] = True
-        if head_size(model_config()) == 64:
-            # vLLM 0.8.5 has no option for it.
-            os.environ.setdefault("VLLM_FLASH_ATTN_VERSION", "2")
-    engine = LLM(**{**own, **options, "enable_prefix_caching": False})
+    if options.get("num_scheduler_steps", 1) > 1 and head_size(model_config()) == 64:
+        # vLLM 0.8.5 has no option for it.
+        os.environ.setdefault("VLLM_FLASH_ATTN_VERSION", "2")
+    engine = LLM(**{**options, "enable_prefix_caching": False})
     freeze_gc()
     if not options["enable_sleep_mode"]:
         # vLLM keeps its memory between the steps (free_cache_engine: false): PyTorch has no one to give its own back to, and
@@ -131,7 +127,6 @@ def apply() -> None:
     fuse_adamw()
     packed_ppo.apply()
     expose_multi_step_model()
-    multi_step.apply()
     replace_engine()
 
 
