@@ -17,7 +17,8 @@ from bridge.trainers import stoppable
 ROOT = Path(__file__).resolve().parents[1]
 # What a person's shell would have, without any setting of the bridge. On a GPU node, too, the tests train on CPU.
 SHELL = {**{name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ},
-         "CUDA_VISIBLE_DEVICES": "-1"}
+         # A training that hangs ends, and its log says where, before a test's patience does.
+         "CUDA_VISIBLE_DEVICES": "-1", "HANG_SECONDS": "300"}
 
 
 class Preloaded:

@@ -58,12 +58,6 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def fails(source: object, output: Path) -> list[str]:
-    with pytest.raises(UsageError) as error:
-        data.main([str(source), str(output)])
-    return error.value.problems
-
-
 def written_as_verl_does(rows: list[dict], split: str, file: Path) -> None:
     """Write with `datasets` and a map over the rows, as verl 0.5.0's preprocessing does."""
     import datasets
@@ -284,7 +278,7 @@ def test_bad_row_is_named_with_its_reason(source, tmp_path, bad, reason):
 
 
 def test_all_bad_rows_of_both_files_are_named_at_once(source, tmp_path):
-    (source / "train.jsonl").write_bytes(b"\n".join([b"{", line(), b"7", b"", line(answer="5")]))
+    (source / "train.jsonl").write_bytes(b"\n".join([b"{", line(), b"7", b"", line(answer="five")]))
     (source / "test.jsonl").write_bytes(b"\n".join([line(), b"\xff", line()]))
     shown = fails(source, tmp_path / "output")
     assert [text.split(": ")[0] for text in shown[:-1]] == [
@@ -342,11 +336,118 @@ def test_every_file_that_a_folder_lacks_is_named(source, tmp_path):
     assert len(fails(source, tmp_path / "output")) == 2
 
 
-def test_a_folder_of_parquet_files_is_refused_with_what_is_expected(tmp_path):
-    (tmp_path / "train.parquet").write_bytes(b"")
-    for text, split in zip(fails(tmp_path, tmp_path / "output"), data.SPLITS, strict=True):
-        assert f"lacks the file {tmp_path / split}.jsonl. A line of it is {data.FORM}" in text
-        assert text.endswith("Its parquet files are not read.")
+def test_a_folder_with_two_files_of_one_split_is_refused_beside_what_it_lacks(source, tmp_path):
+    (source / "train.csv").write_bytes(b"")
+    (source / "test.jsonl").unlink()
+    two, lacks = fails(source, tmp_path / "output")
+    assert "has train.jsonl and train.csv. Keep one of them." in two
+    assert f"lacks the file {source / 'test'}.jsonl" in lacks and data.FORM in lacks
+
+
+# ---- other forms, other columns
+
+ROWS = [{"q": f"What is twice {number}?", "a": f"{number}+{number}\n#### {2 * number}", "more": None} for number in range(20)]
+
+
+def written(folder: Path, suffix: str, rows: list[dict]) -> Path:
+    """These rows as a file of this form, by the libraries that people write them with."""
+    import pandas
+
+    frame, file = pandas.DataFrame(rows), folder / f"mine{suffix}"
+    {".jsonl": lambda: frame.to_json(file, orient="records", lines=True), ".json": lambda: frame.to_json(file, orient="records"),
+     ".csv": lambda: frame.to_csv(file, index=False), ".parquet": lambda: frame.to_parquet(file)}[suffix]()
+    return file
+
+
+def made_of(file: Path, output: Path, *form: str) -> dict[str, list[dict]]:
+    """The rows that the stage makes of it."""
+    data.main([str(file), str(output), "q", "a", *(form or ("number", "0"))])
+    return {split: rows_of(output / f"{split}.parquet") for split in data.SPLITS}
+
+
+@pytest.mark.parametrize("suffix", data.READERS)
+def test_a_file_of_every_form_is_split_by_the_seed(tmp_path, suffix):
+    file = written(tmp_path, suffix, ROWS)
+    made = made_of(file, tmp_path / "output")
+    assert [len(made[split]) for split in data.SPLITS] == [18, 2]
+    questions = {split: [row["extra_info"]["question"] for row in made[split]] for split in data.SPLITS}
+    assert sorted(questions["train"] + questions["test"]) == sorted(row["q"] for row in ROWS)
+    assert made["train"][0]["reward_model"]["ground_truth"] in [str(2 * number) for number in range(20)]
+    assert made_of(file, tmp_path / "again") == made
+    assert made_of(file, tmp_path / "other", "number", "1")["test"] != made["test"]
+
+
+@pytest.mark.parametrize("suffix", data.READERS)
+def test_a_number_is_an_answer(tmp_path, suffix):
+    rows = [{"q": f"{value} is?", "a": value} for value in (7, -3, 1000)]
+    made = made_of(written(tmp_path, suffix, rows), tmp_path / "output")
+    rows = made["train"] + made["test"]
+    assert {row["reward_model"]["ground_truth"] for row in rows} == {"7", "-3", "1000"}
+    assert {row["extra_info"]["answer"] for row in rows} == {"#### 7", "#### -3", "#### 1000"}
+
+
+@pytest.mark.parametrize(("answer", "reason"), [
+    ("1e3", "the answer's last line is not '#### NUMBER' but '1e3'"), ("½", "but '½'"), ("#### ½", "but '#### ½'"),
+    ("7\0", "its 'a' holds NUL (character 2)"), ("", "its 'a' is empty"), ("四十二", "but '四十二'")])
+def test_a_bad_row_of_a_csv_is_named_by_its_line(tmp_path, answer, reason):
+    # A quoted field may hold line ends: the line is where the row ends.
+    (tmp_path / "mine.csv").write_text(f'q,a\n"two\nlines","#### 2"\nnext,"{answer}"\nlast,3\n', encoding="utf-8")
+    first, *_ = fails(tmp_path / "mine.csv", tmp_path / "output")
+    assert first.startswith(f"{tmp_path / 'mine.csv'}, line 4: ") and reason in first
+
+
+def fails(source: object, output: Path, *more: str) -> list[str]:
+    with pytest.raises(UsageError) as error:
+        data.main([str(source), str(output), *(more or (("q", "a", "number", "0") if str(source).endswith(".csv") else ()))])
+    return error.value.problems
+
+
+def test_any_answer_is_taken_where_a_reward_judges_it(tmp_path):
+    rows = [{"q": "猫は？", "a": "いいえ\nはい"}, {"q": "Huge? " * 200_000, "a": "1"}, {"q": "#### 1", "a": "#### 2 #### 3"}]
+    made = made_of(written(tmp_path, ".jsonl", rows), tmp_path / "output", "text", "0")
+    found = {row["extra_info"]["question"]: row for row in made["train"] + made["test"]}
+    truths = {question: row["reward_model"]["ground_truth"] for question, row in found.items()}
+    assert truths == {row["q"]: row["a"] for row in rows}
+    assert all(row["prompt"] == [{"content": question, "role": "user"}] for question, row in found.items())
+    assert {row["data_source"] for row in found.values()} == {"mine.jsonl"}
+
+
+def test_what_comes_twice_is_left_out_of_training(tmp_path, capsys):
+    for split, numbers in {"train": [1, 2, 1, 3, 4], "test": [3, 5, 5]}.items():
+        (tmp_path / f"{split}.jsonl").write_bytes(b"\n".join(line(question=f"{number}?") for number in numbers))
+    data.main([str(tmp_path), str(tmp_path / "output")])
+    assert [row["extra_info"]["question"] for row in rows_of(tmp_path / "output" / "train.parquet")] == ["1?", "2?", "4?"]
+    assert [row["extra_info"]["question"] for row in rows_of(tmp_path / "output" / "test.parquet")] == ["3?", "5?"]
+    said = capsys.readouterr().out
+    assert "2 of 5 rows of train dropped" in said and "1 of 3 rows of test dropped" in said
+
+
+@pytest.mark.parametrize(("name", "content", "said"), [
+    ("mine.txt", b"x", "ends in none of .jsonl, .json, .csv, .parquet"), ("mine.json", b"{}", "it is not a list of rows"),
+    ("mine.json", b"[", "cannot be read as .json"), ("mine.parquet", b"x", "cannot be read as .parquet"),
+    ("mine.csv", b"\xff,a\n1,2\n", "cannot be read as .csv"), ("mine.csv", b"q,a\n1,2,3\n", "line 2: not a JSON object"),
+    ("mine.csv", b"q,a\n1\n", "line 2: its 'a' is not a text"), ("mine.csv", b"q,a\n1,1\n", "one row is not enough"),
+    ("mine.csv", b"x,a\n1,1\n", "line 2: has no 'q'"), ("mine.csv", b"", "has no rows")])
+def test_a_file_that_cannot_be_is_refused_in_one_line(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    assert said in fails(tmp_path / name, tmp_path / "output", "q", "a", "number", "0")[0]
+    assert not (tmp_path / "output").exists()
+
+
+def test_another_data_set_of_the_hub_is_fetched_by_its_name(tmp_path, monkeypatch):
+    import datasets
+
+    asked, rows = [], [{"q": f"{number}?", "a": str(number)} for number in range(10)]
+
+    def load_dataset(*names):
+        asked.append(names)
+        return datasets.DatasetDict(train=datasets.Dataset.from_list(rows))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    made = made_of("someone/sums:small", tmp_path / "output")
+    assert asked == [("someone/sums", "small")] and [len(made[split]) for split in data.SPLITS] == [9, 1]
+    with pytest.raises(UsageError, match=r"^someone/sums train, row 1: has no 'question'"):
+        data.main(["someone/sums", str(tmp_path / "other")])
 
 
 def test_folder_may_be_relative_or_in_the_home(source, tmp_path, monkeypatch):
@@ -418,7 +519,7 @@ def test_unreachable_hub_names_the_cures(tmp_path, surroundings):
     )
     assert child.returncode == 2
     assert "Traceback" not in child.stderr
-    for word in ("openai/gsm8k", "machine with internet", "DATA_SOURCE=folder", "train.jsonl", "DATA_SOURCE=builtin"):
+    for word in ("openai/gsm8k", "machine with internet", "DATA_SOURCE=)", "train.jsonl", "DATA_SOURCE=builtin"):
         assert word in child.stderr
     assert not (tmp_path / "output").exists()
 
@@ -437,9 +538,9 @@ def test_rows_of_the_hub_are_checked_and_written_alike(tmp_path, monkeypatch):
     data.main(["hub", str(tmp_path / "output")])
     assert asked == [("openai/gsm8k", "main")]
     assert [row["extra_info"]["index"] for row in rows_of(tmp_path / "output" / "train.parquet")] == [0, 1, 2]
-    rows["test"] = [GOOD, {**GOOD, "answer": "5"}]
+    rows["test"] = [GOOD, {**GOOD, "answer": "five"}]
     first, _ = fails("hub", tmp_path / "other")
-    assert first.startswith("openai/gsm8k test, row 2: the answer's last line is not '#### NUMBER' but '5'")
+    assert first.startswith("openai/gsm8k test, row 2: the answer's last line is not '#### NUMBER' but 'five'")
     assert not (tmp_path / "other").exists()
 
 
@@ -461,7 +562,8 @@ def test_plan_runs_this_module_with_the_checked_source(source, tmp_path, monkeyp
     env = {"WORK_DIR": str(tmp_path / "work"), "DATA_SOURCE": "source"}
     plan = data.plan(settings.read(env), env)
     folder = tmp_path / "work" / "data" / "gsm8k"
-    assert plan.command == [sys.executable, "-m", "bridge.stages.data", str(source), str(folder)]
+    assert plan.command == [sys.executable, "-m", "bridge.stages.data", str(source), str(folder), "question", "answer", "number",
+                            "0"]
     assert plan.record_dir == folder
     assert not plan.keep_log
     assert not (tmp_path / "work").exists()
@@ -487,7 +589,7 @@ def test_data_of_another_source_are_not_replaced(source, tmp_path):
             planned(wanted)
         for said in (f"{folder} holds data made with DATA_SOURCE={source}", f"DATA_SOURCE={wanted} would replace", "make model"):
             assert said in str(caught.value)
-    assert planned(source).command == [sys.executable, *planned_command(source)[1:-1], str(folder)]
+    assert planned(source).command[:5] == [sys.executable, *planned_command(source)[1:-1], str(folder)]
     for file in folder.glob("*.parquet"):
         file.unlink()
     assert planned("builtin").command

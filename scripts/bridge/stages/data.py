@@ -82,13 +82,13 @@ def recorded_form(folder: Path) -> str:
 
 
 def checked_source(source: str) -> str:
-    """hub, builtin, OWNER/NAME[:CONFIGURATION] on the hub, or the absolute path of a file or a folder. Else a UsageError."""
+    """hub, builtin, OWNER/NAME[:CONFIGURATION], or the absolute path of a file or a folder; a UsageError for what is none."""
     path = Path(os.path.abspath(os.path.expanduser(source)))
     if source in ("hub", "builtin") or (HUB_NAME.fullmatch(source) and not is_local(source) and not path.exists()):
         return source
     if not path.exists():
-        raise UsageError(f"DATA_SOURCE={source!r} is neither hub ({GSM8K}), nor builtin (made-up problems), nor OWNER/NAME (a data "
-                         "set on the hub), nor a file or a folder that exists (with train.jsonl and test.jsonl)."
+        raise UsageError(f"DATA_SOURCE={source!r} is neither hub ({GSM8K}), nor builtin (made-up problems), nor OWNER/NAME on "
+                         "the hub, nor a file or a folder that exists (with train.jsonl and test.jsonl)."
                          f"{nearest(source.lower(), ['hub', 'builtin'])}")
     source_files(path)
     return str(path)
@@ -225,7 +225,7 @@ def from_files(path: Path) -> dict[str, Numbered]:
 
 
 def from_hub(source: str) -> dict[str, Numbered]:
-    """Fetch GSM8K, or another data set, from the Hugging Face Hub (or take it from its cache). A UsageError if it cannot be had."""
+    """Fetch GSM8K, or another data set, from the Hugging Face Hub or its cache. A UsageError if it cannot be had."""
     # Here, because the other sources need neither and start a second sooner without.
     import datasets
     import requests
@@ -241,7 +241,7 @@ def from_hub(source: str) -> dict[str, Numbered]:
             f"{name} cannot be had from the Hugging Face Hub: {type(error).__name__}: {str(error).splitlines()[0]}",
             "Either fetch it on a machine with internet (`make data` there; the same WORK_DIR, or copy its data folder), or give "
             "a file, or a folder with train.jsonl and test.jsonl (DATA_SOURCE=), or rehearse with made-up problems "
-            "(DATA_SOURCE=builtin). One of several configurations is named so: DATA_SOURCE=OWNER/NAME:CONFIGURATION.") from error
+            "(DATA_SOURCE=builtin). One of several: DATA_SOURCE=OWNER/NAME:CONFIGURATION.") from error
     if "train" not in found:
         raise UsageError(f"{name} has no split train; it has {', '.join(found)}. Save what you want as a file (DATA_SOURCE=FILE).")
     splits = SPLITS if "test" in found else ("train",)
@@ -284,9 +284,8 @@ def drawn(rows: Rows, seed: int) -> dict[str, Rows]:
     """Both splits of one file, in its order. A UsageError for a single row."""
     if len(rows) < 2:
         raise UsageError("one row is not enough for a train and a test split. Use more data.")
-    count = max(1, round(TEST_SHARE * len(rows)))
-    chosen = set(random.Random(seed).sample(range(len(rows)), count))
-    return {"train": [row for place, row in enumerate(rows) if place not in chosen], "test": [rows[place] for place in sorted(chosen)]}
+    chosen = set(random.Random(seed).sample(range(len(rows)), max(1, round(TEST_SHARE * len(rows)))))
+    return {split: [row for place, row in enumerate(rows) if (place in chosen) == (split == "test")] for split in SPLITS}
 
 
 def table(split: str, rows: Rows, form: str = "number", source: str = GSM8K) -> Table:

@@ -20,7 +20,7 @@ from bridge.errors import UsageError, exit_status, refuse, say, write_whole
 from bridge.plan import Plan
 from bridge.runs import record
 from bridge.settings import Settings
-from bridge.stages import merge, ppo, train
+from bridge.stages import merge, ppo, reward, train
 from bridge.trainers import loopback
 
 # Rows that transformers answers at once; more only pads more.
@@ -51,9 +51,14 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
     problems: list[str] = []
     models, notes = chosen_models(settings, problems)
     # What PPO's configuration says of the data: as this run's PPO had it, if there was one, else as the profile has it.
-    config = (record.read(settings.stage_dir("ppo")) or {}).get("config") or compose.compose(
+    whole = (record.read(settings.stage_dir("ppo")) or {}).get("config") or compose.compose(
         "ppo", [f"profile/ppo={settings.profile}"], train.NAMES)
-    config = {**config["data"], "train_files": [], "val_files": [str(settings.data_dir / "test.parquet")]}
+    judge = whole["custom_reward_function"]
+    if settings.reward:
+        judge = {"path": str(settings.reward[0]), "name": settings.reward[1]}
+    if judge["path"] and not Path(judge["path"]).is_file():
+        problems.append(f"REWARD: there is no file {judge['path']}, by which PPO judged the answers.")
+    config = {**whole["data"], "train_files": [], "val_files": [str(settings.data_dir / "test.parquet")]}
     rows = train.data_problems({"data": config}, ppo.columns({"data": config}), problems)
     if rows and not rows[1]:
         problems.append(f"{config['val_files'][0]} has no rows. Run `make data` again.")
@@ -72,12 +77,16 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
     if not gpus:
         notes.append(f"no GPU visible: on {hardware.cpu_count()} CPU cores, with transformers; LIMIT= takes fewer rows")
     kept = {key: config[key] for key in ("max_prompt_length", "max_response_length", "truncation")}
+    if judge["path"]:
+        kept["reward"] = [judge["path"], judge["name"], judge.get("reward_kwargs") or {}]
+        notes.append(f"answers are judged by {judge['path']}:{judge['name']}")
     output = settings.stage_dir("eval")
     return Plan(
         command=[sys.executable, "-u", "-m", "bridge.stages.eval", config["val_files"][0], str(output), str(count),
                  "vllm" if gpus else "transformers", json.dumps(kept), *(f"{name}={folder}" for name, folder in models.items())],
         env=own_env, record_dir=output, notes=notes, config={"data": kept, "rows": count},
         inputs={"data": record.sha256(settings.data_dir / "test.parquet"),
+                "code": {"reward": record.sha256(Path(judge["path"]))} if judge["path"] else {},
                 "models": {name: {**train.model_fingerprint(folder), "merged_from": merged_from(settings, name)}
                            for name, folder in models.items()}},
     )
@@ -177,17 +186,26 @@ def score(text: str, data_source: str, ground_truth: str) -> dict[str, Any]:
 
 
 def summary(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the rows of one model come to; Wilson's confidence interval, unlike the normal one, is right near 0 and 1, too."""
-    from scipy.stats import binomtest
-
+    """What the rows of one model come to."""
     count = len(answers)
     found = {"rows": count}
     for key, name in (("score", "accuracy"), ("last_number_score", "last_number_accuracy")):
-        correct = sum(answer[key] for answer in answers)
-        interval = binomtest(int(correct), count).proportion_ci(CONFIDENCE, method="wilson")
-        found |= {name: correct / count, f"{name}_interval": tuple(map(float, interval))}
+        if key in answers[0]:
+            scores = [answer[key] for answer in answers]
+            found |= {name: sum(scores) / count, f"{name}_interval": interval(scores)}
     return {**found, "mean_response_tokens": sum(answer["response_tokens"] for answer in answers) / count,
             "cut_off": sum(answer["cut_off"] for answer in answers) / count}
+
+
+def interval(scores: Sequence[float]) -> tuple[float, float]:
+    """Confidence interval of a mean: Wilson's, which is right near 0 and 1, too; Student's of scores other than 0 and 1."""
+    from scipy import stats
+
+    if set(scores) <= {0, 1}:
+        return tuple(map(float, stats.binomtest(int(sum(scores)), len(scores)).proportion_ci(CONFIDENCE, method="wilson")))
+    half = float(stats.sem(scores) * stats.t.ppf((1 + CONFIDENCE) / 2, len(scores) - 1)) if len(scores) > 1 else float("inf")
+    mean = sum(scores) / len(scores)
+    return mean - half, mean + half
 
 
 def evaluate(name: str, folder: Path, data: Path, rows: int, limits: Mapping[str, Any],
@@ -195,13 +213,16 @@ def evaluate(name: str, folder: Path, data: Path, rows: int, limits: Mapping[str
     """Ask one model the first so many problems; returns a row for each answer.
 
     Args:
-        limits: max_prompt_length, max_response_length (tokens) and truncation, in verl's words.
+        limits: max_prompt_length, max_response_length (tokens) and truncation, in verl's words; reward, if there is one: its
+            file, its function and further arguments.
     """
     from omegaconf import OmegaConf
     from verl.utils import hf_tokenizer
     from verl.utils.dataset.rl_dataset import RLHFDataset
 
     tokenizer = hf_tokenizer(str(folder))
+    file, function, options = limits.get("reward") or (None, None, {})
+    judge = file and reward.load(Path(file), function)
     dataset = RLHFDataset(str(data), tokenizer, OmegaConf.create({**limits, "filter_overlong_prompts": False}))
     problems = [dataset[place] for place in range(rows)]
     prompts = [problem["raw_prompt_ids"] for problem in problems]
@@ -209,20 +230,23 @@ def evaluate(name: str, folder: Path, data: Path, rows: int, limits: Mapping[str
     for problem, prompt, answer in zip(problems, prompts, generate(folder, prompts, limits["max_response_length"]), strict=True):
         text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
         truth = problem["reward_model"]["ground_truth"]
+        scores = {"score": reward.score(judge, problem, text, **options)} if judge else score(text, problem["data_source"], truth)
         answers.append({"model": name, "index": problem["index"], "prompt": tokenizer.decode(prompt), "response": text,
-                        **score(text, problem["data_source"], truth), "ground_truth": truth,
+                        **scores, "ground_truth": truth,
                         "response_tokens": len(answer.tokens), "cut_off": answer.cut_off})
     return answers
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """The closing table."""
-    def percent(result: Mapping[str, Any], name: str) -> str:
-        low, high = result[f"{name}_interval"]
+    def shown(result: Mapping[str, Any], name: str) -> str:
+        low, high = result.get(f"{name}_interval", (0, 0))
+        if name not in result:
+            return "-"
         return f"{100 * result[name]:6.2f} % [{100 * low:.2f}, {100 * high:.2f}]"
 
     lines = [f"{'model':<7}{'rows':>6}  {'accuracy [95 %]':<26}{'by last number [95 %]':<26}{'tokens':>7}{'cut off':>10}"]
-    lines += [f"{name:<7}{result['rows']:>6}  {percent(result, 'accuracy'):<26}{percent(result, 'last_number_accuracy'):<26}"
+    lines += [f"{name:<7}{result['rows']:>6}  {shown(result, 'accuracy'):<26}{shown(result, 'last_number_accuracy'):<26}"
               f"{result['mean_response_tokens']:>7.1f}{100 * result['cut_off']:>8.1f} %" for name, result in results.items()]
     return "\n".join(lines)
 

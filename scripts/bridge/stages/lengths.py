@@ -37,7 +37,7 @@ def compare(data: Mapping[str, Any], found: list[list[int]], notes: list[str]) -
     else:
         # An answer is the model's own: the data's only tell how long one may have to be.
         strict = data["truncation"] == "error" and not data["filter_overlong_prompts"]
-        limits = [("max_prompt_length", "prompts", prompts, strict), ("max_response_length", "answers of the data", answers, False)]
+        limits = [("max_prompt_length", "prompts", prompts, strict), ("max_response_length", "answers there", answers, False)]
     problems = []
     for key, what, counts, strict in limits:
         limit, longest = data[key], max(counts)
@@ -46,8 +46,8 @@ def compare(data: Mapping[str, Any], found: list[list[int]], notes: list[str]) -
         if not over:
             notes.append(said)
         elif strict:
-            problems.append(f"{said}: verl stops at the {over} of {len(counts)} that are longer. Use data.{key}={longest}, or leave "
-                            "them out of the data.")
+            problems.append(f"{said}: verl stops at the {over} of {len(counts)} that are longer. Use data.{key}={longest}, or "
+                            "leave them out of the data.")
         else:
             notes.append(f"warning: {said}: {over} of {len(counts)} are longer; data.{key}={longest} would fit")
     return problems

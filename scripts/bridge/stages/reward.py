@@ -1,7 +1,7 @@
-"""[image] A reward of one's own, REWARD=FILE.py:FUNCTION (verl's custom_reward_function): loaded, and tried before a training.
+"""[image] A reward of one's own, REWARD=FILE.py:FUNCTION (verl's custom_reward_function): loaded, and tried before PPO.
 
-FUNCTION(data_source, solution_str, ground_truth, extra_info) returns a number, or a dict of which "score" is one. docs/own_data.md
-has an example.
+FUNCTION(data_source, solution_str, ground_truth, extra_info) returns a number, or a dict of which "score" is one; an example
+is in docs/own_data.md.
 """
 
 import json
@@ -13,7 +13,6 @@ import traceback
 from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import util
-from itertools import islice
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,8 @@ def tried(file: Path, name: str, digest: str, options: str, data: Path) -> str:
     except subprocess.TimeoutExpired:
         raise UsageError(f"REWARD={file}:{name} takes longer than {PATIENCE} s for {ROWS} rows, and a step has hundreds. Make it "
                          "faster, or let it give up.") from None
-    said = result.stdout.strip().rpartition("\n")[2] if result.returncode == 0 else result.stderr.strip().rpartition("\n")[2]
+    # What the user's program prints comes before.
+    said = (result.stderr if result.returncode else result.stdout).strip().rpartition("\n")[2]
     if result.returncode:
         raise UsageError(said.removeprefix("bridge: ") or f"REWARD={file}:{name} ended its process ({result.returncode}).")
     return said
@@ -82,21 +82,19 @@ def score(function: Callable[..., Any], row: Mapping[str, Any], answer: str, **o
 def main() -> None:
     """What tried() runs: the file, the function, further arguments as JSON, and the data."""
     file, name, options, data = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]), sys.argv[4]
-    rows = list(islice(parquet.ParquetFile(data).iter_batches(ROWS), 1))[0].to_pylist()
-    function, given = load(file, name), {}
-    started = time.monotonic()
-    for kind in ("their own answers", "empty ones"):
-        given[kind] = []
+    rows = next(parquet.ParquetFile(data).iter_batches(ROWS)).to_pylist()
+    function, given, started = load(file, name), {"their own answers": [], "empty ones": []}, time.monotonic()
+    for kind, values in given.items():
         for number, row in enumerate(rows, 1):
-            answer = row["extra_info"]["answer"] if kind == "their own answers" else ""
             try:
-                given[kind].append(score(function, row, answer, **options))
+                values.append(score(function, row, "" if kind == "empty ones" else row["extra_info"]["answer"], **options))
             # As above.
             except Exception as error:
-                raise UsageError(f"REWARD={file}:{name} fails on row {number} of {data} ({kind}): {brief(error, file)}") from error
+                where = f"row {number} of {data}, {kind}"
+                raise UsageError(f"REWARD={file}:{name} fails ({where}): {brief(error, file)}") from error
     each = (time.monotonic() - started) / 2 / len(rows)
-    print(f"REWARD={file.name}:{name} gives the first {len(rows)} rows " + ", ".join(
-        f"{kind}: {' '.join(f'{value:.3g}' for value in values)}" for kind, values in given.items()) + f"; {each:.2g} s an answer")
+    said = ", ".join(f"{kind}: {' '.join(f'{value:.3g}' for value in values)}" for kind, values in given.items())
+    print(f"REWARD={file.name}:{name} gives the first {len(rows)} rows {said}; {each:.2g} s an answer")
 
 
 if __name__ == "__main__":
