@@ -241,7 +241,7 @@ def from_hub(source: str) -> dict[str, Numbered]:
             f"{name} cannot be had from the Hugging Face Hub: {type(error).__name__}: {str(error).splitlines()[0]}",
             "Either fetch it on a machine with internet (`make data` there; the same WORK_DIR, or copy its data folder), or give "
             "a file, or a folder with train.jsonl and test.jsonl (DATA_SOURCE=), or rehearse with made-up problems "
-            "(DATA_SOURCE=builtin). One of several: DATA_SOURCE=OWNER/NAME:CONFIGURATION.") from error
+            "(DATA_SOURCE=builtin). Of several: DATA_SOURCE=OWNER/NAME:CONFIGURATION.") from error
     if "train" not in found:
         raise UsageError(f"{name} has no split train; it has {', '.join(found)}. Save what you want as a file (DATA_SOURCE=FILE).")
     splits = SPLITS if "test" in found else ("train",)

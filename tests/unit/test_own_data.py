@@ -1,0 +1,136 @@
+"""Data and a reward of one's own in the stages that train and judge: what is looked at before the start, and a whole run."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from bridge.errors import UsageError
+from bridge.runs import metrics, record
+from bridge.stages import eval as evaluation
+from bridge.stages import reward
+from door import bridge
+
+GOOD = "def digits(data_source, solution_str, ground_truth, extra_info):\n    return sum(map(str.isdigit, solution_str)) / 100\n"
+
+
+def own_data(work_dir: Path, questions: list[str], **env: str) -> dict[str, str]:
+    """A WORK_DIR with a model and data of a csv, whose answers no number ends; returns the settings for it."""
+    work_dir.mkdir(exist_ok=True)
+    (work_dir / "mine.csv").write_text("ask,say\n" + "".join(f"{text},yes {place}\n" for place, text in enumerate(questions)))
+    (work_dir / "judge.py").write_text(GOOD)
+    env = {"WORK_DIR": str(work_dir), "MODEL": "tiny", "PROFILE": "tiny", "GPUS": "2", "DATA_SOURCE": str(work_dir / "mine.csv"),
+           "QUESTION": "ask", "ANSWER": "say", "REWARD": f"{work_dir / 'judge.py'}:digits", **env}
+    for stage in ("data", "model"):
+        result = bridge(stage, **env)
+        assert result.returncode == 0, result.stderr
+    return env
+
+
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory) -> dict[str, str]:
+    return own_data(tmp_path_factory.mktemp("mine") / "work", [f"Question {number}?" for number in range(100)])
+
+
+def test_a_dry_run_says_how_long_the_rows_are_and_what_the_reward_gives(mine):
+    result = bridge("ppo", "--dry-run", **mine)
+    assert result.returncode == 0, result.stderr
+    assert "prompts: 23 to 24 tokens, data.max_prompt_length=384" in result.stderr
+    assert "answers there: 4 to 5 tokens, data.max_response_length=48" in result.stderr
+    # Of "yes 3" and "yes 33".
+    assert "REWARD=judge.py:digits gives the first 10 rows their own answers: 0.01 0.01" in result.stderr
+    assert f"custom_reward_function.path='{mine['REWARD'].partition(':')[0]}'".replace("'", "") in result.stdout.replace("'", "")
+    assert "rows: 27 to 29 tokens, data.max_length=256" in bridge("sft", "--dry-run", **mine).stderr
+
+
+def test_answers_without_numbers_need_a_reward(mine):
+    result = bridge("ppo", "--dry-run", **{**mine, "REWARD": ""})
+    assert result.returncode == 2 and "Say what judges them: REWARD=FILE.py:FUNCTION." in result.stderr
+    assert bridge("sft", "--dry-run", **{**mine, "REWARD": ""}).returncode == 0
+
+
+def test_rows_longer_than_a_limit_are_refused_with_the_limit_that_fits(tmp_path):
+    env = own_data(tmp_path / "work", [*(f"Question {number}?" for number in range(99)), "long " * 500 + "?"])
+    for stage, key in (("sft", "max_length"), ("ppo", "max_prompt_length")):
+        more = ["data.truncation=error"] if stage == "sft" else ["actor_rollout_ref.actor.ppo_max_token_len_per_gpu=9999"]
+        result = bridge(stage, "--dry-run", *more, **env)
+        assert result.returncode == 2 and "verl stops at the 1 of 100 that are longer" in result.stderr
+        fits = result.stderr.partition(f"Use data.{key}=")[2].partition(",")[0]
+        result = bridge(stage, "--dry-run", f"data.{key}={fits}", *more, **env)
+        assert result.returncode == 0, result.stderr
+        # One less does not.
+        assert bridge(stage, "--dry-run", f"data.{key}={int(fits) - 1}", *more, **env).returncode == 2
+    # Cut off, as the small profiles have it: said, since an answer's end may be what is cut.
+    assert "1 of 100 are longer; data.max_length=" in bridge("sft", "--dry-run", **env).stderr
+
+
+@pytest.mark.parametrize(("program", "said"), [
+    (GOOD.replace("digits", "other"), "the file has no function digits"),
+    ("digits = 3\n", "the file has no function digits"),
+    ("def digits(:\n", "cannot be loaded: SyntaxError"),
+    ("import no_such_module\n", "cannot be loaded: ModuleNotFoundError: No module named 'no_such_module' (line 1)"),
+    ("def digits(**row):\n    return 1 / 0\n", "their own answers): ZeroDivisionError: division by zero (line 2)"),
+    ("def digits(solution_str, **row):\n    return 1 / len(solution_str)\n", "empty ones): ZeroDivisionError"),
+    ("def digits(**row):\n    return 'good'\n", "it returned 'good'. A finite number is wanted"),
+    ("def digits(**row):\n    return float('nan')\n", "it returned nan"),
+    ("def digits(**row):\n    return {'points': 1}\n", "it returned {'points': 1}"),
+    ("def digits(answer):\n    return 1\n", "TypeError"),
+    ("import os\ndef digits(**row):\n    os._exit(3)\n", "ended its process (3)"),
+])
+def test_a_reward_that_does_not_do_is_refused_with_its_place(mine, tmp_path, program, said):
+    (tmp_path / "judge.py").write_text(program)
+    result = bridge("ppo", "--dry-run", **{**mine, "REWARD": f"{tmp_path / 'judge.py'}:digits"})
+    assert result.returncode == 2 and said in result.stderr and "Traceback" not in result.stderr
+    assert str(tmp_path / "judge.py") in result.stderr
+
+
+def test_a_reward_that_takes_too_long_is_refused(mine, tmp_path, monkeypatch):
+    (tmp_path / "judge.py").write_text("import time\ndef digits(**row):\n    time.sleep(100)\n")
+    monkeypatch.setattr(reward, "PATIENCE", 3)
+    with pytest.raises(UsageError, match=r"takes longer than 3 s for 10 rows"):
+        reward.tried(tmp_path / "judge.py", "digits", "", "{}", Path(mine["WORK_DIR"], "data/gsm8k/train.parquet"))
+
+
+def test_numbers_of_every_kind_are_rewards():
+    import numpy
+    row = {"data_source": "mine", "reward_model": {"ground_truth": "1"}, "extra_info": {}}
+    for given in (1, 0.5, True, numpy.float32(0.5), {"score": 1, "more": "x"}):
+        assert reward.score(lambda given=given, **_row: given, row, "") == (given["score"] if isinstance(given, dict) else given)
+
+
+@pytest.mark.parametrize(("value", "said"), [("judge.py", "FILE.py:FUNCTION"), ("judge:f", "FILE.py:FUNCTION"), (":f", "FILE.py")])
+def test_a_reward_that_is_not_named_so_is_refused(mine, value, said):
+    result = bridge("ppo", "--dry-run", **{**mine, "REWARD": value})
+    assert result.returncode == 2 and f"REWARD={value!r} is not of the form {said}" in result.stderr
+
+
+def test_scores_other_than_0_and_1_have_an_interval_of_their_own():
+    low, high = evaluation.interval([0.2, 0.4, 0.9, 0.5])
+    # By hand: mean 0.5, standard error 0.1472, t of three degrees of freedom 3.182.
+    assert (low, high) == pytest.approx((0.5 - 3.182 * 0.1472, 0.5 + 3.182 * 0.1472), abs=1e-3)
+    assert evaluation.interval([0.3])[1] == math.inf
+
+
+@pytest.mark.long
+def test_ppo_and_eval_are_judged_by_the_reward(mine):
+    result = bridge("ppo", "trainer.total_training_steps=1", **mine, timeout=600)
+    assert result.returncode == 0, result.stderr
+    folder = Path(mine["WORK_DIR"], "runs/default")
+    (row,) = metrics.read(folder / "ppo" / "metrics.jsonl")
+    # A random model writes some digits, and verl's own scorer would give 0 or 1 or refuse the data.
+    assert 0 < row["critic/score/mean"] < 0.48
+    recorded = record.read(folder / "ppo")
+    judge = Path(mine["REWARD"].partition(":")[0])
+    assert recorded["inputs"]["code"] == {"custom_reward_function.path": record.sha256(judge)}
+    # By the reward of the run, whether it is named again or not.
+    result = bridge("eval", **{**mine, "LIMIT": "4", "STAGE": "base", "REWARD": ""}, timeout=600)
+    assert result.returncode == 0, result.stderr
+    answers = [json.loads(line) for line in (folder / "eval" / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 4
+    for answer in answers:
+        assert answer["score"] == pytest.approx(sum(map(str.isdigit, answer["response"])) / 100)
+    # One that has changed is another run's.
+    judge.write_text(GOOD.replace("100", "50"))
+    result = bridge("ppo", "trainer.total_training_steps=1", **mine)
+    assert result.returncode == 2 and "code.custom_reward_function.path" in result.stderr
