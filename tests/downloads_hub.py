@@ -1,7 +1,6 @@
 """The stand-in hub with accounts and their rights, uploads in parts, models to download, and links that expire.
 
-The rehearsal only uploads, as one who may do everything (bridge.standins.hub); this half of the protocol is for the tests of
-the stages model and upload.
+standin_hub has the half of the protocol that a first upload needs, of one who may do everything.
 """
 
 import base64
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from bridge.standins.hub import ID, REVISION, Handler, Refusal, StandInHub, is_lfs
+from standin_hub import ID, REVISION, Handler, Refusal, StandInHub, is_lfs
 
 
 @dataclass(frozen=True)

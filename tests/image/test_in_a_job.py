@@ -8,7 +8,9 @@ from cluster import Cluster, NotHere, Site
 
 from bridge.runs import record
 from door import ROOT
+from standin_hub import StandInHub
 
+TOKEN = "token-of-the-stand-in-hub"
 SETTINGS = {"PROFILE": "tiny", "MODEL": "tiny", "DATA_SOURCE": "builtin", "GPUS": "1", "NET_PARTITION": "gpu"}
 
 
@@ -38,3 +40,7 @@ def test_a_chain_of_jobs_of_which_one_trains_over_two_nodes(site):
     assert recorded["attempts"][0]["image"] == str(ROOT / "bridge.sif") and recorded["attempts"][0]["job"] == jobs["sft"]
     assert (folder / "merged" / "config.json").exists()
     assert "node 1 (n2, 10.77.0.12) joins" in site.log(f"{jobs['sft']}.0.log")
+    with StandInHub(site.work_dir.parent / "hub", TOKEN) as hub:
+        result = site.make("upload", "STAGE=sft", "HF_REPO=someone/bridge", **hub.env(TOKEN))
+    assert result.returncode == 0, result.stderr
+    assert "config.json" in hub.repositories["someone/bridge"] and TOKEN not in result.stdout + result.stderr

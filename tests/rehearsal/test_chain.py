@@ -13,9 +13,12 @@ import pytest
 
 from bridge.runs import checkpoints, metrics, record
 from bridge.stages import merge
-from bridge.tools.rehearse import REPOSITORY, STEPS, TOKEN
-from door import SHELL, left_running, newest_checkpoint
+from bridge.tools.rehearse import REPOSITORY, STEPS
+from door import SHELL, bridge, left_running, newest_checkpoint
 from listeners import listeners_by_stage, rows_of_the_page
+from standin_hub import StandInHub
+
+TOKEN = "token-of-the-stand-in-hub"
 
 # In 64 steps the random model's loss has to fall to less than half (seen: 6.4 -> 2.3).
 LOSS_FALLS_BY = 2.0
@@ -41,6 +44,12 @@ class Rehearsal:
         self.output = said.read_text()
         assert door.returncode == 0, self.output[-6000:]
         self.folder = work_dir / "rehearsal"
+        # The rehearsal only shows the upload; to a stand-in for the hub it is done.
+        with StandInHub(work_dir / "hub", TOKEN) as hub:
+            env = {**secrets, "WORK_DIR": str(self.folder), "HF_REPO": REPOSITORY, "STAGE": "ppo", **hub.env(TOKEN)}
+            uploaded = bridge("upload", **env)
+        self.hub, self.uploaded = work_dir / "hub", uploaded.stdout + uploaded.stderr
+        assert uploaded.returncode == 0, self.uploaded
         self.left_running = left_running(work_dir)
 
     def stage(self, name: str) -> Path:
@@ -179,10 +188,11 @@ def test_eval_asks_base_sft_and_ppo_the_same_problems_and_keeps_every_answer(reh
 
 
 def test_the_stand_in_hub_holds_exactly_the_merged_model(rehearsal):
-    objects = {file.read_bytes() for file in (rehearsal.folder / "hub" / "objects").iterdir()}
+    objects = {file.read_bytes() for file in (rehearsal.hub / "objects").iterdir()}
     merged = {file.read_bytes() for file in (rehearsal.stage("ppo") / "merged").iterdir()}
     assert merged <= objects
-    assert f"{REPOSITORY} (commit " in rehearsal.output and "private" in rehearsal.output
+    assert f"{REPOSITORY} (commit " in rehearsal.uploaded and "private" in rehearsal.uploaded
+    assert "would go to the hub" in rehearsal.output and REPOSITORY in rehearsal.output
 
 
 def test_wandb_is_kept_offline_in_the_run_folder(rehearsal):
@@ -192,7 +202,7 @@ def test_wandb_is_kept_offline_in_the_run_folder(rehearsal):
 
 def test_no_secret_is_in_any_file_or_in_the_output(rehearsal):
     for secret in rehearsal.secrets:
-        assert secret not in rehearsal.output
+        assert secret not in rehearsal.output + rehearsal.uploaded
         for file in rehearsal.folder.rglob("*"):
             if file.is_file():
                 assert secret.encode() not in file.read_bytes(), file

@@ -99,7 +99,7 @@ def test_numbers_of_every_kind_are_rewards():
         assert reward.score(lambda given=given, **_row: given, row, "") == (given["score"] if isinstance(given, dict) else given)
 
 
-@pytest.mark.parametrize(("value", "said"), [("judge.py", "FILE.py:FUNCTION"), ("judge:f", "FILE.py:FUNCTION"), (":f", "FILE.py")])
+@pytest.mark.parametrize(("value", "said"), [("judge.py", "FILE.py:F"), ("judge:f", "FILE.py:F"), (":f", "FILE.py:F")])
 def test_a_reward_that_is_not_named_so_is_refused(mine, value, said):
     result = bridge("ppo", "--dry-run", **{**mine, "REWARD": value})
     assert result.returncode == 2 and f"REWARD={value!r} is not of the form {said}" in result.stderr

@@ -94,7 +94,7 @@ def test_a_link_within_the_folder_is_refused_and_nothing_behind_it_is_touched(st
 def test_what_the_tool_made_before_is_removed_and_what_a_person_put_beside_it_stays(started, tmp_path, tool, name):
     assert start(tool, tmp_path) == 7
     folder, elsewhere = tmp_path / name, tmp_path / "elsewhere"
-    write(folder, *MINE, "cache/old", "runs/default/sft/old", "runs/sft-a/sft/old", "runs/tp2/ppo/old", "hub/objects/old")
+    write(folder, *MINE, "cache/old", "runs/default/sft/old", "runs/sft-a/sft/old", "runs/tp2/ppo/old")
     write(elsewhere, "checkpoint")
     for link in ("runs/default/ppo", "data/gsm8k", "models/tiny"):
         (folder / link).symlink_to(elsewhere)
@@ -104,7 +104,7 @@ def test_what_the_tool_made_before_is_removed_and_what_a_person_put_beside_it_st
         assert start(tool, tmp_path) == 7
     left = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
     assert left >= set(MINE) and (elsewhere / "checkpoint").is_file()
-    removed = {"rehearse": {"cache/old", "runs/default/sft/old", "hub/objects/old"}, "bench": {"cache/old", "runs/sft-a/sft/old"},
+    removed = {"rehearse": {"cache/old", "runs/default/sft/old"}, "bench": {"cache/old", "runs/sft-a/sft/old"},
                "accept": {"cache/old", "runs/default/sft/old", "runs/tp2/ppo/old"}}[tool]
     assert not left & removed
 
@@ -206,17 +206,23 @@ def test_what_cannot_be_removed_is_said_without_a_traceback(started, monkeypatch
 
 def test_an_interrupted_rehearsal_promises_nothing_and_its_stages_neither(started, monkeypatch, tmp_path, capsys):
     seen = {}
-    monkeypatch.setattr(trial, "stage", lambda name, env: seen.update(env) or 130)
+    monkeypatch.setattr(trial, "stage", lambda name, env, more: seen.update(env) or 130)
     assert start("rehearse", tmp_path) == 130
     said = capsys.readouterr().err
     assert "the rehearsal stopped at data" in said and "begins anew" in said
     assert seen["BRIDGE_TRIAL"]
 
 
-def test_a_machine_that_is_told_to_stay_offline_still_rehearses_the_upload_to_the_stand_in(started, monkeypatch, tmp_path):
-    seen = {}
-    monkeypatch.setattr(trial, "stage", lambda name, env: seen.update({name: env}) or 0)
+def test_a_machine_that_is_told_to_stay_offline_is_shown_the_upload_too(started, monkeypatch, tmp_path):
+    seen, shown = {}, {}
+
+    def stage(name, env, arguments):
+        seen[name], shown[name] = env, arguments
+        return 0
+
+    monkeypatch.setattr(trial, "stage", stage)
     monkeypatch.setattr(rehearse, "outcome", lambda *_arguments: "well")
     assert start("rehearse", tmp_path, HF_HUB_OFFLINE="1") == 0
     assert seen["model"]["HF_HUB_OFFLINE"] == "1" and seen["upload"]["HF_HUB_OFFLINE"] == "0"
-    assert seen["upload"]["HF_ENDPOINT"].startswith("http://127.0.0.1:")
+    # Nothing leaves the machine.
+    assert shown.pop("upload") == ["--dry-run"] and not any(shown.values())

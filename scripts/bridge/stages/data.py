@@ -243,7 +243,7 @@ def from_hub(source: str) -> dict[str, Numbered]:
             "a file, or a folder with train.jsonl and test.jsonl (DATA_SOURCE=), or rehearse with made-up problems "
             "(DATA_SOURCE=builtin). Of several: DATA_SOURCE=OWNER/NAME:CONFIGURATION.") from error
     if "train" not in found:
-        raise UsageError(f"{name} has no split train; it has {', '.join(found)}. Save what you want as a file (DATA_SOURCE=FILE).")
+        raise UsageError(f"{name} has no split train; it has {', '.join(found)}. Save what you want as a file.")
     splits = SPLITS if "test" in found else ("train",)
     return {split if len(splits) > 1 else "all": (f"{name} {split}, row", enumerate(found[split], start=1)) for split in splits}
 

@@ -1,7 +1,6 @@
 """bridge rehearse: the whole chain, small, with verl's real trainers, on this machine (CPU or one GPU).
 
-Works in WORK_DIR/rehearsal, where it first removes what an earlier one made. Uploads to a stand-in for the hub on this machine,
-never to the real one.
+Works in WORK_DIR/rehearsal, where it first removes what an earlier one made. The upload is only shown: nothing is sent.
 """
 
 import json
@@ -15,11 +14,9 @@ from bridge.errors import UsageError, say
 from bridge.runs import checkpoints, metrics
 from bridge.settings import Settings, is_local
 from bridge.stages.eval import RESULT_FILE
-from bridge.standins.hub import StandInHub
 from bridge.tools import trial
 
 REPOSITORY = "rehearsal/bridge"
-TOKEN = "token-of-the-stand-in-hub"
 
 # Numbers of ranks. More than two take the tutorial's own batches, which divide by them (profile eight).
 RANKS = (1, 2, 4, 8)
@@ -41,7 +38,7 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
     chain, chain_env = trial.inside(
         settings.work_dir / "rehearsal", env, MODEL=name, DATA_SOURCE=env.get("DATA_SOURCE") or "builtin",
         PROFILE=profile(name, ranks), GPUS=str(ranks), HF_REPO=REPOSITORY)
-    made = trial.made(chain, chain.work_dir / "hub")
+    made = trial.made(chain)
     trial.check(chain, env, made, new_model=True, problems=problems)
     if env.get("MODEL") and not gpus and settings.model not in ("tiny", "smollm2") and not is_local(settings.model):
         # Exported for the real run, most likely.
@@ -50,19 +47,18 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
     with trial.own_folder(settings, "rehearsal"):
         trial.remove(made)
         rows = []
-        with StandInHub(chain.work_dir / "hub", TOKEN) as hub:
-            # Only the upload goes to the stand-in: a MODEL of the real hub may be rehearsed where there is a GPU.
-            # It is on this machine, so a node that is told to stay offline reaches it.
-            own = {"ppo": {"INIT": "sft"}, "eval": {"LIMIT": "8"},
-                   "upload": {"STAGE": "ppo", **hub.env(TOKEN), "HF_HUB_OFFLINE": "0"}}
-            for name in STEPS:
-                say(f"--- {name}")
-                started = time.monotonic()
-                stage, _, merged = name.partition(" ")
-                if status := trial.stage(stage, {**chain_env, **own.get(stage, {}), **({"STAGE": merged} if merged else {})}):
-                    say(f"the rehearsal stopped at {name}; the next one begins anew")
-                    return status
-                rows.append((name, time.monotonic() - started, outcome(name, chain, hub)))
+        # A node that is told to stay offline shows the upload, too, and so does one without a login.
+        own = {"ppo": {"INIT": "sft"}, "eval": {"LIMIT": "8"},
+               "upload": {"STAGE": "ppo", "HF_HUB_OFFLINE": "0", "HF_TOKEN": env.get("HF_TOKEN") or "nothing-is-sent"}}
+        for name in STEPS:
+            say(f"--- {name}")
+            started = time.monotonic()
+            stage, _, merged = name.partition(" ")
+            shown = ["--dry-run"] if stage == "upload" else []
+            if status := trial.stage(stage, {**chain_env, **own.get(stage, {}), **({"STAGE": merged} if merged else {})}, shown):
+                say(f"the rehearsal stopped at {name}; the next one begins anew")
+                return status
+            rows.append((name, time.monotonic() - started, outcome(name, chain)))
     print(trial.table(rows))
     return 0
 
@@ -72,7 +68,7 @@ def profile(model_name: str, ranks: int) -> str:
     return "eight" if ranks > 2 else "tiny" if model_name == "tiny" else "rehearsal"
 
 
-def outcome(name: str, settings: Settings, hub: StandInHub) -> str:
+def outcome(name: str, settings: Settings) -> str:
     """What a step left behind, read from its files."""
     if name == "data":
         return " + ".join(str(pyarrow.parquet.read_metadata(settings.data_dir / f"{split}.parquet").num_rows)
@@ -93,4 +89,4 @@ def outcome(name: str, settings: Settings, hub: StandInHub) -> str:
         found = json.loads((settings.stage_dir("eval") / RESULT_FILE).read_text())
         return f"{found['rows']} rows, accuracy " + ", ".join(
             f"{which} {result['accuracy']:.3f}" for which, result in found["models"].items())
-    return f"{len(hub.repositories[REPOSITORY])} files at {hub.url}/{REPOSITORY}"
+    return f"only shown: {settings.merged_dir('ppo')} would go to the hub"

@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face Hub's server, for tests and rehearsals where no hub can be reached.
+"""A stand-in for the Hugging Face Hub's server, for tests, where no hub can be reached.
 
 It is a fake, and the only fake part: clients talk to it over HTTP with the real `huggingface_hub` (HF_ENDPOINT), which
 asks and transfers as it would with the real hub. It answers what a first upload to a new repository asks: one account that may
@@ -51,7 +51,7 @@ class Handler(BaseHTTPRequestHandler):
     ]
 
     def log_message(self, *_arguments) -> None:
-        """What a rehearsal prints is not of this."""
+        """What a test prints is not of this."""
 
     def answer(self, status: int, body: object = None, headers: Mapping[str, str] | None = None) -> None:
         data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
