@@ -69,12 +69,11 @@ def apply() -> None:
     counted(speedups, "freeze_gc")
     counted(vllm_rollout_spmd, "LLM", "make_engine")
     counted(torch.optim.AdamW, "__init__", torch.optim.AdamW.__name__)
-    # How fuse_layers and bucket_rms_norm are seen.
+    # How fuse_layers is seen.
     for module, names in ((rms_norm, ("rms_norm_forward", "rms_norm_backward")), (rope, ("rope_forward", "rope_backward")),
                           (swiglu, ("swiglu_forward", "swiglu_backward"))):
         for name in names:
             counted(module, name)
-    counted(rms_norm.math, "ceil", "bucket_rms_norm")
     exposed = SimpleNamespace(model=MultiStepModelRunner.model.fget)
     counted(exposed, "model", "expose_multi_step_model")
     MultiStepModelRunner.model = property(exposed.model)

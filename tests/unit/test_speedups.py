@@ -20,35 +20,6 @@ print({type(layer).__module__.split(".")[0] for kind in (LlamaForCausalLM, Llama
     assert kinds == "{'liger_kernel'}"
 
 
-def test_the_norms_backward_kernel_is_compiled_for_few_numbers_of_tokens_and_takes_all_rows():
-    # What the kernel is started with, on a GPU of 132 multiprocessors; the kernel itself needs one.
-    assert run_python("""
-import torch
-from types import SimpleNamespace
-from liger_kernel.ops import rms_norm
-from bridge.trainers import speedups
-started = []
-class Kernel:
-    def __getitem__(self, grid):
-        return lambda *arguments, **options: started.append(arguments[-5:-1])
-rms_norm._rms_norm_backward_kernel = Kernel()
-torch.cuda.get_device_properties = lambda _device: SimpleNamespace(multi_processor_count=132)
-class OnGpu(torch.Tensor):
-    device = torch.device("cuda")
-def rows_of_a_program(tokens):
-    del started[:]
-    for count in tokens:
-        states = torch.zeros(count, 8)
-        rms_norm.rms_norm_backward(states, states.as_subclass(OnGpu), torch.ones(8), torch.ones(count), 0.0, 0, 8, 4, False, True)
-    return [rows for _n_rows, _n_cols, _offset, rows in started]
-tokens = range(9000, 12289, 97)
-before = rows_of_a_program(tokens)
-speedups.fuse_layers("llama")
-after = rows_of_a_program(tokens)
-print(len(set(before)), sorted(set(after)), all(132 * rows >= count for rows, count in zip(after, tokens, strict=True)))
-""") == "25 [80, 96] True"
-
-
 def test_the_loss_is_left_to_verl():
     assert run_python("""
 from transformers import LlamaForCausalLM

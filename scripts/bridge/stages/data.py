@@ -13,6 +13,7 @@ import re
 import reprlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -325,6 +326,53 @@ def write(splits: dict[str, Rows], folder: Path, *form: str) -> dict[str, Path]:
                     file.unlink()
             raise
     return files
+
+
+# ---- how long the rows are: verl stops at one above a limit when it comes to it
+
+
+@cache
+def lengths(files: tuple[Path, ...], columns: tuple[str, ...], model_dir: Path, _digest: str) -> list[list[int]]:
+    """Tokens of the prompt, and of the answer with its end, of each row, as verl counts them: [[prompt ...], [answer ...]].
+
+    Args:
+        columns: of the prompt (a text, or a list of messages) and of the answer; "a.b" is field b of the struct a.
+        _digest: of the files, which may have been made anew.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    prompts, answers = [], []
+    for row in (row for file in files for row in parquet.read_table(file).to_pylist()):
+        prompt, answer = (row[outer][inner] if inner else row[outer] for outer, _, inner in
+                          (column.partition(".") for column in columns))
+        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        prompts.append(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        answers.append(answer + tokenizer.eos_token)
+    return [[len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] for texts in (prompts, answers)]
+
+
+def length_problems(section: Mapping[str, Any], found: list[list[int]], notes: list[str]) -> list[str]:
+    """Say how long the rows are (as lengths() gives them); returns what is wrong. `section`: a configuration's data."""
+    strict = section["truncation"] == "error" and not section.get("filter_overlong_prompts")
+    if "max_prompt_length" in section:
+        # An answer is the model's own: the data's only tell how long one may have to be.
+        limits = [("max_prompt_length", "prompts", found[0], strict), ("max_response_length", "answers there", found[1], False)]
+    else:
+        limits = [("max_length", "rows", list(map(sum, zip(*found, strict=True))), strict)]
+    problems = []
+    for key, what, counts, strict in limits:
+        limit, longest = section[key], max(counts)
+        over = sum(count > limit for count in counts)
+        said = f"{what}: {min(counts)} to {longest} tokens, data.{key}={limit}"
+        if not over:
+            notes.append(said)
+        elif strict:
+            problems.append(f"{said}: verl stops at the {over} of {len(counts)} that are longer. Use data.{key}={longest}, or "
+                            "leave them out of the data.")
+        else:
+            notes.append(f"warning: {said}: {over} of {len(counts)} are longer; data.{key}={longest} would fit")
+    return problems
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from bridge.trainers.packed_settings import packing_problems
 
-# Columns of the data stage's that hold what is read, as in lengths.
+# Columns of the data stage's that hold what is read, as in data.lengths.
 TEXTS = ("extra_info.question", "extra_info.answer")
 
 

@@ -17,7 +17,7 @@ from bridge.errors import UsageError, refuse
 from bridge.plan import Plan
 from bridge.runs import checkpoints, record, tracking
 from bridge.settings import CONFIGS, Settings, is_local
-from bridge.stages import data, lengths, model, ppo, reward, sft
+from bridge.stages import data, model, ppo, reward, sft
 
 # What is particular to each.
 TRAINERS = {"sft": sft, "ppo": ppo}
@@ -346,8 +346,8 @@ def data_problems(config: Mapping[str, Any], columns: list[str], problems: list[
 def length_problems(trainer: ModuleType, config: Mapping[str, Any], model_dir: Path, notes: list[str]) -> list[str]:
     """Rows of one's own data that are longer than verl takes."""
     files = tuple(file for key in DATA_KEYS for file in data_files(config, key))
-    found = lengths.lengths(files, trainer.TEXTS, model_dir, " ".join(map(record.sha256, files)))
-    return lengths.compare(config["data"], found, notes)
+    found = data.lengths(files, trainer.TEXTS, model_dir, " ".join(map(record.sha256, files)))
+    return data.length_problems(config["data"], found, notes)
 
 
 def reward_problems(settings: Settings, config: Mapping[str, Any], notes: list[str]) -> list[str]:

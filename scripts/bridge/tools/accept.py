@@ -1,11 +1,9 @@
 """bridge accept: the acceptance test of a node, meant to take ten minutes on 8 GPUs: make accept GPUS=8
 
-The environment's self-test, the bandwidth between the GPUs, four steps of SFT and of PPO that are stopped after the second,
-continued and merged, and PPO once more with vLLM spread over the GPUs. MODEL, if not given, is the tutorial's where WORK_DIR has
-it, else a random one; the data are those of WORK_DIR, else made-up problems. PROFILE=tiny tries the test itself without a GPU.
-Works in WORK_DIR/accept, where it first removes what an earlier one made, and leaves a page (accept.txt) and the same as
-accept.json there, to be sent: names of host and user, addresses and secrets are masked. What fails is recorded, and the rest
-goes on.
+The self-test, the bandwidth between the GPUs, four steps of SFT and of PPO that are stopped after the second, continued and
+merged, and PPO once more with vLLM spread over the GPUs; with MODEL, else the tutorial's or a random one. PROFILE=tiny tries the
+test itself without a GPU. Works in WORK_DIR/accept and leaves a page (accept.txt) and accept.json there, to be sent: names of
+host and user, addresses and secrets are masked. What fails is recorded, and the rest goes on.
 """
 
 import json

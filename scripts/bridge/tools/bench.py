@@ -1,8 +1,7 @@
 """bridge bench [FILE.yaml]: how fast the trainings are, case by case, on the GPUs of this machine.
 
-The cases are in configs/bench.yaml, or in the file named; CASES=name,name picks some. Each is a training started through the
-door, as a person would, in WORK_DIR/bench, and ended after some steps. Results: WORK_DIR/bench/bench.json, written after each
-case, with tables beside it. `bridge bench --report FILE.json` makes these from the file again.
+Each case of configs/bench.yaml (or of the file) is a training started through the door in WORK_DIR/bench and ended after some
+steps. bench.json there has the results after each; `bridge bench --report FILE.json` makes the tables from it again.
 """
 
 import os
@@ -236,10 +235,7 @@ def header(settings: Settings, env: Mapping[str, str], gpus: list[hardware.Gpu])
 
 
 def earlier(file: Path, head: dict[str, Any]) -> dict[str, Any]:
-    """The results of bench.json if they were measured on the same machine with the same code, model and data; none otherwise.
-
-    Those of another are kept beside it.
-    """
+    """The results of bench.json if machine, code, model and data were the same; others are kept beside it."""
     if file.is_file():
         before = load(file)
         if {key: before.get(key) for key in head} == head:

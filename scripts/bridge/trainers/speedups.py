@@ -6,10 +6,8 @@ it applies everything. On a machine without a GPU it changes nothing.
 
 import gc
 import json
-import math
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,19 +25,6 @@ def fuse_layers(model_type: str) -> None:
 
     _apply_liger_kernel(model_type, rope=True, rms_norm=True, swiglu=True, cross_entropy=False,
                         fused_linear_cross_entropy=False)
-    bucket_rms_norm()
-
-
-def bucket_rms_norm() -> None:
-    """Let Liger compile RMSNorm's backward kernel for a few numbers of tokens, not for nearly each that a micro batch has.
-
-    How many rows one of the kernel's programs takes, ceil(tokens / multiprocessors), is a constant of the kernel. Rounded up to
-    16s it has six values up to 12,288 tokens on an H100. A program that is left without rows adds zero.
-    """
-    from liger_kernel.ops import rms_norm
-
-    # The module needs nothing else of math.
-    rms_norm.math = SimpleNamespace(ceil=lambda rows: 16 * math.ceil(rows / 16))
 
 
 def fuse_adamw() -> None:
