@@ -8,39 +8,22 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Plan:
-    """What a stage wants run. Made without side effects, so a dry run can show it.
+    """What a stage wants run. Made without side effects, so a dry run can show it."""
 
-    Attributes:
-        command: run as a child process; its output is shown (and logged).
-        env: what the command needs beside the user's environment. Never a secret.
-        record_dir: where run.json goes.
-        keep_log: whether record_dir/log.txt and metrics.jsonl are kept.
-        notes: said to the user before the start.
-        config: the resolved training configuration; None where there is none.
-        inputs: fingerprints of what is read, compared before a run is continued.
-        resume_step: step of the checkpoint that is continued from; 0 for a fresh start.
-        finished: why there is nothing left to do; None if there is.
-        checkpoints: folder that verl saves into; None for stages without.
-        saved: what a checkpoint there holds, as in checkpoints.contents.
-        keep: how many complete checkpoints stay; None keeps all.
-        steps_per_epoch: optimizer steps (SFT) or rollout batches (PPO) in one pass over the data.
-        hang_seconds: as in runs.hang.Watch.
-    """
-
-    command: list[str]
-    env: dict[str, str]
-    record_dir: Path
-    keep_log: bool = True
-    notes: list[str] = field(default_factory=list)
-    config: dict | None = None
-    inputs: dict | None = None
-    resume_step: int = 0
-    finished: str | None = None
-    checkpoints: Path | None = None
-    saved: Mapping[str, tuple[str, ...]] | None = None
-    keep: int | None = None
-    steps_per_epoch: int = 0
-    hang_seconds: int | None = None
+    command: list[str]  # run as a child process; its output is shown (and logged)
+    env: dict[str, str]  # what the command needs beside the user's environment; never a secret
+    record_dir: Path  # where run.json goes
+    keep_log: bool = True  # whether record_dir/log.txt and metrics.jsonl are kept
+    notes: list[str] = field(default_factory=list)  # said to the user before the start
+    config: dict | None = None  # the resolved training configuration
+    inputs: dict | None = None  # fingerprints of what is read, compared before a run is continued
+    resume_step: int = 0  # step of the checkpoint that is continued from; 0 for a fresh start
+    finished: str | None = None  # why there is nothing left to do; None if there is
+    checkpoints: Path | None = None  # folder that verl saves into; None for stages without
+    saved: Mapping[str, tuple[str, ...]] | None = None  # what a checkpoint there holds, as in checkpoints.contents
+    keep: int | None = None  # how many complete checkpoints stay; None keeps all
+    steps_per_epoch: int = 0  # optimizer steps (SFT) or rollout batches (PPO) in one pass over the data
+    hang_seconds: int | None = None  # as in runs.hang.Watch
 
     def show(self) -> None:
         """Print the command so that it can be pasted into a shell. It holds no secret: those are in the environment."""

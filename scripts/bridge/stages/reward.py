@@ -29,10 +29,7 @@ ROWS, PATIENCE = 10, 60
 def tried(file: Path, name: str, digest: str, options: str, data: Path) -> str:
     """Try the function in a process of its own, and return what there is to say of it. A UsageError if it does not do.
 
-    Args:
-        digest: the file's, so that one that was changed is tried anew.
-        options: further arguments of the function (verl's reward_kwargs), as JSON.
-        data: parquet file whose first rows it is tried on.
+    A file of another digest is tried anew; options: further arguments of the function (verl's reward_kwargs), as JSON.
     """
     command = [sys.executable, "-m", "bridge.stages.reward", str(file), name, options, str(data)]
     try:

@@ -10,19 +10,12 @@ from bridge.settings import Settings
 
 @dataclass(frozen=True)
 class Stage:
-    """One row of the table.
+    """One row of the table."""
 
-    Attributes:
-        name: the word of the domain: in make, the module, the configuration, the folder, the wandb run.
-        help: one line.
-        needs: settings without which the stage cannot start (all missing ones are named at once).
-        trains: whether it takes Hydra overrides and is run by verl.
-    """
-
-    name: str
+    name: str  # the word of the domain: in make, the module, the configuration, the folder, the wandb run
     help: str
-    needs: tuple[str, ...] = ()
-    trains: bool = False
+    needs: tuple[str, ...] = ()  # settings without which it cannot start (all missing ones are named at once)
+    trains: bool = False  # whether it takes Hydra overrides and is run by verl
 
     def plan(self, settings: Settings, env: Mapping[str, str], overrides: list[str], dry_run: bool) -> Plan:
         """Check everything that can be checked cheaply and say what to run."""
