@@ -352,6 +352,18 @@ def test_relative_paths_are_meant_from_where_the_user_stands(host):
     assert env["APPTAINERENV_WORK_DIR"] == f"{host.cwd}/w"
 
 
+def test_a_file_of_data_and_the_file_of_a_reward_are_shown_in_the_container(host):
+    host.engine("apptainer")
+    for name in ("mine.csv", "judge.py"):
+        (host.cwd / name).touch()
+    host.container("ppo", DATA_SOURCE="mine.csv", REWARD="judge.py:digits", QUESTION="ask", ANSWER="say")
+    env, mounts = host.seen()["env"], host.mounts()
+    assert env["APPTAINERENV_DATA_SOURCE"] == f"{host.cwd}/mine.csv" and env["APPTAINERENV_REWARD"] == f"{host.cwd}/judge.py:digits"
+    assert (env["APPTAINERENV_QUESTION"], env["APPTAINERENV_ANSWER"]) == ("ask", "say")
+    for name in ("mine.csv", "judge.py"):
+        assert mounts[f"{host.cwd}/{name}"] == f"{host.cwd}/{name},ro"
+
+
 def test_a_name_on_the_hub_is_left_alone_even_beside_a_folder_of_that_name(host):
     host.engine("apptainer")
     for name in ("smollm2", "hub"):

@@ -53,7 +53,7 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
     # What PPO's configuration says of the data: as this run's PPO had it, if there was one, else as the profile has it.
     whole = (record.read(settings.stage_dir("ppo")) or {}).get("config") or compose.compose(
         "ppo", [f"profile/ppo={settings.profile}"], train.NAMES)
-    judge = whole["custom_reward_function"]
+    judge = whole.get("custom_reward_function", {"path": None})
     if settings.reward:
         judge = {"path": str(settings.reward[0]), "name": settings.reward[1]}
     if judge["path"] and not Path(judge["path"]).is_file():

@@ -157,7 +157,8 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
     fetched = gpus and (settings.model_dir / "run.json").is_file()
     name = settings.model if env.get("MODEL") or fetched else "random:llama-3.2-1b" if gpus else "tiny"
     settings = settings_module.read({**env, "MODEL": name})
-    own, own_env = trial.inside(settings.work_dir / "accept", env, MODEL=name, GPUS=str(count), DATA_SOURCE="builtin")
+    own, own_env = trial.inside(settings.work_dir / "accept", env, MODEL=name, GPUS=str(count), DATA_SOURCE="builtin",
+                                 REWARD="")
     made = trial.made(own, *own.work_dir.glob("runs/tp[0-9]*"))
     trial.check(own, env, made, new_model=not (settings.model_dir / "run.json").is_file(), trained=("sft", "ppo"))
     with trial.own_folder(settings, "accept") as folder:
