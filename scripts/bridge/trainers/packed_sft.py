@@ -8,7 +8,6 @@ micro batch (data.micro_batch_size_per_gpu rows) is there a mean over its respon
 What is not said here is verl's: fit, training_step (clipping, learning rate, what is logged), checkpoints, resuming.
 """
 
-import heapq
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -18,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from tensordict import TensorDict
 from verl.trainer import fsdp_sft_trainer
+from verl.utils.seqlen_balancing import greedy_partition
 
 from bridge.errors import UsageError, refuse
 from bridge.trainers.packed_settings import packing_problems
@@ -33,13 +33,9 @@ def spread(lengths: list[int], count: int) -> list[list[int]]:
     Returns:
         row numbers, one list a forward; none is empty as long as there are not more forwards than rows.
     """
-    forwards: list[list[int]] = [[] for _ in range(count)]
-    emptiest = [(0, index) for index in range(count)]
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        tokens, index = emptiest[0]
-        forwards[index].append(row)
-        heapq.heapreplace(emptiest, (tokens + lengths[row], index))
-    return forwards
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    parts = greedy_partition([lengths[row] for row in order], count, equal_size=False)
+    return [[order[place] for place in part] for part in parts]
 
 
 def forwards_needed(lengths: list[int], budget: int) -> int:
