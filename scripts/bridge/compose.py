@@ -103,8 +103,6 @@ def compose_checked(name: str, own: list[str], user: list[str], env: Mapping[str
     """Compose with the door's own overrides and then the user's, after checking the user's.
 
     Args:
-        own: overrides of the door.
-        user: overrides of the user, from the command line.
         owned: keys that only the door sets -> the setting to use instead.
 
     Raises:

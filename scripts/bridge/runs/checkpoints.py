@@ -312,20 +312,17 @@ def newer_incomplete(folder: Path, wanted: Contents, step: int) -> list[Checkpoi
 
 
 def prepare_resume(folder: Path, stage: str, wanted: Contents, resume_from: Checkpoint | None, steps_per_epoch: int) -> list[str]:
-    """Make the folder such that verl continues from this checkpoint (None: starts anew). Returns what was done.
-
-    - Incomplete checkpoints newer than it are put aside: verl would write into them.
-    - The tracker is made to agree: verl reads it even when told what to resume, and crashes on an empty one.
-    - SFT at the end of an epoch: verl loads the state of an exhausted data loader and then skips an epoch. Without data.pt
-      it starts the next epoch, in that epoch's order. (PPO's loop is not affected.)
-    """
+    """Make the folder such that verl continues from this checkpoint (None: starts anew). Returns what was done."""
     tracker = folder / TRACKER
     if resume_from is None:
         tracker.unlink(missing_ok=True)
         return []
+    # verl would write into them.
     said = [f"set aside the incomplete checkpoint {checkpoint.path.name} as {set_aside(checkpoint.path).name} "
             f"({checkpoint.faults[0]})" for checkpoint in newer_incomplete(folder, wanted, resume_from.step)]
+    # verl reads it even when told what to resume, and crashes on an empty one.
     write_whole(tracker, str(resume_from.step))
+    # At the end of an epoch verl's SFT loads the state of an exhausted loader, and skips an epoch: without it the next begins.
     loader = resume_from.path / LOADER
     if stage == "sft" and resume_from.step % steps_per_epoch == 0 and loader.is_file():
         os.replace(loader, resume_from.path / EPOCH_END)

@@ -28,10 +28,7 @@ STACKS = 0.5
 class Watch:
     """Asked again and again whether a training hangs. Once it does, its log says so, and what each of its processes was doing.
 
-    Args:
-        seconds: without a step that mean so; None: as above; 0: none do.
-        metrics: gets a row for each step.
-        log: the trainer's.
+    seconds: without a step that mean so (None: as above; 0: none do); metrics: gets a row for each step.
     """
 
     def __init__(self, seconds: int | None, metrics: Metrics, log: Path):

@@ -212,9 +212,7 @@ def evaluate(name: str, folder: Path, data: Path, rows: int, limits: Mapping[str
              generate: Generator) -> list[dict[str, Any]]:
     """Ask one model the first so many problems; returns a row for each answer.
 
-    Args:
-        limits: max_prompt_length, max_response_length (tokens) and truncation, in verl's words; reward, if there is one: its
-            file, its function and further arguments.
+    limits: max_prompt_length, max_response_length (tokens) and truncation, in verl's words; reward: file, function, arguments.
     """
     from omegaconf import OmegaConf
     from verl.utils import hf_tokenizer

@@ -185,11 +185,7 @@ def equal_to_base(shards: Path, base: Path) -> bool | None:
 
 
 def complete_and_verify(raw: Path, output: Path) -> None:
-    """Load what verl's merger wrote, write it properly, load that again and let it answer.
-
-    verl's merger writes tied embeddings twice (SmolLM2: 326 MB instead of 269 MB) and checks nothing. What is not whole is a
-    UsageError.
-    """
+    """Load what verl's merger wrote (tied embeddings twice), write it properly, load that again and let it answer."""
     import torch
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -139,11 +139,7 @@ def depends_on_day(folder: Path) -> bool:
 
 
 def freeze_folder(folder: Path) -> bool:
-    """Replace today's date in the chat template by FROZEN_DAY; tell whether there was one.
-
-    Llama 3's template writes strftime_now("%d %b %Y") into every prompt, and "26 Jul 2024" where there is no clock. With
-    the clock's call replaced by its own fallback, a run does not depend on the day.
-    """
+    """Replace today's date in the chat template by FROZEN_DAY, its own fallback; tell whether there was one."""
     changed = False
     for file in model_folder.template_files(folder):
         text = file.read_text(encoding="utf-8")
@@ -161,11 +157,7 @@ def freeze_folder(folder: Path) -> bool:
 
 @contextmanager
 def hub_errors_explained(what: str, again: str, offline_cure: str, rights_cure: str = "") -> Iterator[None]:
-    """Turn the hub's refusals into what the user can do about them.
-
-    `what` is the setting that names a repository, as in MODEL=OWNER/NAME; the others say how to go on once the hub or the
-    network is well, where there is no internet, and where the token may not do this.
-    """
+    """Turn the hub's refusals into what the user can do about them. `what`: the setting, as in MODEL=OWNER/NAME."""
     import requests
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError

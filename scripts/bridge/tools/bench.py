@@ -23,7 +23,6 @@ from bridge.compose import compose_checked
 from bridge.errors import UsageError, nearest, read_json, refuse, say
 from bridge.runs import metrics, record
 from bridge.settings import CONFIGS, NAME, Settings
-from bridge.stages.table import STAGES
 from bridge.stages.train import NAMES, ON_CPU, OWNED
 from bridge.tools import trial
 
@@ -49,7 +48,6 @@ class Case:
 
     @property
     def stage(self) -> str:
-        """The training stage: the first word of the name."""
         return self.name.split("-")[0]
 
 
@@ -118,8 +116,7 @@ def read_cases(file: Path, wanted: str) -> list[Case]:
             continue
         cases[case.name] = case
         # The name becomes a folder, which is removed before the case is measured.
-        label = case.name[len(case.stage) + 1:]
-        if not (case.stage in STAGES and STAGES[case.stage].trains and label and NAME.fullmatch(case.name)):
+        if not (re.match(r"(sft|ppo)-.", case.name) and NAME.fullmatch(case.name)):
             problems.append(f"{file.name}, case {case.name}: a name is sft-LABEL or ppo-LABEL (letters, digits, '.', '_', '-').")
         elif not (CONFIGS / "profile" / case.stage / f"{case.profile}.yaml").is_file():
             problems.append(f"{file.name}, case {case.name}: no profile {case.profile!r} for {case.stage}.")

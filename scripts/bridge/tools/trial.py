@@ -46,14 +46,9 @@ def own_folder(settings: Settings, name: str) -> Iterator[Path]:
 
 def check(settings: Settings, env: Mapping[str, str], removed: list[Path], new_model: bool,
           trained: tuple[str, ...] = (), problems: Sequence[str] = ()) -> None:
-    """Refuse GPUS, DATA_SOURCE and MODEL, all at once, before anything is removed rather than when a stage needs them.
+    """Refuse GPUS, DATA_SOURCE and MODEL, all at once, before anything (`removed`) is removed.
 
-    Args:
-        settings: those of the stages, in the own folder.
-        removed: what is going to be removed.
-        new_model: whether the model has yet to be made.
-        trained: training stages whose batches are to be shared by all ranks.
-        problems: what was found already.
+    new_model: whether it has yet to be made; trained: the stages whose batches all ranks share; problems: those found already.
     """
     problems = list(problems)
     sources = {"MODEL": settings.model_dir} if is_local(settings.model) else {}

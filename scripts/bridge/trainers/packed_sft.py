@@ -28,10 +28,7 @@ from bridge.trainers.stoppable import stoppable_sft
 def spread(lengths: list[int], count: int) -> list[list[int]]:
     """Distribute rows over `count` forwards of about equal length: the longest row first, each to the emptiest forward.
 
-    More forwards never make the fullest one fuller.
-
-    Returns:
-        row numbers, one list a forward; none is empty as long as there are not more forwards than rows.
+    Returns row numbers, one list a forward. More forwards never make the fullest one fuller.
     """
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     parts = greedy_partition([lengths[row] for row in order], count, equal_size=False)
