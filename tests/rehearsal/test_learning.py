@@ -1,4 +1,4 @@
-"""PPO and GRPO learn on CPU with verl's real trainers: a reward that the random model hardly gets is nearly full after 20 steps."""
+"""PPO and GRPO learn on CPU with verl's real trainers: a reward that a random model hardly gets is much higher after 20 steps."""
 
 from pathlib import Path
 

@@ -104,11 +104,13 @@ def shapes() -> list[str]:
 def empty_model(shape: str, **changes: Any):
     """A model of a shape in bf16, without memory for its weights (on torch's meta device)."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
-    config = AutoConfig.for_model(**read_json(SHAPES / f"{shape}.json"), **changes)
+    config = transformers.AutoConfig.for_model(**read_json(SHAPES / f"{shape}.json"), **changes)
+    # Imported here: on the meta device torch cannot import what this needs.
+    model_class = getattr(transformers, config.architectures[0])
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+        return model_class(config).to(torch.bfloat16)
 
 
 def make_random(shape: str, folder: Path) -> None:
