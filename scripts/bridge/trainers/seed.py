@@ -12,9 +12,10 @@ def apply() -> None:
         return
     import torch
 
-    seed = int(os.environ["BRIDGE_SEED"])
+    # Far apart, so that no rank draws what a rank of the next seed does.
+    seed = int(os.environ["BRIDGE_SEED"]) << 20
     # Ranks differ, or they would draw alike. FSDP hands rank 0's head to the others.
     torch.manual_seed(seed + int(os.environ.get("RANK", "0")))
     plain = torch.cuda.manual_seed
     # verl lets vLLM sample from 1000 and the rank on, whatever rollout.seed is, and calls this for nothing else.
-    torch.cuda.manual_seed = lambda number: plain(number + (seed << 20))
+    torch.cuda.manual_seed = lambda number: plain(number + seed)
