@@ -37,6 +37,7 @@ class Settings:
     work_dir: Path
     run: str
     profile: str
+    algo: str
     model: str
     data_source: str
     question: str
@@ -189,6 +190,7 @@ def read(env: Mapping[str, str]) -> Settings:
         work_dir=Path(os.path.abspath(os.path.expanduser(work_dir))),
         run=run,
         profile=choice("PROFILE", profiles(), "tuned"),
+        algo=choice("ALGO", ["ppo", *sorted(file.stem for file in CONFIGS.glob("algo/*.yaml"))], "ppo"),
         model=given("MODEL", "meta-llama/Llama-3.2-1B-Instruct"),
         data_source=given("DATA_SOURCE", "hub"),
         question=given("QUESTION", "question"),

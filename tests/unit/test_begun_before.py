@@ -43,6 +43,15 @@ def test_a_run_that_names_modules_by_older_names_goes_on(env, stage):
     assert record.begin(planned, env)["attempts"][0] == json.loads((folder / "run.json").read_text())["attempts"][0]
 
 
+@pytest.mark.parametrize(("stage", "setting", "said"), [
+    ("ppo", {"ALGO": "grpo"}, "algorithm.adv_estimator: gae -> grpo"), ("ppo", {"SEED": "7"}, "data.seed: None -> 7"),
+    ("sft", {"SEED": "7"}, "trainer.seed: 1 -> 7")])
+def test_another_algorithm_or_seed_is_another_run_and_refused(env, stage, setting, said):
+    begun_before(env, stage)
+    with pytest.raises(UsageError, match=said):
+        plan({**env, **setting}, stage, f"{LIBRARY[stage]}=bridge.trainers.speedups", *OVERRIDES[stage])
+
+
 @pytest.mark.parametrize("stage", LIBRARY)
 def test_without_the_library_it_is_another_run_and_refused(env, stage):
     begun_before(env, stage)

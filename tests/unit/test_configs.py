@@ -11,9 +11,11 @@ import pytest
 import yaml
 from torch.utils.data import DistributedSampler
 
+from bridge import settings
 from bridge.compose import compose, compose_checked, flatten, verl_config_dir
 from bridge.errors import UsageError
 from bridge.hardware import Gpu
+from bridge.runs import checkpoints
 from bridge.settings import CONFIGS
 from bridge.stages import ppo, sft, train
 from bridge.stages.train import OWNED, memory_preset
@@ -146,7 +148,7 @@ NOT_VERLS = {CONFIGS / "bench.yaml", CONFIGS / "word_problems.yaml"}
                          ids=lambda file: str(file.relative_to(CONFIGS)))
 def test_every_key_of_ours_is_a_key_of_verls(file):
     # Hydra refuses a mistyped key on the command line but takes it in silence from a YAML file.
-    stage = file.parent.name if file.parent.name in VERL_NAME else file.stem
+    stage = next(name for name in (file.parent.name, file.stem, "ppo") if name in VERL_NAME)
     verl = compose_as_verl_does(VERL_NAME[stage], [], {})
     nodes = {key.rsplit(".", i)[0] for key in verl for i in range(key.count(".") + 1)}
     ours = yaml.safe_load(file.read_text())
@@ -247,11 +249,51 @@ def test_rows_of_the_losss_groups_are_taken_with_a_word_of_what_they_are(stage, 
         assert train.group_notes(stage, config, [override]) == wanted
 
 
-def test_several_answers_to_a_prompt_are_refused_on_cpu_alone():
-    override = "actor_rollout_ref.rollout.n=4"
-    for own, count in ((["profile/ppo=tiny", "device/ppo=cpu"], 1), (["profile/ppo=tiny"], 0)):
-        found = ppo.setting_problems(compose("ppo", [*own, override], NAMES), [override])
-        assert len(found) == count and all("rollout.n=1" in problem for problem in found)
+# All that ALGO=grpo changes, whatever the profile says of the rest.
+GRPO = {"algorithm.adv_estimator": "grpo", "actor_rollout_ref.rollout.n": 5, "actor_rollout_ref.actor.use_kl_loss": True}
+
+
+@pytest.mark.parametrize("profile", settings.profiles())
+def test_grpo_goes_over_every_profile_and_changes_its_own_keys_alone(profile):
+    own = [f"profile/ppo={profile}", *(["memory/ppo=80gb"] if profile == "tuned" else [])]
+    before, after = flatten(compose("ppo", own, NAMES)), compose("ppo", [*own, "algo=grpo"], NAMES)
+    different = {key: value for key, value in flatten(after).items() if before[key] != value}
+    # What follows from rollout.n.
+    followed = {"actor_rollout_ref.actor.rollout_n", "actor_rollout_ref.ref.rollout_n", "critic.rollout_n"}
+    assert {key: value for key, value in different.items() if key not in followed} == GRPO
+    assert ppo.setting_problems(after, []) == []
+    assert checkpoints.contents("ppo", after) == {"actor": checkpoints.ALL}
+    assert not ppo.divisibility(after, 1 if profile in ("tiny", "rehearsal") else 8, heads=32)
+
+
+def test_what_the_user_says_goes_over_grpo_and_one_answer_to_a_prompt_is_refused():
+    own = ["profile/ppo=tuned", "memory/ppo=80gb", "algo=grpo"]
+    overrides = ["actor_rollout_ref.rollout.n=8", "actor_rollout_ref.actor.use_kl_loss=False"]
+    config = compose_checked("ppo", own, overrides, NAMES, OWNED)
+    assert config["actor_rollout_ref"]["rollout"]["n"] == 8 and not config["actor_rollout_ref"]["actor"]["use_kl_loss"]
+    [problem] = ppo.setting_problems(compose_checked("ppo", own, ["actor_rollout_ref.rollout.n=1"], NAMES, OWNED), [])
+    assert "rollout.n=1: GRPO compares the answers to one prompt" in problem
+    with pytest.raises(UsageError, match="algo is set by the bridge. Use ALGO= instead"):
+        compose_checked("ppo", ["profile/ppo=tuned"], ["algo=grpo"], NAMES, OWNED)
+
+
+def test_algo_is_for_ppo_alone_and_an_unknown_one_is_refused(env):
+    said = bridge("ppo", "--dry-run", **env, ALGO="grpo")
+    assert said.returncode == 0 and " algo=grpo " in said.stdout and "grpo: 2 ranks on CPU" in said.stderr, said.stderr
+    assert "BRIDGE_RUN_NAME=default_grpo " in said.stdout
+    sft = bridge("sft", "--dry-run", **env, ALGO="grpo")
+    assert sft.returncode == 0 and "algo=" not in sft.stdout
+    assert "ALGO='dpo' is unknown. Use one of: ppo, grpo." in bridge("ppo", "--dry-run", **env, ALGO="dpo").stderr
+
+
+def test_the_seed_goes_where_verl_reads_one_and_without_it_nothing_changes(env):
+    for stage, keys in train.SEEDS.items():
+        said = bridge(stage, "--dry-run", **env, SEED="7")
+        assert said.returncode == 0 and "BRIDGE_SEED=7 " in said.stdout, said.stderr
+        arguments, variables = launched(stage, said.stdout)
+        found = compose_as_verl_does(VERL_NAME[stage], arguments, variables)
+        assert [found[key] for key in keys] == [7] * len(keys)
+        assert "seed=" not in bridge(stage, "--dry-run", **env).stdout.lower()
 
 
 def test_rows_mean_something_as_well_where_the_speedups_come_with_the_critic():

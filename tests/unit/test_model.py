@@ -468,9 +468,10 @@ def test_smollm2_answers_and_stops(smollm2):
 
 @pytest.mark.parametrize(("shape", "count"), [
     # Those of the models on the hub.
-    ("llama-3.2-1b", 1_235_814_400), ("llama-3.2-3b", 3_212_749_824)])
+    ("llama-3.2-1b", 1_235_814_400), ("llama-3.2-3b", 3_212_749_824),
+    ("qwen2.5-0.5b", 494_032_768), ("qwen2.5-1.5b", 1_543_714_304)])
 def test_a_shape_has_the_parameters_of_the_real_model(shape, count):
-    assert models.empty_llama(shape).num_parameters() == count
+    assert models.empty_model(shape).num_parameters() == count
 
 
 def test_every_shape_has_its_parameters_tested():

@@ -1,5 +1,6 @@
 """What verl's trainers need where there is no GPU, one patch at a time; that the whole trains is in tests/rehearsal."""
 
+import os
 import subprocess
 import sys
 
@@ -23,3 +24,42 @@ def test_a_model_whose_weights_are_offloaded_computes_without_a_gpu():
     # A process of its own, since it changes torch.
     result = subprocess.run([sys.executable, "-c", OFFLOADED], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout) == (0, "(2, 4)\n"), result.stderr
+
+
+ANSWERED = """
+import torch
+from omegaconf import OmegaConf
+from transformers import LlamaConfig, LlamaForCausalLM
+from verl import DataProto
+from verl.workers.rollout import HFRollout
+from bridge.trainers import on_cpu
+
+on_cpu.fill_torch_cpu()
+on_cpu.answer_once()
+small = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+model = LlamaForCausalLM(LlamaConfig(vocab_size=16, **small))
+config = OmegaConf.create({"n": 5, "do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": -1, "response_length": 4})
+# As verl's trainer hands them over: each prompt as often as it wants answers.
+ids = torch.tensor([[1, 2, 3]]).repeat(5, 1)
+rows = DataProto.from_dict({"input_ids": ids, "attention_mask": ids * 0 + 1, "position_ids": (ids * 0 + 1).cumsum(1) - 1},
+                           meta_info={"eos_token_id": 15, "pad_token_id": 0})
+print(tuple(HFRollout(model, config).generate_sequences(rows).batch["responses"].shape), config.n)
+"""
+
+
+def test_each_row_is_answered_once_though_several_answers_to_a_prompt_are_wanted():
+    result = subprocess.run([sys.executable, "-c", ANSWERED], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (0, "(5, 4) 5\n"), result.stderr
+
+
+def test_a_seed_gives_each_rank_its_own_numbers_and_without_one_nothing_changes():
+    drawn = {}
+    for env in ({}, {"BRIDGE_SEED": "7"}, {"BRIDGE_SEED": "7", "RANK": "1"}, {"BRIDGE_SEED": "8", "RANK": "3"}):
+        script = ("import torch\nfrom bridge.trainers import seed\nplain = torch.cuda.manual_seed\nseed.apply()\n"
+                  "print(torch.initial_seed(), torch.cuda.manual_seed is plain)")
+        result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True,
+                                env={**os.environ, **env})
+        drawn[tuple(env.values())] = result.stdout.split()
+    default, *own = drawn.values()
+    assert default[1] == "True" and int(default[0]) > 100
+    assert own == [[str(7 << 20), "False"], [str((7 << 20) + 1), "False"], [str((8 << 20) + 3), "False"]]

@@ -61,10 +61,8 @@ def setting_problems(config: Mapping[str, Any], overrides: Sequence[str]) -> lis
     if every != -1 and not (every or 0) > 0:
         problems.append(f"trainer.save_freq={every} saves no checkpoint, not even at the end. Use a number of steps, or -1 if "
                         "that is what you want.")
-    rollout = config["actor_rollout_ref"]["rollout"]
-    if rollout["name"] == "hf" and rollout["n"] > 1:
-        problems.append(f"actor_rollout_ref.rollout.n={rollout['n']}: without a GPU transformers generates, and verl's rollout "
-                        "with it does not go with several answers to a prompt. Use actor_rollout_ref.rollout.n=1, or a GPU.")
+    if config["algorithm"]["adv_estimator"] == "grpo" and config["actor_rollout_ref"]["rollout"]["n"] < 2:
+        problems.append("actor_rollout_ref.rollout.n=1: GRPO compares the answers to one prompt with each other. Use at least 2.")
     return problems + [
         f"{text}: no effect, since micro batches are counted in tokens here (use_dynamic_bsz). Use "
         f"{name}_max_token_len_per_gpu, or PROFILE=tutorial, which counts rows."

@@ -39,9 +39,12 @@ OWNED = {
     "actor_rollout_ref.model.path": "MODEL= and INIT=",
     "profile/sft": "PROFILE=",
     "profile/ppo": "PROFILE=",
+    "algo": "ALGO=",
     "device/sft": "PROFILE=rehearsal (the CPU is used where no GPU is visible)",
     "device/ppo": "PROFILE=rehearsal (the CPU is used where no GPU is visible)",
 }
+# Keys that SEED= sets. (Of the rest takes care trainers.seed.)
+SEEDS = {"sft": ("trainer.seed",), "ppo": ("data.seed", "actor_rollout_ref.rollout.seed")}
 # Profiles small enough for a machine without a GPU.
 ON_CPU = ("rehearsal", "tiny", "eight")
 # Profiles whose micro batches are so many rows, whatever the GPU. All others get a file of configs/memory/.
@@ -67,22 +70,27 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
     stage_dir = settings.stage_dir(stage)
     model_dir = settings.merged_dir("sft") if stage == "ppo" and settings.init == "sft" else settings.model_dir
     from_sft = model_dir != settings.model_dir
+    called = settings.algo if stage == "ppo" else stage
     if stage == "ppo":
         notes.append(f"INIT={settings.init}: actor and critic start from {model_dir}")
     own_env = {
         "WORK_DIR": str(settings.work_dir),
         "BRIDGE_MODEL_DIR": str(model_dir),
         "BRIDGE_STAGE_DIR": str(stage_dir),
-        "BRIDGE_RUN_NAME": f"{settings.run}_{stage}{'_from_sft' if from_sft else ''}",
+        "BRIDGE_RUN_NAME": f"{settings.run}_{called}{'_from_sft' if from_sft else ''}",
         "WANDB_PROJECT": settings.wandb_project,
         "WANDB_DIR": str(stage_dir),
         # Everything was fetched before: a compute node without internet must not wait for the hub.
         "HF_HUB_OFFLINE": "1",
+        # For what verl draws without a setting: trainers.seed.
+        **({} if settings.seed is None else {"BRIDGE_SEED": str(settings.seed)}),
         **trainer.environment(env),
     }
     tracking.go_offline_without_login(env, own_env, notes)
     tp = [f"actor_rollout_ref.rollout.tensor_model_parallel_size={settings.tp}"] if stage == "ppo" and settings.tp else []
-    own = [f"profile/{stage}={settings.profile}", *([f"device/{stage}=cpu"] if on_cpu else []), *tp]
+    own = [f"profile/{stage}={settings.profile}", *([f"device/{stage}=cpu"] if on_cpu else []),
+           *([f"algo={settings.algo}"] if stage == "ppo" and settings.algo != "ppo" else []), *tp,
+           *([f"++{key}={settings.seed}" for key in SEEDS[stage]] if settings.seed is not None else [])]
     if stage == "ppo" and settings.reward:
         own += [f"custom_reward_function.{key}={quote(str(value))}" for key, value in zip(("path", "name"), settings.reward,
                                                                                           strict=True)]
@@ -148,7 +156,8 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
 
     made = Plan(
         command=[], env=own_env, record_dir=stage_dir, keep_log=True, notes=notes, config=config,
-        inputs={"data": {key: [record.sha256(file) for file in data_files(config, key)] for key in DATA_KEYS},
+        inputs={"seed": settings.seed,
+                "data": {key: [record.sha256(file) for file in data_files(config, key)] for key in DATA_KEYS},
                 "model": model_fingerprint(model_dir),
                 # A reference model is read anew at each start, and a merge of another step has files of the same sizes.
                 "weights": [checkpoints.checksum(file) for file in sorted(model_dir.glob("*.safetensors"))],
@@ -183,7 +192,7 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
                                                         *hardware.infiniband()[1], *lock_problems(settings.work_dir))]
     device = "ranks on CPU" if on_cpu else "GPUs"
     device += f" on each of {nodes} nodes" * (nodes > 1)
-    notes.insert(0, f"{stage}: {gpus} {device}, profile {settings.profile}, run {settings.run}, "
+    notes.insert(0, f"{called}: {gpus} {device}, profile {settings.profile}, run {settings.run}, "
                     f"{'the SFT model of this run' if from_sft else f'model {model_dir.name}'}")
     arguments = ["--config-dir", str(CONFIGS), "--config-name", stage, *own, *resume, *overrides]
     command = trainer.command(gpus, [*(["bridge.trainers.on_cpu"] if on_cpu else []), *trainer.modules(config)], arguments, nodes)

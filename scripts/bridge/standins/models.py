@@ -10,7 +10,7 @@ from bridge.settings import CONFIGS
 
 SEED = 0
 RANDOM = "random:"
-# The config.json of each random:NAME, a Llama, as in the folder of the model of that name.
+# The config.json of each random:NAME, as in the folder of the model of that name.
 SHAPES = CONFIGS / "models"
 
 
@@ -101,13 +101,16 @@ def shapes() -> list[str]:
     return sorted(file.stem for file in SHAPES.glob("*.json"))
 
 
-def empty_llama(shape: str, **changes: Any):
-    """A Llama of a shape in bf16, without memory for its weights (on torch's meta device)."""
+def empty_model(shape: str, **changes: Any):
+    """A model of a shape in bf16, without memory for its weights (on torch's meta device)."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
 
+    config = transformers.AutoConfig.for_model(**read_json(SHAPES / f"{shape}.json"), **changes)
+    # Imported here: on the meta device torch cannot import what this needs.
+    model_class = getattr(transformers, config.architectures[0])
     with torch.device("meta"):
-        return LlamaForCausalLM(LlamaConfig(**read_json(SHAPES / f"{shape}.json"), **changes)).to(torch.bfloat16)
+        return model_class(config).to(torch.bfloat16)
 
 
 def make_random(shape: str, folder: Path) -> None:
@@ -119,14 +122,14 @@ def make_random(shape: str, folder: Path) -> None:
     import torch
 
     tokenizer = smollm2_tokenizer(smollm2_gguf())
-    model = empty_llama(shape, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    model = empty_model(shape, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     check_space(folder, 2 * model.num_parameters())
     random, std = torch.Generator().manual_seed(SEED), model.config.initializer_range
     weights = {}
     for name, parameter in model.named_parameters():
-        # As transformers starts a training: ones for norms. Drawn in float32, which is 4 times as fast.
+        # As transformers starts a training: ones for norms, no bias. Drawn in float32, which is 4 times as fast.
         weight = torch.empty(parameter.shape)
-        weight = weight.normal_(0, std, generator=random) if weight.dim() > 1 else weight.fill_(1)
+        weight = weight.normal_(0, std, generator=random) if weight.dim() > 1 else weight.fill_(not name.endswith("bias"))
         weights[name] = weight.to(parameter.dtype)
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()

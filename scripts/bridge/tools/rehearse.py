@@ -37,7 +37,7 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
     # A relative folder is meant from where the person stands, which stays the same here.
     chain, chain_env = trial.inside(
         settings.work_dir / "rehearsal", env, MODEL=name, DATA_SOURCE=env.get("DATA_SOURCE") or "builtin",
-        PROFILE=profile(name, ranks), GPUS=str(ranks), HF_REPO=REPOSITORY)
+        PROFILE=profile(name, ranks), GPUS=str(ranks), ALGO=settings.algo, HF_REPO=REPOSITORY)
     made = trial.made(chain)
     trial.check(chain, env, made, new_model=True, problems=problems)
     if env.get("MODEL") and not gpus and settings.model not in ("tiny", "smollm2") and not is_local(settings.model):

@@ -16,7 +16,7 @@ from bridge.settings import Settings, is_local
 from bridge.stages import data, model, train
 
 # Settings of the real run that say nothing here. No metrics of a trial are sent anywhere.
-LEFT_OUT = ("WANDB_API_KEY", "STAGE", "STEP", "CKPT", "TP", "INIT")
+LEFT_OUT = ("WANDB_API_KEY", "STAGE", "STEP", "CKPT", "TP", "INIT", "ALGO", "SEED")
 # Lies in every folder that is a tool's own: no other is written to, and nothing in another is removed.
 MARK = ".made-by-bridge"
 PARTS = ("data", "models", "runs", "cache", "hub")

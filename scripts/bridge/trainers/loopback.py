@@ -11,7 +11,7 @@ import runpy
 import socket
 import sys
 
-from bridge.trainers import stoppable
+from bridge.trainers import seed, stoppable
 
 
 def address() -> str:
@@ -22,6 +22,8 @@ def address() -> str:
 def close() -> None:
     """Let this process, and those it starts, find each other over this address; what the user has set wins."""
     stoppable.write_stacks_when_asked()
+    # It is what is called in every worker.
+    seed.apply()
     # For gloo, NCCL and vLLM. Within a node NCCL's ranks only find each other over sockets: data go through NVLink or memory.
     for name, value in {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": address()}.items():
         os.environ.setdefault(name, value)

@@ -115,6 +115,19 @@ def offload_without_pinning() -> None:
     fsdp.CPUOffloadPolicy = lambda **_options: policy(pin_memory=False)
 
 
+def answer_once() -> None:
+    """Let the rollout with transformers answer each row once: the trainer has repeated the prompts, and verl would again."""
+    from omegaconf import OmegaConf
+    from verl.workers.rollout import HFRollout
+
+    init = HFRollout.__init__
+
+    def of_one(self, module, config) -> None:
+        init(self, module, OmegaConf.merge(config, {"n": 1}))
+
+    HFRollout.__init__ = of_one
+
+
 def setup() -> None:
     """Everything of the above; called in the trainer's process and, by Ray, in every worker."""
     fill_torch_cpu()
@@ -123,6 +136,7 @@ def setup() -> None:
     use_varlen_sdpa()
     use_float32()
     offload_without_pinning()
+    answer_once()
     loopback.close()
 
 

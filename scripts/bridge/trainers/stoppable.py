@@ -67,6 +67,12 @@ def stoppable_sft(trainer: type) -> type:
     class StoppableSFTTrainer(trainer):
         steps, stopping = 0, False
 
+        def _build_dataloader(self, train_dataset, val_dataset) -> None:
+            super()._build_dataloader(train_dataset, val_dataset)
+            if "BRIDGE_SEED" in os.environ:
+                # verl leaves it at 0 whatever trainer.seed is, which SEED= sets.
+                self.train_sampler.seed = self.config.trainer.seed
+
         def training_step(self, batch) -> dict[str, float]:
             metrics = super().training_step(batch)
             self.steps += 1
