@@ -47,7 +47,8 @@ help: ## Show this menu
 	@awk -F ':.*## ' '/^##@/ {print "\n" substr($$0, 5)} /^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
 
 STAGES := check shell data model sft ppo merge eval upload rehearse bench accept
+ONE_NODE = $(if $(and $(filter shell,$@),$(filter-out 1,$(NODES))),echo "bridge: NODES=$$NODES: a shell is on one node" >&2; )
 $(STAGES):
-	@scripts/host/$(if $(filter shell1,$@$(SLURM))$(filter-out check,$(filter check%,$@$(NODES))),submit.sh,container.sh) $@ $(ARGS)
+	@$(ONE_NODE)scripts/host/$(if $(filter shell1,$@$(SLURM))$(filter-out check,$(filter check%,$@$(NODES))),submit.sh,container.sh) $@ $(ARGS)
 
 .PHONY: $(STAGES) submit image oci pull venv lock test lint help

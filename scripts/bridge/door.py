@@ -90,7 +90,12 @@ def run_stage(name: str, env: Mapping[str, str], overrides: list[str], dry_run: 
     plan = stage.plan(settings, child_env, overrides, dry_run)
     for note in plan.notes:
         say(note)
-    if plan.finished:
+    from bridge.runs import checkpoints, record
+
+    if dry_run and stage.trains and (working := record.holder(plan.record_dir)):
+        say(f"another run works in {plan.record_dir} ({working})")
+    # One that was killed after its last save has a record that says otherwise.
+    if plan.finished and (dry_run or not stage.trains or record.read(plan.record_dir)["status"] == "finished"):
         say(plan.finished)
         return 0
     if dry_run:
@@ -98,8 +103,6 @@ def run_stage(name: str, env: Mapping[str, str], overrides: list[str], dry_run: 
         return 0
     if plan.keep_log:
         plan.record_dir.mkdir(parents=True, exist_ok=True)
-    from bridge.runs import checkpoints, record
-
     announced = plan.resume_step
     with record.locked(plan.record_dir) if plan.keep_log else nullcontext():
         while stage.trains:
@@ -111,6 +114,7 @@ def run_stage(name: str, env: Mapping[str, str], overrides: list[str], dry_run: 
             if not aside:
                 break
         if plan.finished:
+            record.finish(plan, child_env)
             say(plan.finished)
             return 0
         if plan.resume_step != announced:

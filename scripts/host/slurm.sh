@@ -44,6 +44,11 @@ share_of() { # GPUS [PARTITION]: that share of a node's cores (4 for no GPU; the
     } END { print least + 0, most + 0, nodes + 0 }'
 }
 
+limit_of() { # PARTITIONS: the time limit of a job that asks for none, of each (of the default one)
+    sinfo -h ${1:+-p "$1"} -o '%P %L %l' | awk -v named="$1" 'named != "" || $1 ~ /\*$/ {
+        printf "%s%s (%s)", between, $2 ~ /^[0-9]|infinite/ ? $2 : $3, $1; between = ", " }'
+}
+
 ask_for() { # STAGE: fills options (of sbatch and srun) and drop (names that the job's call must not have), adds to problems
     local stage=$1 partition=${SBATCH_PARTITION:-} gpus=0 asked='' share most nodes name
     local count=1

@@ -78,12 +78,12 @@ elif ! (choose_engine "${jobs[0]%:*}") 2> /dev/null; then
     echo "bridge: no image can be started here: what ${jobs[0]} would refuse is seen in the job only" >&2
 elif ! said=$(env "${give[@]}" "$checkout/scripts/host/container.sh" "${job[@]}" --dry-run 2>&1); then
     fail "$said" "${jobs[0]} would end so: nothing was submitted."
-elif [[ -n $dry ]]; then
-    printf '%s\n' "$said"
+else # a dry run shows it all
+    grep -E "^bridge: (.* is finished \(|another run works in )${dry:+|}" <<< "$said" || true
 fi
-[[ -z $dry ]] || { echo "bridge: the job's script, $checkout/scripts/host/job.sh:" && cat "$checkout/scripts/host/job.sh"; }
 [[ -n $dry ]] || mkdir -p "$WORK_DIR/jobs"
 for name in $(compgen -e SBATCH_); do echo "bridge: sbatch also reads $name=${!name}"; done
+[[ -n ${SBATCH_TIMELIMIT:-} ]] || echo "bridge: SBATCH_TIMELIMIT is not set, so the time limit is the partition's: $(limit_of "${SBATCH_PARTITION:-}")"
 ids=()
 for stage in "${jobs[@]}"; do
     after=(--parsable)

@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -43,6 +44,7 @@ SelectTypeParameters=CR_Core
 SchedulerParameters=sched_interval=1,batch_sched_delay=0,sched_min_interval=0,bf_interval=1
 GresTypes=gpu
 KillWait=5
+SlurmdTimeout=60
 MinJobAge=3600
 MpiDefault=none
 ReturnToService=2
@@ -74,7 +76,11 @@ for node in n1 n2; do
     unshare --net --uts --mount bash -euc 'hostname "$1"; mount -t tmpfs tmpfs /var/tmp
         until ip link show eth0 > /dev/null 2>&1; do sleep 0.1; done
         ip link set lo up; ip addr add "10.77.0.$2/24" dev eth0; ip link set eth0 up
-        exec ./slurmd -D -N "$1" -d "$FOLDER/slurmstepd"' _ "$node" "$number" > "$node.out" 2>&1 &
+        # This one stays: the namespaces of a node that is lost go with its last process.
+        while :; do
+            ./slurmd -D -N "$1" -d "$FOLDER/slurmstepd" || true
+            while [ -e "lost-$1" ]; do sleep 0.2; done
+        done' _ "$node" "$number" > "$node.out" 2>&1 &
     pid=$!
     # unshare becomes the program that it starts: once that has another network, it is the node's.
     while [ "$(readlink /proc/$pid/ns/net)" = "$(readlink /proc/self/ns/net)" ]; do sleep 0.1; done
@@ -143,7 +149,7 @@ class Cluster:
                 stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             self.wait_for(lambda: (folder / "munge" / "socket").exists(), "munged answers")
-            [inside] = Path(f"/proc/{self.first.pid}/task/{self.first.pid}/children").read_text().split()
+            [self.inside] = [inside] = Path(f"/proc/{self.first.pid}/task/{self.first.pid}/children").read_text().split()
             for name in ("sbatch", "srun", "scancel", "squeue", "sinfo", "scontrol", "salloc"):
                 # On a node a command is called from where it is.
                 (self.bin / name).write_text(
@@ -162,12 +168,37 @@ class Cluster:
         return subprocess.run([str(self.bin / command[0]), *command[1:]], capture_output=True, text=True,
                               check=False, timeout=60).stdout.strip()
 
-    def on(self, node: str, *command: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess:
-        """Run a command on a node, as another program of it: in its network and with its folders."""
+    def daemon(self, node: str) -> psutil.Process:
+        """A node's slurmd."""
         # Not of one that is about to end: of those the system says nothing.
         [daemon] = [process for process in psutil.Process(self.first.pid).children(recursive=True)
                     if process.name() == "slurmd" and process.cmdline()[:4] == ["./slurmd", "-D", "-N", node]]
-        return subprocess.run(["nsenter", f"--target={daemon.pid}", "--net", "--uts", "--mount", *command], capture_output=True,
+        return daemon
+
+    def link(self, node: str, state: str) -> None:
+        """Plug a node's cable in (up) or out (down)."""
+        subprocess.run(["nsenter", f"--net=/proc/{self.inside}/ns/net", "ip", "link", "set", node, state], check=True, timeout=60)
+
+    def lose(self, node: str) -> None:
+        """Let a node be without current: nobody hears of it any more, and all of its processes end at once."""
+        network = os.readlink(f"/proc/{self.daemon(node).pid}/ns/net")
+        (self.folder / f"lost-{node}").touch()
+        self.link(node, "down")
+        # But its first one, which START needs.
+        for process in psutil.process_iter():
+            with suppress(OSError, psutil.Error):
+                if os.readlink(f"/proc/{process.pid}/ns/net") == network and process.ppid() != int(self.inside):
+                    process.kill()
+
+    def bring_back(self, node: str) -> None:
+        """Let a node that was lost start again."""
+        self.link(node, "up")
+        (self.folder / f"lost-{node}").unlink()
+        self.wait_for(lambda: self.run("sinfo", "-h", "-n", node, "-p", "gpu", "-o", "%T") == "idle", f"{node} is back")
+
+    def on(self, node: str, *command: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess:
+        """Run a command on a node, as another program of it: in its network and with its folders."""
+        return subprocess.run(["nsenter", f"--target={self.daemon(node).pid}", "--net", "--uts", "--mount", "--pid", *command], capture_output=True,
                               text=True, check=False, timeout=60, env=env)
 
     def wait_for(self, condition: Callable[[], object], what: str, seconds: float = 300) -> None:

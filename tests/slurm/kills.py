@@ -35,7 +35,8 @@ ROWS = [("sft", 2, "rank of sft", "n1"), ("sft", 2, "rank of sft", "n2"), ("sft"
         ("sft", 2, "time limit"), ("sft", 1, "rank of sft", "n1"), ("sft", 1, "door", "n1"), ("sft", 1, "preemption"),
         ("sft", 1, "scancel"), ("ppo", 2, "rank of ppo", "n2"), ("ppo", 2, "raylet", "n2"), ("ppo", 2, "`gcs_server`", "n1"),
         ("ppo", 2, "`bridge join`", "n2"), ("ppo", 2, "door", "n1"), ("ppo", 2, "preemption"),
-        ("ppo", 2, "another user's Ray", "n1"), ("ppo", 1, "door", "n1")]
+        ("ppo", 2, "another user's Ray", "n1"), ("ppo", 1, "door", "n1"), ("sft", 2, "node lost", "n2"),
+        ("ppo", 2, "node lost", "n2")]
 OTHERS_RAY = """
 import os, sys, time, ray
 ray.init(address="local", num_cpus=1, include_dashboard=False, _temp_dir="/var/tmp/other", _node_ip_address=sys.argv[1])
@@ -68,6 +69,8 @@ def do(site: Site, job: str, what: str, node: str = "") -> None:
         ASK[what](site, job)
     elif what in VICTIMS:
         site.cluster.wait_for(killed, f"{what} is killed", 100)
+    elif what == "node lost":
+        site.cluster.lose(node)
     else:
         other = f'setpriv --reuid=65534 --regid=65534 --clear-groups {sys.executable} -c "$0" {ADDRESSES[node]}'
         site.cluster.on(node, "sh", "-c", f"({other}; touch /var/tmp/other-ended) > /var/tmp/other-said 2>&1 &", OTHERS_RAY,
@@ -98,11 +101,13 @@ def row(site: Site, number: int) -> str:
                      or now["Restarts"] != "0", "the job has ended", 600)
     seconds, state, last, rest = time.monotonic() - event, cluster.job(job), len(made()), []
     end = state["JobState"] if state["Restarts"] == "0" else "put back"
+    if what == "node lost":
+        cluster.bring_back(*node)
     cluster.run("scontrol", "update", f"jobid={job}", "timelimit=60")
     if end not in ("put back", "COMPLETED"):
         rest, job = left(site), submit()
     finished = cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED", seconds=600)["JobState"] == "COMPLETED"
-    if what not in {*ASK, *VICTIMS}:
+    if what == "another user's Ray":
         of_other = f" ({cluster.on(*node, 'sh', '-c', OTHERS_END).stdout.strip()})"
     begun = steps if last == steps else record.read(folder)["attempts"][-1]["from_step"] or 0
     whole = "yes" if finished and made() == [*range(1, steps + 1)] else "NO"

@@ -30,7 +30,7 @@ def begun(site, job: str, stage: str, attempt: int) -> None:
     site.cluster.wait_for(lambda: log.exists() and f"{stage} on n" in log.read_text(), f"attempt {attempt} of {job} has begun")
 
 
-def test_a_dry_run_shows_the_script_and_the_whole_call_and_submits_nothing(standin):
+def test_a_dry_run_shows_the_whole_call_last_and_submits_nothing(standin):
     result = standin.make("submit", "STAGE=ppo", "GPUS=4", "SBATCH_TIMELIMIT=30", "ARGS=--dry-run trainer.total_epochs=1")
     assert result.returncode == 0, result.stderr
     [call] = [line for line in result.stdout.splitlines() if line.startswith("+ ") and " sbatch " in line]
@@ -38,8 +38,22 @@ def test_a_dry_run_shows_the_script_and_the_whole_call_and_submits_nothing(stand
     assert {"--gpus-per-node=4", "--cpus-per-task=8", "--signal=B:USR1@300", "--requeue", "--nodes=1"} <= set(call.split())
     assert call.endswith(f"{standin.checkout}/scripts/host/job.sh {standin.checkout} ppo trainer.total_epochs=1")
     assert "would run ppo trainer.total_epochs=1" in result.stdout and "SBATCH_TIMELIMIT=30" in result.stdout
-    assert (standin.checkout / "scripts/host/job.sh").read_text() in result.stdout
+    assert result.stdout.splitlines()[-1] == call and "the time limit is the partition's" not in result.stdout
     assert standin.cluster.run("squeue", "-h") == "" and not standin.work_dir.exists()
+
+
+def test_the_time_limit_of_the_partition_is_said_where_none_is_asked_for(standin):
+    for partition, said in (("", "1-00:00:00 (gpu*)"), ("urgent", "1-00:00:00 (urgent)"),
+                            ("gpu,urgent", "1-00:00:00 (gpu*), 1-00:00:00 (urgent)")):
+        given = [f"SBATCH_PARTITION={partition}"] if partition else []
+        result = standin.make("submit", "STAGE=sft", "GPUS=1", "ARGS=--dry-run", *given)
+        assert f"the time limit is the partition's: {said}\n" in result.stdout, result.stdout + result.stderr
+    standin.cluster.run("scontrol", "update", "partitionname=urgent", "defaulttime=2:00:00")
+    try:
+        result = standin.make("submit", "STAGE=sft", "GPUS=1", "ARGS=--dry-run", "SBATCH_PARTITION=urgent")
+    finally:
+        standin.cluster.run("scontrol", "update", "partitionname=urgent", "defaulttime=none")
+    assert "the time limit is the partition's: 2:00:00 (urgent)\n" in result.stdout
 
 
 REFUSED = {
@@ -165,6 +179,18 @@ def test_a_job_is_put_back_no_more_often_than_requeue_says(standin):
     assert "put back 1 times (REQUEUE=1)" in standin.log(f"{job}.log")
 
 
+def test_a_stage_that_a_preemption_ends_before_it_can_save_is_put_back_too(standin):
+    script = standin.checkout / "scripts" / "host" / "container.sh"
+    script.write_text(script.read_text().replace("exit 75", "kill -TERM $$"))
+    job = running(standin, "sft")
+    ask_by_signal(standin, job)
+    begun(standin, job, "sft", 1)
+    assert standin.cluster.job(job)["Restarts"] == "1"
+    # The same end without a request is a failure.
+    (standin.work_dir / "end-sft").write_text("143")
+    assert standin.cluster.wait(job, "FAILED")["ExitCode"] == "143:0"
+
+
 def test_the_time_limit_is_watched_where_no_step_can_be_started(standin):
     broken = standin.work_dir.parent / "bin"
     shutil.copytree(standin.cluster.bin, broken)
@@ -236,10 +262,11 @@ def test_a_shell_on_a_node(standin):
     (standin.checkout / "scripts" / "host" / "container.sh").write_text("#!/bin/sh\nexec bash\n")
     typed = "echo $(hostname) $SLURM_JOB_NAME gpus=$CUDA_VISIBLE_DEVICES cores=$SLURM_CPUS_PER_TASK\nexit\n"
     # --pty needs a terminal.
-    result = subprocess.run(["script", "-qec", "make --no-print-directory shell SLURM=1 GPUS=2 SBATCH_JOB_NAME=mine",
+    result = subprocess.run(["script", "-qec", "make --no-print-directory shell SLURM=1 GPUS=2 SBATCH_JOB_NAME=mine NODES=2",
                              "/dev/null"], cwd=standin.checkout, env=standin.env, capture_output=True, text=True,
                             timeout=120, check=False, input=typed)
     assert any(f"{node} mine gpus=0,1 cores=4" in result.stdout for node in ("n1", "n2")), result.stdout
+    assert "NODES=2: a shell is on one node" in result.stdout
 
 
 def test_the_chain_of_real_stages(site):
@@ -251,6 +278,9 @@ def test_the_chain_of_real_stages(site):
     for job in jobs.values():
         assert site.cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED")["JobState"] == "COMPLETED", site.log(f"{job}.0.log")
     assert (site.work_dir / "runs" / "default" / "sft" / "merged" / "config.json").exists()
+    # Before it is submitted again, and not in its job only.
+    again = site.make("submit", "STAGE=sft", "GPUS=1", **TINY)
+    assert again.returncode == 0 and "bridge: sft of run 'default' is finished (" in again.stdout, again.stdout + again.stderr
 
 
 def test_a_real_training_at_its_time_limit_saves_and_goes_on_from_there(site):
@@ -267,6 +297,12 @@ def test_a_real_training_at_its_time_limit_saves_and_goes_on_from_there(site):
     saved = record.read(folder)["last_step"]
     assert saved > 1
     site.cluster.wait_for(lambda: metrics.read(folder / "metrics.jsonl")[-1]["step"] > saved + 1, "it goes on")
+    again = site.make("submit", "STAGE=sft", "GPUS=1", "ARGS=trainer.save_freq=-1 trainer.total_epochs=200", **TINY)
+    assert again.returncode == 0 and f"bridge: another run works in {folder} (process " in again.stdout, again.stdout + again.stderr
+    # It is refused there, if it was not too early for that.
+    second = re.search(r"is job (\d+)", again.stdout)[1]
+    site.cluster.run("scancel", second)
+    site.cluster.wait(second, "CANCELLED", "FAILED")
     site.cluster.run("scancel", job)
     site.cluster.wait(job, "CANCELLED")
     recorded = record.read(folder)

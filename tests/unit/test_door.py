@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from shards import started
 
 from bridge import door, environment, settings
 from bridge.door import TOOLS
@@ -320,6 +321,21 @@ def test_a_finished_stage_is_not_started_again(env):
     assert result.returncode == 0 and "is finished" in result.stderr and result.stdout == ""
 
 
+def test_the_record_of_a_run_that_was_killed_after_its_last_save_says_finished_once_that_is_seen(env):
+    override = "trainer.total_training_steps=2"
+    folder = started(env, "sft", override, steps=(2,)).parent
+    left = record.read(folder)
+    [attempt] = left["attempts"]
+    del attempt["ended"], attempt["exit_status"]
+    record.write_json(folder / "run.json", {**left, "status": "running", "last_step": 0}, [])
+    # To look changes nothing.
+    assert "is finished" in bridge("sft", "--dry-run", override, **env).stderr
+    assert record.read(folder)["status"] == "running"
+    result = bridge("sft", override, **env)
+    assert result.returncode == 0 and "is finished" in result.stderr and result.stdout == ""
+    assert record.read(folder) == {**left, "status": "finished", "last_step": 2}
+
+
 def test_a_run_with_other_settings_is_neither_continued_nor_overwritten(env):
     finished_run(env)
     said = refused(env, "sft", "optim.lr=1e-3")
@@ -458,10 +474,14 @@ def test_two_runs_in_one_folder_at_once_are_refused(env):
         assert holder.stdout.readline() == "held\n"
         said = refused(env, "sft")
         assert f"another run works in {folder}" in said and f"process {holder.pid}" in said
+        # A dry run says it, too, and is in nobody's way.
+        result = bridge("sft", "--dry-run", **env)
+        assert result.returncode == 0 and f"another run works in {folder} (process {holder.pid} on " in result.stderr
     finally:
         holder.kill()
         holder.communicate()
     # The lock goes with its process, however that ended.
+    assert "another run" not in bridge("sft", "--dry-run", **env).stderr
     with record.locked(folder):
         pass
 

@@ -5,8 +5,10 @@ import socket
 import subprocess
 
 import pytest
+from shards import started
 
 from bridge.errors import UsageError
+from bridge.runs import record
 from bridge.stages import ppo, sft
 from bridge.trainers import loopback, nodes
 from door import bridge
@@ -73,6 +75,39 @@ def test_several_nodes_outside_a_job_and_join_by_hand_are_refused(tmp_path):
     result = bridge("join", "sft", **settings)
     assert result.returncode == 2 and "join is for the jobs of make submit" in result.stderr
     assert not (tmp_path / "work").exists()
+
+
+def joining(env: dict[str, str], first: str = "127.0.0.1", temporary: str | None = None, **changes) -> str:
+    """What `bridge join` says, which is refused, where the first node's record has these changes."""
+    folder = started(env, "sft").parent
+    recorded = record.read(folder)
+    recorded["inputs"] |= changes.pop("inputs", {})
+    recorded["attempts"][-1] |= changes
+    record.write_json(folder / "run.json", recorded, [])
+    meeting = folder.parents[2] / "meeting"
+    meeting.mkdir()
+    (meeting / "listening.json").write_text(json.dumps({"address": first, "port": 1, "temporary": temporary}))
+    result = bridge("join", "sft", **env, NODES="2", BRIDGE_NODES_DIR=str(meeting), SLURM_PROCID="0", SLURM_LAUNCH_NODE_IPADDR=first)
+    assert result.returncode == 2 and "Traceback" not in result.stderr and "joins" not in result.stderr, result.stderr
+    return result.stderr
+
+
+def test_a_node_with_another_model_or_other_packages_does_not_join(env):
+    said = joining(env, inputs={"model": {"config": "0" * 64, "weights": {}}}, lock_sha256="0" * 64)
+    host = socket.gethostname()
+    assert f"{host}: {env['WORK_DIR']}/models/tiny is not that of the first node" in said
+    assert f"{host}: requirements.lock in its image is not that of the first node" in said
+
+
+def test_a_node_on_which_somebody_has_rays_folder_does_not_join(env, tmp_path):
+    (taken := tmp_path / "ray-taken").mkdir()
+    assert f"{taken}: File exists." in joining(env, temporary=str(taken))
+    assert taken.is_dir()
+
+
+def test_a_node_that_has_no_way_to_the_first_one_over_ipv4_does_not_join(env):
+    said = joining(env, first="fd00::1")
+    assert len(said.splitlines()) == 1 and "no way over IPv4 to the first node, whose address Slurm gives as fd00::1" in said
 
 
 def test_the_batch_is_shared_by_the_gpus_of_all_nodes_and_a_copy_of_the_model_fits_into_one(tmp_path):

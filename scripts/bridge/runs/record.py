@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import socket
+import struct
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -154,6 +155,13 @@ def end(record: dict[str, Any], status: int, last_step: int) -> dict[str, Any]:
     return record
 
 
+def finish(plan: Plan, env: Mapping[str, str]) -> None:
+    """Let the record of a run that has made all its steps say so; its last attempt ended as it did."""
+    newest = checkpoints.newest_complete(plan.checkpoints, plan.saved)
+    finished = {"status": "finished", "last_step": newest.step if newest else 0}
+    write_json(plan.record_dir / "run.json", {**read(plan.record_dir), **finished}, secret_values(env))
+
+
 def moved(record: Mapping[str, Any], work_dir: Path | str) -> tuple[dict, dict]:
     """The configuration and the inputs of a record as they read now that its WORK_DIR lies there."""
     config, inputs = json.loads(json.dumps([record["config"], record["inputs"]]).replace(
@@ -183,6 +191,16 @@ def saved_checkpoints(stage_dir: Path, stage: str) -> list[checkpoints.Checkpoin
     if record is None:
         return []
     return checkpoints.list_checkpoints(stage_dir / "checkpoints", checkpoints.contents(stage, record["config"]))
+
+
+def holder(folder: Path) -> str | None:
+    """Who holds the folder's lock; None if nobody does, or where that cannot be seen. A look keeps nobody out."""
+    with suppress(OSError), open(folder / ".lock") as file:
+        # The system's struct flock, which it answers with the lock in the way.
+        answer = fcntl.fcntl(file, fcntl.F_GETLK, struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+        if struct.unpack("hhqqi", answer)[0] != fcntl.F_UNLCK:
+            return file.read().strip() or "unknown process"
+    return None
 
 
 @contextmanager
