@@ -194,12 +194,14 @@ class Cluster:
         """Let a node that was lost start again."""
         self.link(node, "up")
         (self.folder / f"lost-{node}").unlink()
-        self.wait_for(lambda: self.run("sinfo", "-h", "-n", node, "-p", "gpu", "-o", "%T") == "idle", f"{node} is back")
+        # A job that was put back may be on it at once.
+        up = ("idle", "mixed", "allocated")
+        self.wait_for(lambda: self.run("sinfo", "-h", "-n", node, "-p", "gpu", "-o", "%T") in up, f"{node} is back")
 
     def on(self, node: str, *command: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess:
-        """Run a command on a node, as another program of it: in its network and with its folders."""
-        return subprocess.run(["nsenter", f"--target={self.daemon(node).pid}", "--net", "--uts", "--mount", "--pid", *command], capture_output=True,
-                              text=True, check=False, timeout=60, env=env)
+        """Run a command on a node, as another program of it: with its network, folders and processes."""
+        return subprocess.run(["nsenter", f"--target={self.daemon(node).pid}", "--net", "--uts", "--mount", "--pid", *command],
+                              capture_output=True, text=True, check=False, timeout=60, env=env)
 
     def wait_for(self, condition: Callable[[], object], what: str, seconds: float = 300) -> None:
         """Returns once the condition holds; fails with what the daemons said where it does not."""

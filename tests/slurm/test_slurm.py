@@ -280,7 +280,7 @@ def test_the_chain_of_real_stages(site):
     assert (site.work_dir / "runs" / "default" / "sft" / "merged" / "config.json").exists()
     # Before it is submitted again, and not in its job only.
     again = site.make("submit", "STAGE=sft", "GPUS=1", **TINY)
-    assert again.returncode == 0 and "bridge: sft of run 'default' is finished (" in again.stdout, again.stdout + again.stderr
+    assert again.returncode == 0 and "bridge: sft of run 'default' is finished (" in again.stdout, again.stderr
 
 
 def test_a_real_training_at_its_time_limit_saves_and_goes_on_from_there(site):
@@ -298,7 +298,7 @@ def test_a_real_training_at_its_time_limit_saves_and_goes_on_from_there(site):
     assert saved > 1
     site.cluster.wait_for(lambda: metrics.read(folder / "metrics.jsonl")[-1]["step"] > saved + 1, "it goes on")
     again = site.make("submit", "STAGE=sft", "GPUS=1", "ARGS=trainer.save_freq=-1 trainer.total_epochs=200", **TINY)
-    assert again.returncode == 0 and f"bridge: another run works in {folder} (process " in again.stdout, again.stdout + again.stderr
+    assert again.returncode == 0 and f"bridge: another run works in {folder} (process " in again.stdout, again.stderr
     # It is refused there, if it was not too early for that.
     second = re.search(r"is job (\d+)", again.stdout)[1]
     site.cluster.run("scancel", second)

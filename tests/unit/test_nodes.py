@@ -87,7 +87,8 @@ def joining(env: dict[str, str], first: str = "127.0.0.1", temporary: str | None
     meeting = folder.parents[2] / "meeting"
     meeting.mkdir()
     (meeting / "listening.json").write_text(json.dumps({"address": first, "port": 1, "temporary": temporary}))
-    result = bridge("join", "sft", **env, NODES="2", BRIDGE_NODES_DIR=str(meeting), SLURM_PROCID="0", SLURM_LAUNCH_NODE_IPADDR=first)
+    slurm = {"SLURM_PROCID": "0", "SLURM_LAUNCH_NODE_IPADDR": first}
+    result = bridge("join", "sft", **env, **slurm, NODES="2", BRIDGE_NODES_DIR=str(meeting))
     assert result.returncode == 2 and "Traceback" not in result.stderr and "joins" not in result.stderr, result.stderr
     return result.stderr
 

@@ -157,9 +157,9 @@ def end(record: dict[str, Any], status: int, last_step: int) -> dict[str, Any]:
 
 def finish(plan: Plan, env: Mapping[str, str]) -> None:
     """Let the record of a run that has made all its steps say so; its last attempt ended as it did."""
-    newest = checkpoints.newest_complete(plan.checkpoints, plan.saved)
-    finished = {"status": "finished", "last_step": newest.step if newest else 0}
-    write_json(plan.record_dir / "run.json", {**read(plan.record_dir), **finished}, secret_values(env))
+    recorded, newest = read(plan.record_dir), checkpoints.newest_complete(plan.checkpoints, plan.saved)
+    recorded |= {"status": "finished", "last_step": newest.step if newest else 0}
+    write_json(plan.record_dir / "run.json", recorded, secret_values(env))
 
 
 def moved(record: Mapping[str, Any], work_dir: Path | str) -> tuple[dict, dict]:

@@ -50,7 +50,7 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
             address = route.getsockname()[0]
     except OSError as error:
         raise UsageError(f"{host}: no way over IPv4 to the first node, whose address Slurm gives as {first} ({error.strerror}). "
-                         "Several nodes need one: ask the administrator (EnableIPv6 in slurm.conf), or use NODES=1.") from error
+                         "Ask the administrator for one, or use NODES=1.") from error
     own_file = nodes.folder() / f"{number}.json"
     write_whole(own_file, json.dumps({"host": host, "address": address, "first": first}))
     while not nodes.is_there(nodes.listening(), False):

@@ -51,11 +51,7 @@ def is_there(file: Path, otherwise: bool) -> bool:
 
 
 def wait_for_all(hosts: Callable[[], list[str]]) -> None:
-    """Wait until there are as many hosts as nodes.
-
-    Raises:
-        UsageError: there are not.
-    """
+    """Wait until there are as many hosts as nodes; a UsageError where there are not."""
     deadline, count = time.monotonic() + JOINING, int(os.environ["NODES"])
     while len(seen := hosts()) < count:
         if time.monotonic() > deadline:
