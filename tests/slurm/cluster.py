@@ -187,7 +187,7 @@ class Cluster:
         # But its first one, which START needs.
         for process in psutil.process_iter():
             with suppress(OSError, psutil.Error):
-                if os.readlink(f"/proc/{process.pid}/ns/net") == network and process.ppid() != int(self.inside):
+                if os.readlink(f"/proc/{process.pid}/ns/net") == network and "lost-$1" not in " ".join(process.cmdline()):
                     process.kill()
 
     def bring_back(self, node: str) -> None:

@@ -72,7 +72,9 @@ def do(site: Site, job: str, what: str, node: str = "") -> None:
     elif what == "node lost":
         site.cluster.lose(node)
     else:
-        other = f'setpriv --reuid=65534 --regid=65534 --clear-groups {sys.executable} -c "$0" {ADDRESSES[node]}'
+        # Python may lie in a home that is closed to others.
+        other = ("setpriv --reuid=65534 --regid=65534 --clear-groups --inh-caps=+dac_read_search --ambient-caps=+dac_read_search "
+                 f'{sys.executable} -c "$0" {ADDRESSES[node]}')
         site.cluster.on(node, "sh", "-c", f"({other}; touch /var/tmp/other-ended) > /var/tmp/other-said 2>&1 &", OTHERS_RAY,
                         env={**SHELL, "HOME": "/var/tmp"})
 
