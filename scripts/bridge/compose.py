@@ -102,12 +102,8 @@ def compose_checked(name: str, own: list[str], user: list[str], env: Mapping[str
                     owned: Mapping[str, str]) -> dict[str, Any]:
     """Compose with the door's own overrides and then the user's, after checking the user's.
 
-    Args:
-        owned: keys that only the door sets -> the setting to use instead.
-
-    Raises:
-        UsageError: every override that does not parse, whose key does not exist (with the nearest that does), that the
-            door owns, or that takes away a key, a number or a truth value which is read.
+    owned: keys that only the door sets -> the setting to use instead. A UsageError names every override that does not parse,
+    whose key does not exist or is owned, or that takes away a key, a number or a truth value which is read.
     """
     base = flatten(compose(name, own, env))
     nodes = {key.rsplit(".", i)[0] for key in base for i in range(key.count(".") + 1)}

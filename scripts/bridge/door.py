@@ -44,11 +44,9 @@ def usage() -> str:
     """The help text, made from the stage table."""
     rows = [(stage.name, stage.help) for stage in STAGES.values()] + list(TOOLS.items())
     return "\n".join([
-        "bridge STAGE [--dry-run] [key=value ...]",
-        "",
+        "bridge STAGE [--dry-run] [key=value ...]\n",
         *(f"  {name:<10}{text}" for name, text in rows),
-        "",
-        "--dry-run shows the command and what would happen. key=value changes verl's configuration (sft, ppo),",
+        "\n--dry-run shows the command and what would happen. key=value changes verl's configuration (sft, ppo),",
         "e.g. `bridge ppo trainer.total_epochs=1`. Settings come from the environment: see .env.example.",
     ])
 

@@ -122,14 +122,7 @@ def profiles() -> list[str]:
 
 
 def read(env: Mapping[str, str]) -> Settings:
-    """Read and check the settings.
-
-    Args:
-        env: the environment; empty values count as not given.
-
-    Raises:
-        UsageError: with every mistake found, not only the first.
-    """
+    """Read and check the settings; an empty value counts as not given. A UsageError names every mistake found."""
     problems: list[str] = []
 
     def given(name: str, default: str | None = None) -> str | None:

@@ -358,7 +358,8 @@ def test_a_file_of_data_and_the_file_of_a_reward_are_shown_in_the_container(host
         (host.cwd / name).touch()
     host.container("ppo", DATA_SOURCE="mine.csv", REWARD="judge.py:digits", QUESTION="ask", ANSWER="say")
     env, mounts = host.seen()["env"], host.mounts()
-    assert env["APPTAINERENV_DATA_SOURCE"] == f"{host.cwd}/mine.csv" and env["APPTAINERENV_REWARD"] == f"{host.cwd}/judge.py:digits"
+    assert env["APPTAINERENV_DATA_SOURCE"] == f"{host.cwd}/mine.csv"
+    assert env["APPTAINERENV_REWARD"] == f"{host.cwd}/judge.py:digits"
     assert (env["APPTAINERENV_QUESTION"], env["APPTAINERENV_ANSWER"]) == ("ask", "say")
     for name in ("mine.csv", "judge.py"):
         assert mounts[f"{host.cwd}/{name}"] == f"{host.cwd}/{name},ro"

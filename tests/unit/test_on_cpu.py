@@ -55,7 +55,7 @@ def test_each_row_is_answered_once_though_several_answers_to_a_prompt_are_wanted
 def test_a_seed_gives_each_rank_its_own_numbers_and_without_one_nothing_changes():
     drawn = {}
     for env in ({}, {"BRIDGE_SEED": "7"}, {"BRIDGE_SEED": "7", "RANK": "1"}, {"BRIDGE_SEED": "8", "RANK": "3"}):
-        script = ("import torch\nfrom bridge.trainers import seed\nplain = torch.cuda.manual_seed\nseed.apply()\n"
+        script = ("import torch\nfrom bridge.trainers import loopback\nplain = torch.cuda.manual_seed\nloopback.seed()\n"
                   "print(torch.initial_seed(), torch.cuda.manual_seed is plain)")
         result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True,
                                 env={**os.environ, **env})

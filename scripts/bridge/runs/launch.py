@@ -25,18 +25,12 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 
 def run(command: list[str], env: Mapping[str, str], log: Path | None, metrics_file: metrics.Metrics | None,
         secrets: list[str], until: Callable[[], bool] = lambda: False) -> int:
-    """Run a command to its end.
+    """Run a command to its end, with this whole environment; its output is shown and appended to the log.
 
-    Args:
-        command: the program and its arguments.
-        env: its whole environment.
-        log: file that the output is appended to, beside being shown; None for none.
-        metrics_file: gets what verl's console lines say.
-        secrets: values that are replaced by *** should the program print them.
-        until: asked some times a second; once true, the child is sent SIGTERM, and that it ends so is no failure.
+    metrics_file gets what verl's console lines say; secrets are replaced by *** should the program print them. `until` is asked
+    some times a second; once true, the child is sent SIGTERM, and that it ends so is no failure.
 
-    Returns:
-        the exit status; 0 where `until` ended it, 128 + N if the child (or this program) was ended by signal N.
+    Returns the exit status; 0 where `until` ended it, 128 + N if the child (or this program) was ended by signal N.
     """
     # First, since an error here must not end a child that has begun.
     log_file = open(log or os.devnull, "ab", buffering=0)  # noqa: SIM115 - its closing may fail, too

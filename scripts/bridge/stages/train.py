@@ -43,7 +43,7 @@ OWNED = {
     "device/sft": "PROFILE=rehearsal (the CPU is used where no GPU is visible)",
     "device/ppo": "PROFILE=rehearsal (the CPU is used where no GPU is visible)",
 }
-# Keys that SEED= sets. (Of the rest takes care trainers.seed.)
+# Keys that SEED= sets. (Of the rest takes care trainers.loopback.)
 SEEDS = {"sft": ("trainer.seed",), "ppo": ("data.seed", "actor_rollout_ref.rollout.seed")}
 # Profiles small enough for a machine without a GPU.
 ON_CPU = ("rehearsal", "tiny", "eight")
@@ -58,11 +58,7 @@ DATA_KEYS = ("train_files", "val_files")
 
 
 def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list[str], dry_run: bool) -> Plan:
-    """Check one training stage and say what to run.
-
-    Raises:
-        UsageError: everything found wrong with the hardware, the overrides, the data, the model or the run folder.
-    """
+    """Check one training stage and say what to run. A UsageError names all that is wrong with what it is given."""
     trainer = TRAINERS[stage]
     notes: list[str] = []
     problems: list[str] = interface_problems(env)
@@ -82,7 +78,7 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
         "WANDB_DIR": str(stage_dir),
         # Everything was fetched before: a compute node without internet must not wait for the hub.
         "HF_HUB_OFFLINE": "1",
-        # For what verl draws without a setting: trainers.seed.
+        # For what verl draws without a setting: trainers.loopback.
         **({} if settings.seed is None else {"BRIDGE_SEED": str(settings.seed)}),
         **trainer.environment(env),
     }
@@ -385,11 +381,8 @@ def check_continuation(stage: str, settings: Settings, planned: Plan,
                        overrides: Sequence[str]) -> tuple[checkpoints.Checkpoint | None, str | None]:
     """Compare with what the run folder holds. Reads only.
 
-    Returns:
-        the checkpoint to continue from (None: a fresh start), and why nothing is left to do (None if something is).
-
-    Raises:
-        UsageError: the folder holds another configuration's run, or checkpoints of which none can be continued from.
+    Returns the checkpoint to continue from (None: a fresh start), and why nothing is left to do (None if something is). A
+    UsageError: the folder holds another configuration's run, or checkpoints of which none can be continued from.
     """
     recorded, folder = record.read(planned.record_dir), planned.checkpoints
     found = checkpoints.list_checkpoints(folder, planned.saved)
@@ -433,11 +426,7 @@ def check_continuation(stage: str, settings: Settings, planned: Plan,
 
 
 def check_disk(stage: str, settings: Settings, planned: Plan, parameters: int, notes: list[str]) -> None:
-    """Compare the disk that checkpoints need with what is free.
-
-    Raises:
-        UsageError: too little is free.
-    """
+    """Compare the disk that checkpoints need with what is free: a UsageError if that is too little."""
     if planned.config["trainer"]["save_freq"] <= 0 and stage == "ppo":
         return
     one = checkpoints.expected_size(planned.saved, parameters)

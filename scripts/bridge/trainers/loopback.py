@@ -11,7 +11,7 @@ import runpy
 import socket
 import sys
 
-from bridge.trainers import seed, stoppable
+from bridge.trainers import stoppable
 
 
 def address() -> str:
@@ -23,11 +23,28 @@ def close() -> None:
     """Let this process, and those it starts, find each other over this address; what the user has set wins."""
     stoppable.write_stacks_when_asked()
     # It is what is called in every worker.
-    seed.apply()
+    seed()
     # For gloo, NCCL and vLLM. Within a node NCCL's ranks only find each other over sockets: data go through NVLink or memory.
     for name, value in {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": address()}.items():
         os.environ.setdefault(name, value)
     close_store()
+
+
+def seed() -> None:
+    """Seed this process of a trainer, before it builds a model, where verl draws without a setting: the critic's new head, and
+    the tokens of answers. Without SEED= nothing changes.
+    """
+    if "BRIDGE_SEED" not in os.environ:
+        return
+    import torch
+
+    # Far apart, so that no rank draws what a rank of the next seed does.
+    number = int(os.environ["BRIDGE_SEED"]) << 20
+    # Ranks differ, or they would draw alike. FSDP hands rank 0's head to the others.
+    torch.manual_seed(number + int(os.environ.get("RANK", "0")))
+    plain = torch.cuda.manual_seed
+    # verl lets vLLM sample from 1000 and the rank on, whatever rollout.seed is, and calls this for nothing else.
+    torch.cuda.manual_seed = lambda own: plain(own + number)
 
 
 def close_store() -> None:

@@ -39,10 +39,8 @@ def forward_log_probs(actor, micro_batch: Mapping[str, torch.Tensor], temperatur
                       calculate_entropy: bool = False) -> tuple[torch.Tensor | None, torch.Tensor]:
     """What verl's DataParallelPPOActor._forward_micro_batch computes, with logits of the answers' tokens only.
 
-    verl computes those of the prompts too, and throws away what it makes of them.
-
-    Returns:
-        entropy (None unless asked for) and log_probs, [rows, answer tokens].
+    verl computes those of the prompts too, and throws away what it makes of them. Returns entropy (None unless asked for) and
+    log_probs, [rows, answer tokens].
     """
     from verl.utils.torch_functional import logprobs_from_logits
 
@@ -60,8 +58,7 @@ def forward_log_probs(actor, micro_batch: Mapping[str, torch.Tensor], temperatur
 def forward_values(critic, micro_batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """What verl's DataParallelPPOCritic._forward_micro_batch computes, without waiting for the GPU in every layer.
 
-    Returns:
-        values [rows, answer tokens].
+    Returns values [rows, answer tokens].
     """
     packed = pack_responses(micro_batch)
 

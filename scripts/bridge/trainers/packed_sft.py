@@ -36,11 +36,7 @@ def spread(lengths: list[int], count: int) -> list[list[int]]:
 
 
 def forwards_needed(lengths: list[int], budget: int) -> int:
-    """The smallest number of forwards such that none has more than `budget` tokens.
-
-    Raises:
-        UsageError: one row alone is longer.
-    """
+    """The smallest number of forwards such that none has more than `budget` tokens. A UsageError: one row alone is longer."""
     if max(lengths) > budget:
         raise UsageError(f"a row has {max(lengths)} tokens, more than bridge.packed_tokens_per_gpu={budget}. Use at least "
                          f"{max(lengths)}.")
@@ -62,10 +58,8 @@ def pack_rows(batch: TensorDict, weights: torch.Tensor, rows: list[int]) -> dict
     Args:
         batch: verl's input_ids, attention_mask, position_ids and loss_mask, [rows, max_length] each.
         weights: of a response token of each row of the batch.
-        rows: which ones.
 
-    Returns:
-        what packing.pack returns, with the logits of the loss's tokens, and their weights [responses].
+    Returns what packing.pack returns, with the logits of the loss's tokens, and their weights [responses].
     """
     loss_mask = batch["loss_mask"][rows].bool()
     loss_mask[:, -1] = False
@@ -131,8 +125,7 @@ class PackedSFTTrainer(fsdp_sft_trainer.FSDPSFTTrainer):
     def validation_step(self, batch: TensorDict) -> torch.Tensor:
         """Collect the groups of a validation; the last one computes them all.
 
-        Returns:
-            a tensor that holds the mean over all groups once the last one is in. verl takes the mean of what it was given.
+        Returns a tensor that holds the mean over all groups once the last one is in: verl takes the mean of what it was given.
         """
         if not self.validation_batches:
             self.validation_loss = torch.zeros((), device=self.config.trainer.device)

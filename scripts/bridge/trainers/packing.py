@@ -34,11 +34,7 @@ def pack(batch: Mapping[str, torch.Tensor], logits_mask: torch.Tensor) -> dict[s
 def group_weights(tokens: torch.Tensor, group_rows: int) -> torch.Tensor:
     """What a token weighs where a loss is the mean over the tokens of each group of so many rows: 1 / (tokens of its group).
 
-    Args:
-        tokens: that count in each row, [rows]; the last group may have fewer rows.
-
-    Returns:
-        the weight of a token of each row, [rows], float32.
+    tokens: that count in each row, [rows]; the last group may have fewer rows. Returns the weight of a token, [rows], float32.
     """
     groups = F.pad(tokens, (0, -len(tokens) % group_rows)).view(-1, group_rows).sum(1)
     # The same guard against a group without any as verl's.
