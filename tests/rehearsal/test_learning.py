@@ -41,5 +41,5 @@ def test_the_share_of_digits_in_the_answers_rises(work_dir, algo):
     assert result.returncode == 0, result.stderr[-3000:]
     rewards = [row["critic/score/mean"] for row in metrics.read(work_dir / "runs" / algo / "ppo" / "metrics.jsonl")]
     assert len(rewards) == 20
-    # Seen: 0.01 -> 0.87 with PPO, 0.99 with GRPO. What a wrong sign, wrong rows or a wrong mask give is in docs/grpo.md.
+    # Seen: 0.01 -> 0.87 with PPO, 0.99 with GRPO.
     assert max(rewards[:3]) < 0.05 and min(rewards[-3:]) > 0.4, rewards

@@ -98,7 +98,7 @@ def test_a_limit_counts_only_where_it_is_used(env):
     assert problems({**env, **ON_GPU, "PROFILE": "tutorial"}, "ppo", low, "critic.forward_max_token_len_per_gpu=767") == []
     assert problems(env, "ppo", "actor_rollout_ref.rollout.max_num_batched_tokens=100") == []
     # No critic is trained.
-    assert problems({**env, **ON_GPU}, "ppo", "critic.ppo_max_token_len_per_gpu=767", "algorithm.adv_estimator=grpo") == []
+    assert problems({**env, **ON_GPU, "ALGO": "grpo"}, "ppo", "critic.ppo_max_token_len_per_gpu=767") == []
 
 
 @pytest.mark.parametrize(("scaling", "enough"), [
