@@ -52,8 +52,8 @@ def test_grpo_is_interrupted_goes_on_and_its_model_is_merged_and_evaluated(work_
         # Better and worse answers than the others to their prompt, which are as far above as below; no critic.
         assert row["critic/advantages/min"] < 0 < row["critic/advantages/max"]
         assert "critic/vf_loss" not in row and row["actor/kl_coef"] == pytest.approx(0.001)
-    # At first the model is the reference itself, later it is not.
-    assert rows[0]["actor/kl_loss"] < 1e-3 < rows[-1]["actor/kl_loss"]
+    # The first model is the reference itself, and each step leads further away.
+    assert 0 < rows[0]["actor/kl_loss"] < rows[-1]["actor/kl_loss"]
     folder = work_dir / "runs" / "grpo" / "ppo"
     assert sorted(path.name for path in newest_checkpoint(folder, "ppo").path.iterdir() if path.is_dir()) == ["actor"]
     assert record.read(folder)["attempts"][-1]["from_step"] in (1, 2)
