@@ -37,7 +37,8 @@ MORE = "trainer.total_training_steps=6"
 
 
 @pytest.mark.parametrize(("stage", "overrides", "parts"), [
-    ("ppo", ["algorithm.adv_estimator=grpo"], ["actor"]), ("ppo", [], ["actor", "critic"]), ("sft", [], ["."])],
+    ("ppo", ["algorithm.adv_estimator=grpo", "actor_rollout_ref.rollout.n=2"], ["actor"]),
+    ("ppo", [], ["actor", "critic"]), ("sft", [], ["."])],
     ids=["grpo", "ppo", "sft"])
 def test_a_killed_run_goes_on_from_its_newest_checkpoint_whatever_it_saves(env, stage, overrides, parts):
     folder = started(env, stage, MORE, *overrides, steps=(1, 2, 3, 4))
