@@ -19,7 +19,7 @@ from bridge.stages import data, model, train
 LEFT_OUT = ("WANDB_API_KEY", "STAGE", "STEP", "CKPT", "TP", "INIT", "ALGO", "SEED")
 # Lies in every folder that is a tool's own: no other is written to, and nothing in another is removed.
 MARK = ".made-by-bridge"
-PARTS = ("data", "models", "runs", "cache", "hub")
+PARTS = ("data", "models", "runs", "cache")
 # Exit statuses that say that a person or Slurm ended the work, so that nothing is to follow.
 INTERRUPTED = (129, 130, 143)
 LOCK_CURE = "Wait for it, or use another WORK_DIR."
