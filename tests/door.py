@@ -135,16 +135,17 @@ def left_running(work_dir: Path) -> list[str]:
 
 
 def processes(work_dir: Path) -> dict[int, str]:
-    """The same by process id."""
-    found = {}
+    """The same by process id, in the order in which they were started: ids begin anew after the system's largest."""
+    found, started = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if str(work_dir).encode() in (folder / "environ").read_bytes():
                 found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
+                started[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[19])
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             # Ended meanwhile, or another user's.
             continue
-    return found
+    return {number: found[number] for number in sorted(started, key=started.get)}
 
 
 def run_python(script: str, folder: Path = ROOT, preloaded: Preloaded = TRAINER) -> str:

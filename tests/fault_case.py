@@ -146,8 +146,8 @@ class Case:
 
     def process(self, words: str) -> int:
         """The first process of this run with these words in its command line: a rank, not its data loaders."""
-        return min(number for number, command in processes(self.work_dir).items()
-                   if words in command and "torch.distributed.run" not in command)
+        return next(number for number, command in processes(self.work_dir).items()
+                    if words in command and "torch.distributed.run" not in command)
 
     def said(self) -> str:
         """The door's last words."""
