@@ -28,6 +28,8 @@ class Case:
         self.folder = self.stage_dir / "checkpoints"
         self.out = work_dir.with_name(work_dir.name + ".out")
         self.attempts_before = 0
+        # What is written in the background has another name until it is whole.
+        self.written_as = ".partial" if any("background_save" in word for word in command) else ""
 
     def env(self, **settings: str) -> dict[str, str]:
         return {**SHELL, "WORK_DIR": str(self.work_dir), "MODEL": "tiny", "PROFILE": "tiny", "GPUS": "2",
@@ -110,7 +112,7 @@ class Case:
 
         Yields what says whether it has come there.
         """
-        shard = self.folder / f"global_step_{step}" / part / "optim_world_size_2_rank_1.pt"
+        shard = self.folder / f"global_step_{step}" / part / f"optim_world_size_2_rank_1.pt{self.written_as}"
         # What a run before left there has been put aside by then.
         self.wait_for(lambda: self.attempts() > self.attempts_before, door)
         shard.parent.mkdir(parents=True)

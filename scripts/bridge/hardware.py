@@ -3,9 +3,11 @@
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pynvml
 
 # The oldest driver for programs of CUDA 12 (docs.nvidia.com/deploy/cuda-compatibility, minor version compatibility).
@@ -124,6 +126,21 @@ def cpu_count(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
         if quota != "max":
             cores = min(cores, max(1, int(quota) // int(period)))
     return cores
+
+
+def free_memory(root: Path = Path("/")) -> int:
+    """Bytes of the host's memory that this process may still take: what the machine has, and what its cgroups (a job's) leave."""
+    free = [psutil.virtual_memory().available]
+    name = next((line[3:] for line in (root / "proc/self/cgroup").read_text().splitlines() if line.startswith("0::")), "/")
+    folder = root / "sys/fs/cgroup" / name.strip("/")
+    for group in (folder, *folder.parents):
+        # A container may show them only in part.
+        with suppress(OSError, ValueError):
+            used, cached = int((group / "memory.current").read_text()), (group / "memory.stat").read_text()
+            # Pages of files go when memory is asked for.
+            used -= int(re.search(r"^inactive_file (\d+)", cached, re.MULTILINE)[1])
+            free.append(int((group / "memory.max").read_text()) - used)
+    return min(free)
 
 
 def vllm_problems(gpus: list[Gpu]) -> list[str]:

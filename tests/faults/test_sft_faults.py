@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -172,8 +172,8 @@ def test_the_door_is_killed_during_an_upload(tmp_path, through, seen):
 # ---- the disk
 
 
-@pytest.fixture
-def small_disk(tmp_path_factory, prepared, stopped) -> Iterator[Case]:
+@contextmanager
+def small_disk_of(tmp_path_factory, prepared) -> Iterator[Case]:
     """A WORK_DIR on a file system of 128 MiB, which only processes of a mount namespace of its own see."""
     work_dir = tmp_path_factory.mktemp("small_disk")
     mount = f"mount -t tmpfs -o size=128m tmpfs {work_dir} && echo && exec cat"
@@ -184,10 +184,16 @@ def small_disk(tmp_path_factory, prepared, stopped) -> Iterator[Case]:
         inside = Path(f"/proc/{holder.pid}/root{work_dir}")
         for name in ("data", "models"):
             (inside / name).symlink_to(prepared / name)
-        shutil.copytree(stopped.work_dir / "runs", inside / "runs")
         yield Case(work_dir, SFT, ("nsenter", f"--mount=/proc/{holder.pid}/ns/mnt"), inside)
     finally:
         holder.communicate()
+
+
+@pytest.fixture
+def small_disk(tmp_path_factory, prepared, stopped) -> Iterator[Case]:
+    with small_disk_of(tmp_path_factory, prepared) as case:
+        shutil.copytree(stopped.work_dir / "runs", case.stage_dir.parents[1])
+        yield case
 
 
 def fill_disk_with(file: Path) -> None:
@@ -226,6 +232,42 @@ def test_a_bit_of_a_shard_is_flipped(copy, through, seen):
     shard.write_bytes(data)
     torch.load(shard, weights_only=False)
     seen("", ended_as(copy, through, kept))
+
+
+# ---- written in the background
+
+
+@pytest.fixture(scope="module")
+def behind(tmp_path_factory, prepared, through) -> dict[str, str]:
+    """How a run fared whose rank was killed while a save was written, and whose disk then was full when it was written again."""
+    with small_disk_of(tmp_path_factory, prepared) as case:
+        case = Case(case.work_dir, [*SFT, "+model.external_lib=bridge.trainers.background_save"], case.prefix, case.stage_dir.parents[2])
+        said = {}
+        with case.started() as door, case.in_save_of(LAST, ".", door):
+            # It goes on meanwhile.
+            case.wait_for(lambda: metrics.read(case.stage_dir / "metrics.jsonl")[-1]["step"] > LAST, door)
+            os.kill(case.process(RANK), signal.SIGKILL)
+            door.wait(timeout=PATIENCE)
+        assert door.returncode == 1
+        said["killed"], kept = case.said(), case.complete()
+        assert kept.keys() == {f"global_step_{EVERY}"}
+        ballast = case.stage_dir.parents[2] / "ballast"
+        with case.started() as door, case.in_step_after(EVERY + 1, LAST, ".", door):
+            fill_disk_with(ballast)
+        assert door.returncode == 1 and "No space left on device" in case.out.read_text()
+        said["killed then"], said["full"] = case.went_on(case.out.read_text()), case.said()
+        ballast.unlink()
+        assert LAST <= metrics.read(case.stage_dir / "metrics.jsonl")[-1]["step"] < STEPS, "not before its end"
+        said["full then"] = ended_as(case, through, kept)
+        return said
+
+
+def test_a_rank_is_killed_while_a_save_is_written_in_the_background(behind, seen):
+    seen(behind["killed"], f"{behind['killed then']}; (then the disk is full, next row)")
+
+
+def test_the_disk_is_full_while_a_save_is_written_in_the_background(behind, seen):
+    seen(behind["full"], behind["full then"])
 
 
 # ---- and two at once

@@ -41,12 +41,14 @@ def uninterrupted(work_dir) -> list[dict]:
     return metrics.read(work_dir / "runs" / "through" / "sft" / "metrics.jsonl")
 
 
-# In the order of verl's own trainer, of which the uninterrupted run is: packing changes nothing but the time it takes.
-PACKED = ["bridge.packed_tokens_per_gpu=512", "trainer.seed=0", "trainer.save_freq=33"]
+# In the order of verl's own trainer, of which the uninterrupted run is: packing, and saving in the background, change nothing
+# but the time it takes.
+PACKED = ["bridge.packed_tokens_per_gpu=512", "trainer.seed=0", "trainer.save_freq=33",
+          "+model.external_lib=bridge.trainers.background_save"]
 
 
 @pytest.mark.parametrize(("steps", "arguments"), [((32, 48), ["trainer.save_freq=16"]), ((33,), PACKED)],
-                         ids=["at an epoch's end and within the next", "packed"])
+                         ids=["at an epoch's end and within the next", "packed, saved in the background"])
 def test_an_interrupted_sft_goes_on_and_ends_like_an_uninterrupted_one(work_dir, uninterrupted, steps, arguments):
     name = f"stopped-after-{steps[0]}"
     folder = work_dir / "runs" / name / "sft"

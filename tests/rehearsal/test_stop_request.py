@@ -25,10 +25,11 @@ def settings_of(work_dir: Path, **settings: str) -> dict[str, str]:
     return {"WORK_DIR": str(work_dir), "DATA_SOURCE": "builtin", "MODEL": "tiny", "PROFILE": "tiny", "GPUS": "2", **settings}
 
 
-# Nothing but the end and the request makes them save.
+# Nothing but the end and the request makes them save. In the background, but for one: then the end waits for it.
+BACKGROUND = "model.external_lib=bridge.trainers.background_save"
 TRAINERS = {"sft": ("sft", ["trainer.save_freq=-1"], STEPS),
-            "sft-packed": ("sft", ["trainer.save_freq=-1", "bridge.packed_tokens_per_gpu=512"], STEPS),
-            "ppo": ("ppo", ["trainer.save_freq=-1", "trainer.total_training_steps=3"], 3)}
+            "sft-packed": ("sft", ["trainer.save_freq=-1", "bridge.packed_tokens_per_gpu=512", f"+{BACKGROUND}"], STEPS),
+            "ppo": ("ppo", ["trainer.save_freq=-1", "trainer.total_training_steps=3", f"actor_rollout_ref.{BACKGROUND}"], 3)}
 
 
 @pytest.mark.parametrize("name", list(TRAINERS))

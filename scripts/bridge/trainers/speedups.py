@@ -7,6 +7,7 @@ it applies everything. On a machine without a GPU it changes nothing.
 import gc
 import json
 import os
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,8 @@ def apply() -> None:
     packed_ppo.apply()
     expose_multi_step_model()
     replace_engine()
+    # Importing it does it.
+    import_module("bridge.trainers.background_save")
 
 
 if torch.cuda.is_available():

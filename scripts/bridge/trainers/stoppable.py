@@ -73,6 +73,11 @@ def stoppable_sft(trainer: type) -> type:
                 # verl leaves it at 0 whatever trainer.seed is, which SEED= sets.
                 self.train_sampler.seed = self.config.trainer.seed
 
+        def fit(self) -> None:
+            super().fit()
+            # Without a path: what is written in the background is waited for.
+            self.checkpoint_manager.save_checkpoint(None)
+
         def training_step(self, batch) -> dict[str, float]:
             metrics = super().training_step(batch)
             self.steps += 1
@@ -166,6 +171,9 @@ def stoppable_ppo(trainer: type) -> type:
         def fit(self) -> None:
             self.train_dataloader = UntilAsked(self)
             super().fit()
+            # As in SFT.
+            for group in (self.actor_rollout_wg, *([self.critic_wg] if self.use_critic else [])):
+                group.save_checkpoint(None)
 
     return StoppablePPOTrainer
 

@@ -1,0 +1,157 @@
+"""Let a training wait for a checkpoint only until it is copied into the host's memory: it is written to disk meanwhile.
+
+    +model.external_lib=bridge.trainers.background_save        (trainers.speedups, and so PROFILE=tuned, has it)
+
+What is written is what verl's FSDPCheckpointManager writes, and verl, unmodified, loads it. A file gets its name once it is
+whole: until then it ends in .partial, and nothing takes the checkpoint for complete. The next save, and the end of the
+training (trainers.stoppable), wait for the one before. What could not be written ends the training at its next step.
+"""
+
+import copy
+import mmap
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial, wraps
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from verl.utils.checkpoint import fsdp_checkpoint_manager
+from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
+
+from bridge.errors import say
+from bridge.hardware import free_memory
+
+# Bytes at which a tensor begins, so that any kind may.
+ALIGNMENT = 64
+torch_save = torch.save
+
+
+def mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The same tree of dictionaries and lists with each tensor changed: of a DTensor the part that this rank has."""
+    if isinstance(value, DTensor):
+        return DTensor(change(value.to_local()), value._spec, requires_grad=False)
+    if isinstance(value, torch.Tensor):
+        return change(value.detach())
+    if isinstance(value, dict):
+        # Not built anew: PyTorch keeps versions of modules beside the entries.
+        changed = copy.copy(value)
+        changed.update({key: mapped(part, change) for key, part in value.items()})
+        return changed
+    if isinstance(value, list | tuple):
+        return type(value)(mapped(part, change) for part in value)
+    return value
+
+
+class HostCopy:
+    """Memory for the tensors of one file, taken at the first copy and used for all that follow."""
+
+    def __init__(self) -> None:
+        self.size, self.memory = 0, None
+
+    def of(self, tree: Any, ranks: int) -> Any | None:
+        """The tree with all tensors in this memory. None where `ranks` such copies would take over half of what is free."""
+        places: dict[tuple, int] = {}
+        end = 0
+
+        def key(tensor: torch.Tensor) -> tuple:
+            # Weights that are tied are one.
+            return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+        def measure(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal end
+            if tensor.numel() and key(tensor) not in places:
+                places[key(tensor)] = end
+                end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+            return tensor
+
+        copies: dict[tuple, torch.Tensor] = {}
+
+        def place(tensor: torch.Tensor) -> torch.Tensor:
+            if not tensor.numel():
+                return torch.empty_like(tensor, device="cpu")
+            if key(tensor) not in copies:
+                # A storage of its own: torch.save writes storages whole.
+                flat = torch.frombuffer(self.memory, dtype=tensor.dtype, count=tensor.numel(), offset=places[key(tensor)])
+                copies[key(tensor)] = flat.view(tensor.shape).copy_(tensor, non_blocking=True)
+            return copies[key(tensor)]
+
+        mapped(tree, measure)
+        if end > self.size:
+            if 2 * ranks * end > free_memory():
+                return None
+            self.take(end)
+        copied = mapped(tree, place)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return copied
+
+    def take(self, size: int) -> None:
+        """Take so many bytes; where there is a GPU, such that it writes into them by itself."""
+        self.size, self.memory = size, mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        # Taken and pinned in seconds instead of tens of them. (PyTorch's own pinned memory is rounded up to a power of two.)
+        self.memory.madvise(mmap.MADV_HUGEPAGE)
+        if torch.cuda.is_available():
+            whole = torch.frombuffer(self.memory, dtype=torch.uint8)
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(whole.data_ptr(), size, 0))
+
+
+class Writer:
+    """Writes the files of one model's checkpoints, one checkpoint at a time."""
+
+    def __init__(self, ranks: int):
+        self.ranks, self.copies, self.writing = ranks, {}, []
+        self.pool = ThreadPoolExecutor(3, "checkpoint")
+
+    def save(self, tree: Any, file: str) -> None:
+        """torch.save, later; at once where the memory does not suffice for a copy."""
+        copied = self.copies.setdefault(os.path.basename(file), HostCopy()).of(tree, self.ranks)
+        if copied is None:
+            say(f"{file}: too little memory is free for a copy, so that the training waits until it is written")
+            torch_save(tree, file)
+        else:
+            self.writing.append(self.pool.submit(self.write, copied, file))
+
+    @staticmethod
+    def write(tree: Any, file: str) -> None:
+        """Write one file, which gets its name at the end."""
+        torch_save(tree, f"{file}.partial")
+        os.replace(f"{file}.partial", file)
+
+    def check(self, done: Callable[[Future], bool] = Future.done) -> None:
+        """Raise what kept a file from being written, if that is known by now."""
+        for future in self.writing:
+            if done(future):
+                future.result()
+
+    def wait(self) -> None:
+        """Wait until all is written; raises what kept a file from being written."""
+        self.check(lambda _: True)
+        self.writing = []
+
+
+def in_background(save_checkpoint: Callable) -> Callable:
+    """verl's method with torch.save exchanged for a Writer's."""
+
+    @wraps(save_checkpoint)
+    def save(manager: FSDPCheckpointManager, local_path: str | None, *arguments, **options) -> None:
+        if not hasattr(manager, "writer"):
+            local = os.environ.get("RAY_LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or manager.world_size
+            manager.writer = Writer(int(local))
+            manager.optimizer.register_step_pre_hook(lambda *_: manager.writer.check())
+        # Without a path it is only waited.
+        manager.writer.wait()
+        on_gpu = fsdp_checkpoint_manager.is_cuda_available
+        torch.save = manager.writer.save
+        # verl would let FSDP copy the weights into ordinary memory first.
+        fsdp_checkpoint_manager.is_cuda_available = False
+        try:
+            save_checkpoint(manager, local_path, *arguments, **options)
+        finally:
+            torch.save, fsdp_checkpoint_manager.is_cuda_available = torch_save, on_gpu
+
+    return save
+
+
+FSDPCheckpointManager.save_checkpoint = in_background(FSDPCheckpointManager.save_checkpoint)

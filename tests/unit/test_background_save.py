@@ -1,0 +1,121 @@
+"""Saving in the background: what is copied, and when a file is there. With verl's trainers: tests/rehearsal and tests/faults."""
+
+from door import run_python
+
+COPIES = """
+import collections, io, torch
+from torch.distributed import init_process_group
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
+from bridge.trainers import background_save
+from bridge.trainers.background_save import HostCopy, torch_save
+
+init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+tied = torch.randn(7, 3)
+wide = torch.arange(12.0, dtype=torch.bfloat16).view(3, 4)
+model = collections.OrderedDict(embedding=tied, head=tied, none=torch.empty(0, 5), turned=wide.t(),
+                                part=distribute_tensor(torch.randn(4, 2), init_device_mesh("cpu", (1,))))
+model._metadata = {"": {"version": 1}}
+tree = {"model": model, "rng": (torch.tensor(3, dtype=torch.uint8), [1, "two", None]), "rate": 0.5}
+
+def saved(tree):
+    stream = io.BytesIO()
+    torch_save(tree, stream)
+    return stream.getvalue()
+
+def loaded(data):
+    return torch.load(io.BytesIO(data), weights_only=False)
+"""
+
+
+def test_a_copy_is_saved_as_what_it_is_a_copy_of():
+    assert run_python(COPIES + """
+wanted, found = loaded(saved(tree)), loaded(saved(HostCopy().of(tree, 1)))
+assert found["model"]._metadata == wanted["model"]._metadata and type(found["model"]) is type(wanted["model"])
+assert found["rng"][1] == wanted["rng"][1] and found["rate"] == wanted["rate"]
+for name in model:
+    one, other = found["model"][name], wanted["model"][name]
+    assert type(one) is type(other) and one.dtype == other.dtype and one.shape == other.shape, name
+    assert torch.equal(getattr(one, "_local_tensor", one), getattr(other, "_local_tensor", other)), name
+assert found["model"]["part"]._spec == wanted["model"]["part"]._spec
+print(torch.equal(found["rng"][0], wanted["rng"][0]))
+""") == "True"
+
+
+def test_tied_weights_are_copied_once_and_no_file_has_what_another_has():
+    assert run_python(COPIES + """
+copy = HostCopy().of(tree, 1)["model"]
+assert copy["embedding"].data_ptr() == copy["head"].data_ptr()
+print(copy["turned"].untyped_storage().nbytes() == wide.nbytes)
+""") == "True"
+
+
+def test_a_copy_stays_as_it_was_until_the_next_which_takes_its_memory():
+    assert run_python(COPIES + """
+memory = HostCopy()
+first = memory.of(tree, 1)
+before = saved(first)
+tied.zero_()
+assert saved(first) == before
+second = memory.of(tree, 1)
+assert not second["model"]["head"].any()
+print(second["model"]["head"].data_ptr() == first["model"]["head"].data_ptr())
+""") == "True"
+
+
+def test_where_memory_is_short_the_training_waits_and_that_is_said(tmp_path):
+    said = run_python(COPIES + f"""
+import contextlib, sys
+background_save.free_memory = lambda: 4000
+writer = background_save.Writer(ranks=8)
+with contextlib.redirect_stderr(io.StringIO()) as stderr:
+    writer.save(torch.zeros(100), "{tmp_path}/large.pt")
+    writer.save(torch.zeros(10), "{tmp_path}/small.pt")
+assert torch.load("{tmp_path}/large.pt").numel() == 100 and len(writer.writing) == 1
+print(stderr.getvalue().strip())
+""")
+    assert said == f"bridge: {tmp_path}/large.pt: too little memory is free for a copy, so that the training waits until it is written"
+    assert (tmp_path / "small.pt").is_file()
+
+
+def test_a_file_has_its_name_once_it_is_whole(tmp_path):
+    assert run_python(COPIES + f"""
+import os, threading
+os.mkfifo("{tmp_path}/one.pt.partial")
+pipe = os.open("{tmp_path}/one.pt.partial", os.O_RDONLY | os.O_NONBLOCK)
+writer = background_save.Writer(ranks=1)
+writer.save(torch.zeros(100_000), "{tmp_path}/one.pt")
+waiting = threading.Thread(target=writer.wait)
+waiting.start()
+waiting.join(1)
+# More than a pipe holds, and nobody reads yet.
+assert waiting.is_alive() and not os.path.exists("{tmp_path}/one.pt")
+writer.check()
+os.set_blocking(pipe, True)
+while os.read(pipe, 1 << 16):
+    pass
+waiting.join()
+print(sorted(os.listdir("{tmp_path}")), writer.writing)
+""") == "['one.pt'] []"
+
+
+def test_what_could_not_be_written_ends_the_next_step_of_the_optimizer(tmp_path):
+    assert run_python(COPIES + f"""
+import errno, os, types
+from concurrent.futures import wait
+from bridge.trainers.background_save import FSDPCheckpointManager, in_background
+parameter = torch.nn.Parameter(torch.zeros(3))
+manager = types.SimpleNamespace(optimizer=torch.optim.AdamW([parameter]), world_size=1)
+save = in_background(lambda manager, path: torch.save(manager.optimizer.state_dict(), path))
+save(manager, "{tmp_path}/there.pt")
+save(manager, "{tmp_path}/not/there.pt")
+assert torch.save is torch_save
+wait(manager.writer.writing)
+for again in (manager.optimizer.step, lambda: save(manager, "{tmp_path}/there.pt"), lambda: save(manager, None)):
+    try:
+        again()
+        raise SystemExit("nothing was said")
+    except RuntimeError as error:
+        assert "{tmp_path}/not" in str(error), error
+print(os.listdir("{tmp_path}"))
+""") == "['there.pt']"
