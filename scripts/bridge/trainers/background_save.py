@@ -92,6 +92,8 @@ class HostCopy:
         self.size, self.memory = size, mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         # Taken and pinned in seconds instead of tens of them. (PyTorch's own pinned memory is rounded up to a power of two.)
         self.memory.madvise(mmap.MADV_HUGEPAGE)
+        # Processes that load data are forks: what the GPU writes to must not become theirs.
+        self.memory.madvise(mmap.MADV_DONTFORK)
         if torch.cuda.is_available():
             whole = torch.frombuffer(self.memory, dtype=torch.uint8)
             torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(whole.data_ptr(), size, 0))
