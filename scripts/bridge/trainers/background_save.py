@@ -12,7 +12,7 @@ import mmap
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial, wraps
+from functools import wraps
 from typing import Any
 
 import torch
