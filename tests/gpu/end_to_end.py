@@ -2,8 +2,8 @@
 
     .venv/bin/python tests/gpu/end_to_end.py WORK_DIR/runs/RUN/ppo ... > end_to_end.json
 
-The last attempt of each run, from its run.json and metrics.jsonl: verl's timing_s/* of each step, and the times at which a step was
-seen. `start` ends where the first step begins. `end` is what comes after the last step's line: the last save is written, and
+The last attempt of each run, from its run.json and metrics.jsonl: verl's timing_s/* of each step, and the times at which a step
+was seen. `start` ends where the first step begins. `end` is what comes after the last step's line: the last save is written, and
 what was started is ended.
 """
 
