@@ -32,7 +32,8 @@ def end_to_end(folder: Path) -> dict:
         "gpus": attempt["gpus"][:recorded["config"]["trainer"]["n_gpus_per_node"]], "cpus": attempt["cpus"],
         "git_commit": attempt["git_commit"], "steps": len(rows), "saves": len(saves), "validations": len(validations),
         "seconds": {"whole": round(ended - started, 1), **{name: round(value, 1) for name, value in parts.items()}},
-        "each": {name: {"median": round(statistics.median(values), 2), "first": round(values[0], 2), "longest": round(max(values), 2)}
+        "each": {name: {"median": round(statistics.median(values), 2), "first": round(values[0], 2),
+                        "longest": round(max(values), 2)}
                  for name, values in (("step", alone), ("save", saves), ("validation", validations)) if values},
         "overrides": attempt["command"][attempt["command"].index("verl.trainer.main_ppo") + 1:],
     }

@@ -98,6 +98,21 @@ def test_the_speed_of_an_eighth_is_what_its_files_say():
         assert f"PPO {ppo_h200[-1]}" in page.read_text() and f"SFT {sft_h200[-1]}" in page.read_text()
 
 
+def test_what_a_save_takes_is_what_its_file_says():
+    measured, rows = load("saves.json"), []
+    for case in ("verl", "background", "eighth"):
+        seconds = [step["timing_s/save_checkpoint"] for step in measured[case].values() if "timing_s/save_checkpoint" in step]
+        first, *more = (f"{one:.1f}" for one in seconds)
+        rows.append([first, ", ".join(more)])
+    page = (DOCS / "benchmarks.md").read_text()
+    assert [row[2:] for row in cells(page, "| seconds that a save")] == rows
+    slow = load("slow_h200.json")
+    for stage, digits in (("ppo", "7.73 and 2.45 s (3.2 x)"), ("sft", "1.09 and 0.29 s (3.7 x)")):
+        tutorial, tuned = (slow[stage][f"{profile}-eighth"]["seconds_per_step"] for profile in ("tutorial", "tuned"))
+        assert f"{tutorial:.2f} and {tuned:.2f} s ({tutorial / tuned:.1f} x)" == digits and digits in page
+    assert f"{slow['ppo']['tuned']['seconds_per_step']:.2f} s" in page
+
+
 def test_what_taking_turns_together_gains_is_what_its_file_says():
     assert [row[1:] for row in cells((RESULTS / "log.md").read_text(), "| seconds | gen |")] == turn_rows()
 
