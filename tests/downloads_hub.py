@@ -17,6 +17,9 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from standin_hub import ID, REVISION, Handler, Refusal, StandInHub, is_lfs
 
+# A data set's repository among those of models.
+DATA_SET = rf"(datasets/{ID[1:-1]})"
+
 
 @dataclass(frozen=True)
 class Account:
@@ -148,9 +151,18 @@ class DownloadsHandler(Handler):
         repository.commit({})
         self.answer(200, {"url": f"{self.server.url}/{repo_id}", "name": repo_id})
 
-    def tree(self, repo_id: str, revision: str) -> None:
+    def tree(self, repo_id: str, revision: str, folder: str = "") -> None:
         _, files = self.commit_at(self.repository(repo_id), revision)
-        self.answer(200, [file.row() for file in files.values()])
+        below = {path: file for path, file in files.items() if path.startswith(f"{folder}/" if folder else "")}
+        if not below:
+            raise Refusal(404, f"{folder} does not exist", "EntryNotFound")
+        rows = [file.row() for path, file in below.items()]
+        if "recursive=true" not in urlsplit(self.path).query.lower():
+            depth = folder.count("/") + 2 if folder else 1
+            rows = [row for row in rows if row["path"].count("/") < depth] + [
+                {"type": "directory", "oid": "", "size": 0, "path": path}
+                for path in {"/".join(path.split("/")[:depth]) for path in below if path.count("/") >= depth}]
+        self.answer(200, rows)
 
     def preupload(self, repo_id: str, revision: str) -> None:
         _, there = self.commit_at(self.repository(repo_id, write=True), None)
@@ -289,6 +301,11 @@ class DownloadsHandler(Handler):
         ("POST", rf"/api/models/{ID}/paths-info/{REVISION}", "paths_info"),
         ("GET|HEAD", r"/objects/([0-9a-f]{64})", "download"),
         ("GET|HEAD", rf"/{ID}/resolve/{REVISION}/(.+)", "resolve"),
+        # Data sets: what datasets.load_dataset asks.
+        ("GET", rf"/api/{DATA_SET}(?:/revision/{REVISION})?", "model_info"),
+        ("GET", rf"/api/{DATA_SET}/tree/{REVISION}(?:/(.+))?", "tree"),
+        ("POST", rf"/api/{DATA_SET}/paths-info/{REVISION}", "paths_info"),
+        ("GET|HEAD", rf"/{DATA_SET}/resolve/{REVISION}/(.+)", "resolve"),
     ]
 
 
@@ -327,6 +344,6 @@ class DownloadsHub(StandInHub):
             return self.transfers_allowed >= 0
 
     def add_model(self, repo_id: str, files: Mapping[str, bytes], **rights) -> str:
-        """Publish a model with these files, as if someone had uploaded it; `rights` are Repository's fields."""
+        """Publish a model (datasets/OWNER/NAME: a data set) with these files; `rights` are Repository's fields."""
         repository = self.repositories.setdefault(repo_id, Repository(**rights))
         return repository.commit({path: self.store(data) for path, data in files.items()})

@@ -56,6 +56,11 @@ def write_files(folder, files: dict[str, bytes]):
 
 def run_module(module: str, *arguments, env: dict[str, str]) -> subprocess.CompletedProcess:
     """Run a stage's module with nothing of this machine's logins in its environment."""
+    return run_program("-m", f"bridge.stages.{module}", *map(str, arguments), env=env)
+
+
+def run_program(*arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess:
+    """Run Python likewise."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    return subprocess.run([sys.executable, "-m", f"bridge.stages.{module}", *map(str, arguments)], capture_output=True, text=True,
-                          timeout=120, env={**ours, "HF_TOKEN_PATH": "/nonexistent/token", **env})
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120,
+                          env={**ours, "HF_TOKEN_PATH": "/nonexistent/token", **env})

@@ -1,5 +1,6 @@
 """The data stage: verl's rows to the letter, nothing written when anything is wrong."""
 
+import io
 import json
 import os
 import re
@@ -10,6 +11,7 @@ from random import Random
 
 import pyarrow.parquet
 import pytest
+from hub_fixture import run_program
 
 from bridge import settings
 from bridge.errors import UsageError, exit_status
@@ -17,6 +19,7 @@ from bridge.runs import record
 from bridge.stages import data
 from bridge.standins.word_problems import problem, problems, words
 from door import recorded
+from downloads_hub import DownloadsHub
 
 GSM8K_DIR = Path(os.environ.get("GSM8K_DIR") or settings.ROOT.parent / "shared" / "data" / "gsm8k")
 GOOD = {"question": "Two and 1,000?", "answer": "2+1000=<<2+1000=1002>>1002\n#### 1,002"}
@@ -434,20 +437,87 @@ def test_a_file_that_cannot_be_is_refused_in_one_line(tmp_path, name, content, s
     assert not (tmp_path / "output").exists()
 
 
-def test_another_data_set_of_the_hub_is_fetched_by_its_name(tmp_path, monkeypatch):
-    import datasets
+def configurations(**files: dict[str, str]) -> bytes:
+    """The head of a data set's README, which says what its configurations are: {split: path of its files}."""
+    parts = [{"config_name": name, "data_files": [{"split": split, "path": path} for split, path in paths.items()]}
+             for name, paths in files.items()]
+    return f"---\nconfigs: {json.dumps(parts)}\n---\n".encode()
 
-    asked, rows = [], [{"q": f"{number}?", "a": str(number)} for number in range(10)]
 
-    def load_dataset(*names):
-        asked.append(names)
-        return datasets.DatasetDict(train=datasets.Dataset.from_list(rows))
+def sums(number: int) -> bytes:
+    return b"".join(json.dumps({"q": f"{place}?", "a": str(place)}).encode() + b"\n" for place in range(number))
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    made = made_of("someone/sums:small", tmp_path / "output")
-    assert asked == [("someone/sums", "small")] and [len(made[split]) for split in data.SPLITS] == [9, 1]
-    with pytest.raises(UsageError, match=r"^someone/sums train, row 1: has no 'question'"):
-        data.main(["someone/sums", str(tmp_path / "other")])
+
+def parquet(*rows: dict) -> bytes:
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), file)
+    return file.getvalue()
+
+
+# GSM8K as it lies there, and what others have published.
+GSM8K_PATHS = {split: f"main/{split}-00000-of-00001.parquet" for split in data.SPLITS}
+PUBLISHED = {
+    data.GSM8K: {
+        "README.md": configurations(main={split: f"main/{split}-*" for split in data.SPLITS}, socratic={"train": "none-*"}),
+        **{path: parquet(*[{**GOOD, "question": f"{split}?"}] * 3) for split, path in GSM8K_PATHS.items()}},
+    "someone/sums": {
+        "README.md": configurations(small={"train": "small/*.jsonl"}, large={"train": "large.jsonl"}),
+        "small/a.jsonl": sums(10), "large.jsonl": sums(20)},
+    "someone/plain": {"train.jsonl": sums(30)}, "someone/gated": {"train.jsonl": sums(10)},
+    "someone/tests": {"test.jsonl": sums(10)},
+    "someone/bad": {"train.jsonl": line() + b"\n", "test.jsonl": line() + b"\n" + line(answer="five") + b"\n"}}
+# Rows of each split.
+NUMBERS = {"someone/sums:small": [9, 1], "someone/sums:large": [18, 2], "someone/plain": [27, 3]}
+NO = "cannot be had from the Hugging Face Hub"
+REFUSED = {
+    "someone/plain": "someone/plain train, row 1: has no 'question'",
+    "someone/bad": "someone/bad test, row 2: the answer's last line is not '#### NUMBER' but 'five'",
+    "someone/tests": "someone/tests has no split train; it has test",
+    "someone/sums": f"someone/sums {NO}: ValueError: Config name is missing",
+    "someone/sums:third": f"someone/sums {NO}: ValueError: BuilderConfig 'third' not found",
+    "someone/none": f"someone/none {NO}: DatasetNotFoundError: Dataset 'someone/none' doesn't exist on the Hub",
+    "someone/gated": f"someone/gated {NO}: DatasetNotFoundError: Dataset 'someone/gated' is a gated dataset on the Hub"}
+# One process for all, since the libraries read where the hub is when they are imported. Its arguments: SOURCE OUTPUT...
+ONE_BY_ONE = """
+import json, sys
+from bridge.errors import exit_status
+from bridge.stages import data
+for arguments in json.loads(sys.argv[1]):
+    print("status", exit_status(lambda: data.main(arguments)), flush=True)
+    print("end", file=sys.stderr, flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def fetched(tmp_path_factory) -> dict[tuple[str, ...], tuple[int, str, Path]]:
+    """What the stage made of data sets of the stand-in hub: by its arguments the status, what it said, and the output."""
+    folder = tmp_path_factory.mktemp("fetched")
+    asked = [("hub",), *((name, "q", "a", "number", "0") for name in NUMBERS), *((name,) for name in REFUSED)]
+    outputs = [folder / str(place) for place in range(len(asked))]
+    with DownloadsHub(folder / "hub", {}) as hub:
+        for name, files in PUBLISHED.items():
+            hub.add_model(f"datasets/{name}", files, gated=name == "someone/gated")
+        result = run_program("-c", ONE_BY_ONE, json.dumps([[name, str(output), *more] for (name, *more), output in zip(
+            asked, outputs, strict=True)]), env={**hub.env(), "HF_HOME": str(folder / "caches")})
+    assert result.returncode == 0, result.stderr
+    statuses = [int(status) for status in re.findall(r"^status (\d+)$", result.stdout, re.MULTILINE)]
+    return dict(zip(asked, zip(statuses, result.stderr.split("end\n")[:-1], outputs, strict=True), strict=True))
+
+
+@pytest.mark.parametrize(("name", "numbers"), NUMBERS.items())
+def test_another_data_set_of_the_hub_is_fetched_by_its_name(fetched, name, numbers):
+    status, said, output = fetched[name, "q", "a", "number", "0"]
+    assert status == 0, said
+    made = [rows_of(output / f"{split}.parquet") for split in data.SPLITS]
+    assert [len(rows) for rows in made] == numbers
+    assert {row["extra_info"]["question"] for rows in made for row in rows} == {f"{place}?" for place in range(sum(numbers))}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_data_set_of_the_hub_that_cannot_be_is_refused(fetched, name):
+    status, said, output = fetched[name,]
+    assert status == 2 and f"bridge: {REFUSED[name]}" in said and "Traceback" not in said
+    assert not output.exists()
 
 
 def test_folder_may_be_relative_or_in_the_home(source, tmp_path, monkeypatch):
@@ -524,24 +594,13 @@ def test_unreachable_hub_names_the_cures(tmp_path, surroundings):
     assert not (tmp_path / "output").exists()
 
 
-def test_rows_of_the_hub_are_checked_and_written_alike(tmp_path, monkeypatch):
-    import datasets
-
-    asked = []
-    rows = {split: [{**GOOD, "question": f"{split}?"}] * 3 for split in data.SPLITS}
-
-    def load_dataset(*names):
-        asked.append(names)
-        return datasets.DatasetDict({split: datasets.Dataset.from_list(rows[split]) for split in data.SPLITS})
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    data.main(["hub", str(tmp_path / "output")])
-    assert asked == [("openai/gsm8k", "main")]
-    assert [row["extra_info"]["index"] for row in rows_of(tmp_path / "output" / "train.parquet")] == [0, 1, 2]
-    rows["test"] = [GOOD, {**GOOD, "answer": "five"}]
-    first, _ = fails("hub", tmp_path / "other")
-    assert first.startswith("openai/gsm8k test, row 2: the answer's last line is not '#### NUMBER' but 'five'")
-    assert not (tmp_path / "other").exists()
+def test_gsm8k_of_the_hub_is_written_alike(fetched):
+    status, said, output = fetched["hub",]
+    assert status == 0, said
+    for split in data.SPLITS:
+        rows = rows_of(output / f"{split}.parquet")
+        assert [row["extra_info"]["index"] for row in rows] == [0, 1, 2]
+        assert {row["extra_info"]["question"] for row in rows} == {f"{split}?"}
 
 
 def test_builtin_and_folder_do_not_import_datasets(source, tmp_path):
