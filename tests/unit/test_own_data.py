@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from bridge.errors import UsageError
 from bridge.runs import metrics, record
 from bridge.stages import eval as evaluation
 from bridge.stages import reward
-from door import bridge
+from door import TRAINER, bridge
 
 GOOD = "def digits(data_source, solution_str, ground_truth, extra_info):\n    return sum(map(str.isdigit, solution_str)) / 100\n"
 
@@ -97,6 +98,73 @@ def test_numbers_of_every_kind_are_rewards():
     row = {"data_source": "mine", "reward_model": {"ground_truth": "1"}, "extra_info": {}}
     for given in (1, 0.5, True, numpy.float32(0.5), {"score": 1, "more": "x"}):
         assert reward.score(lambda given=given, **_row: given, row, "") == (given["score"] if isinstance(given, dict) else given)
+
+
+# What both loaders of the reward make of a file: the trial before the start, and verl's, called as its reward manager does.
+BOTH_LOADERS = """
+import json, sys
+from pathlib import Path
+import numpy, torch
+from transformers import AutoTokenizer
+from verl import DataProto
+from verl.trainer.ppo.reward import get_custom_reward_fn
+from verl.workers.reward_manager.naive import NaiveRewardManager
+from bridge.errors import UsageError
+from bridge.stages import reward
+
+file, tokenizer = Path(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[2])
+kwargs, row = json.loads(sys.argv[3]), json.loads(sys.argv[4])
+answer = torch.tensor([tokenizer.encode("so: 7")])
+config = {"custom_reward_function": {"path": str(file), "name": "judge", "reward_kwargs": kwargs}}
+batch = DataProto.from_dict(
+    {"prompts": answer, "responses": answer, "attention_mask": torch.ones(1, 2 * answer.shape[1], dtype=torch.int64)},
+    {name: numpy.array([row[name]], dtype=object) for name in ("data_source", "reward_model", "extra_info")})
+
+def of_verl():
+    return NaiveRewardManager(tokenizer, 0, get_custom_reward_fn(config))(batch)[0, -1].item()
+
+seen = []
+for load in (lambda: reward.score(reward.load(file, "judge"), row, "so: 7", **kwargs), of_verl):
+    try:
+        seen.append([load(), open(f"{file}.said").read()])
+    except (UsageError, AttributeError, RuntimeError, FileNotFoundError) as error:
+        seen.append(["refused", type(error).__name__])
+print(json.dumps(seen))
+"""
+# It says what it was called with, too.
+ALL = """import json
+def judge(data_source, solution_str, ground_truth, extra_info=None, **more):
+    open(__file__ + ".said", "w").write(json.dumps([data_source, solution_str, ground_truth, extra_info, more]))
+    return float(solution_str[-1]) + len(more)
+"""
+
+
+@pytest.mark.parametrize(("program", "kwargs", "seen"), [
+    (ALL, {}, [["mine", "so: 7", "8", {"index": 3, "num_turns": None}, {}], 7]),
+    (ALL, {"most": 2}, [["mine", "so: 7", "8", {"index": 3, "num_turns": None}, {"most": 2}], 8]),
+    (ALL, {"extra_info": 5, "ground_truth": "9"}, [["mine", "so: 7", "9", 5, {}], 7]),
+    (ALL.replace("return", "return {'more': 1, 'score': ").rstrip() + "}\n", {},
+     [["mine", "so: 7", "8", {"index": 3, "num_turns": None}, {}], 7]),
+    (ALL.replace("def judge", "class Judge:\n  def __call__").replace("(data", "(self, data") + "judge = Judge()\n", {},
+     [["mine", "so: 7", "8", {"index": 3, "num_turns": None}, {}], 7]),
+    # The file is a module to whom looks for it, by verl's name.
+    ("import sys\n" + ALL + "assert sys.modules[__name__].judge is judge and __name__ == 'custom_module'\n", {},
+     [["mine", "so: 7", "8", {"index": 3, "num_turns": None}, {}], 7]),
+    (ALL.replace("judge", "other"), {}, "AttributeError"), ("def judge(:\n", {}, "RuntimeError"),
+    ("import no_such_module\n", {}, "RuntimeError"), (None, {}, "FileNotFoundError"),
+])
+def test_the_trial_loads_and_calls_the_reward_as_verl_does(mine, tmp_path, program, kwargs, seen):
+    if program:
+        (tmp_path / "judge.py").write_text(program)
+    row = {"data_source": "mine", "reward_model": {"ground_truth": "8"}, "extra_info": {"index": 3}}
+    result = TRAINER.run("-c", BOTH_LOADERS, str(tmp_path / "judge.py"), f"{mine['WORK_DIR']}/models/tiny", json.dumps(kwargs),
+                         json.dumps(row), env=dict(os.environ))
+    assert result.returncode == 0, result.stderr
+    ours, verls = json.loads(result.stdout.strip().splitlines()[-1])
+    if isinstance(seen, str):
+        assert ours == ["refused", "UsageError"] and verls == ["refused", seen]
+    else:
+        assert [json.loads(ours[1]), ours[0]] == seen and verls == ours
 
 
 @pytest.mark.parametrize(("value", "said"), [("judge.py", "FILE.py:F"), ("judge:f", "FILE.py:F"), (":f", "FILE.py:F")])

@@ -67,9 +67,9 @@ def brief(error: Exception, file: Path) -> str:
 
 
 def score(function: Callable[..., Any], row: Mapping[str, Any], answer: str, **options: Any) -> float:
-    """What the function gives a row's answer. A ValueError for what is no number."""
-    given = function(data_source=row["data_source"], solution_str=answer, ground_truth=row["reward_model"]["ground_truth"],
-                     extra_info=dict(row["extra_info"]), **options)
+    """What the function gives a row's answer, called as verl calls it. A ValueError for what is no number."""
+    given = function(**{"data_source": row["data_source"], "solution_str": answer, "ground_truth": row["reward_model"][
+        "ground_truth"], "extra_info": {**row["extra_info"], "num_turns": None}, **options})
     value = given.get("score") if isinstance(given, dict) else given
     if not isinstance(value, Real) or not math.isfinite(value):
         raise ValueError(f"it returned {given!r}. A finite number is wanted, or a dict with one as 'score'")
