@@ -154,7 +154,7 @@ class DownloadsHandler(Handler):
     def tree(self, repo_id: str, revision: str, folder: str = "") -> None:
         _, files = self.commit_at(self.repository(repo_id), revision)
         below = {path: file for path, file in files.items() if path.startswith(f"{folder}/" if folder else "")}
-        if not below:
+        if folder and not below:
             raise Refusal(404, f"{folder} does not exist", "EntryNotFound")
         rows = [file.row() for path, file in below.items()]
         if "recursive=true" not in urlsplit(self.path).query.lower():
