@@ -108,6 +108,36 @@ def stopped_on_request(step: int, work_dir: Path, stage: str, *arguments: str, t
                  how=lambda _: (folder / stoppable.REQUEST).touch(), timeout=timeout, **env)
 
 
+def asked_to_stop(step: int, work_dir: Path, stage: str, *arguments: str, timeout: float = 300, **env: str) -> int:
+    """Start a stage and ask it to stop once it has made `step`: it saves, says so and ends with 75. Returns its last step."""
+    folder = work_dir / "runs" / env["RUN"] / stage
+    assert stopped_on_request(step, work_dir, stage, *arguments, timeout=timeout, **env) == os.EX_TEMPFAIL
+    assert left_running(work_dir) == []
+    found = record.read(folder)
+    assert found["status"] == "stopped" and found["attempts"][-1]["exit_status"] == os.EX_TEMPFAIL
+    stopped_at = last_step(folder)
+    newest = record.saved_checkpoints(folder, stage)[-1]
+    assert (newest.step, newest.complete) == (stopped_at, True)
+    said = (work_dir / f"{env['RUN']}.out").read_text()
+    assert "was asked to stop" in said and "failed" not in said.splitlines()[-1]
+    return stopped_at
+
+
+def goes_on_to_its_end(steps: int, stopped_at: int, work_dir: Path, stage: str, *arguments: str, **env: str) -> list[dict]:
+    """Start a stage that was asked to stop again: it continues from there. Returns its metrics, one row a step."""
+    folder = work_dir / "runs" / env["RUN"] / stage
+    result = bridge(stage, *arguments, **{"WORK_DIR": str(work_dir), **env})
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert f"continuing from {folder}/checkpoints/global_step_{stopped_at} " in result.stderr
+    # The old request is not taken for a new one.
+    assert not (folder / stoppable.REQUEST).exists() and not (folder / stoppable.ANSWER).exists()
+    rows = metrics.read(folder / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, steps + 1))
+    found = record.read(folder)
+    assert found["status"] == "finished" and found["attempts"][-1]["from_step"] == stopped_at
+    return rows
+
+
 def last_step(folder: Path) -> int:
     """Of the metrics in a stage's folder; 0 before the first."""
     rows = metrics.read(folder / "metrics.jsonl")

@@ -1,4 +1,5 @@
-"""Interrupted runs of verl's real trainers go on where they were saved, and end where an uninterrupted one ends."""
+"""Runs of verl's real trainers that are interrupted or asked to stop go on where they were saved, and end where one ends that ran
+through. PPO that is asked to stop: test_learning.py."""
 
 import signal
 import subprocess
@@ -7,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from bridge.runs import checkpoints, metrics, record
-from door import bridge, left_running, newest_checkpoint, stopped_after
+from door import asked_to_stop, bridge, goes_on_to_its_end, left_running, newest_checkpoint, stopped_after
 
 pytestmark = pytest.mark.long
+STEPS = 64
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +30,6 @@ def run(work_dir: Path, *arguments: str, **settings: str) -> subprocess.Complete
     return bridge(*arguments, **settings_of(work_dir, **settings))
 
 
-def interrupted(work_dir: Path, stage: str, step: int, *arguments: str, **settings: str) -> int:
-    """Start a stage, end it with SIGTERM once it has gone past `step`, whose checkpoint is whole; returns its status."""
-    return stopped_after(step, work_dir, stage, *arguments, **settings_of(work_dir, **settings))
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(work_dir) -> list[dict]:
     """Metrics of an sft that ran through: 64 steps, an epoch ends at 32."""
@@ -47,30 +44,27 @@ PACKED = ["bridge.packed_tokens_per_gpu=512", "trainer.seed=0", "trainer.save_fr
           "+model.external_lib=bridge.trainers.background_save"]
 
 
-@pytest.mark.parametrize(("steps", "arguments"), [((32, 48), ["trainer.save_freq=16"]), ((33,), PACKED)],
-                         ids=["at an epoch's end and within the next", "packed, saved in the background"])
-def test_an_interrupted_sft_goes_on_and_ends_like_an_uninterrupted_one(work_dir, uninterrupted, steps, arguments):
-    name = f"stopped-after-{steps[0]}"
-    folder = work_dir / "runs" / name / "sft"
-    for step, before in zip(steps, (0, *steps), strict=False):
-        status = interrupted(work_dir, "sft", step, *arguments, RUN=name)
-        assert status == 128 + signal.SIGTERM
-        assert left_running(work_dir) == []
-        recorded = record.read(folder)
-        assert recorded["status"] == "failed" and recorded["attempts"][-1]["from_step"] == before
-    result = run(work_dir, "sft", *arguments, RUN=name)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert f"continuing from {folder}/checkpoints/global_step_{steps[-1]} " in result.stderr
-    rows = metrics.read(folder / "metrics.jsonl")
+@pytest.mark.parametrize(("step", "arguments"), [(32, ["trainer.save_freq=32"]), (33, PACKED)],
+                         ids=["at an epoch's end", "packed, saved in the background"])
+def test_an_sft_interrupted_and_then_asked_to_stop_goes_on_and_ends_like_an_uninterrupted_one(
+        work_dir, uninterrupted, step, arguments):
+    settings = settings_of(work_dir, RUN=f"stopped-after-{step}")
+    folder = work_dir / "runs" / settings["RUN"] / "sft"
+    assert stopped_after(step, work_dir, "sft", *arguments, **settings) == 128 + signal.SIGTERM
+    assert left_running(work_dir) == []
+    assert record.read(folder)["status"] == "failed"
+    # Within the second epoch, where nothing but the request makes it save.
+    stopped_at = asked_to_stop(40, work_dir, "sft", *arguments, **settings)
+    assert 40 <= stopped_at < STEPS
     # One line a step, none twice, none skipped: verl alone would skip the whole second epoch after step 32.
-    assert [row["step"] for row in rows] == list(range(1, 65))
+    rows = goes_on_to_its_end(STEPS, stopped_at, work_dir, "sft", *arguments, **settings)
     # The same batches in the same order. The first steps are equal; gloo's sums may differ in their last bits.
     for row, wanted in zip(rows, uninterrupted, strict=True):
         assert row["train/loss"] == pytest.approx(wanted["train/loss"], rel=2e-2), row["step"]
     assert rows[-1]["val/loss"] == pytest.approx(uninterrupted[-1]["val/loss"], rel=2e-2)
     recorded = record.read(folder)
-    assert recorded["status"] == "finished"
-    assert [attempt["from_step"] for attempt in recorded["attempts"]] == [0, *steps]
+    assert [attempt["from_step"] for attempt in recorded["attempts"]] == [0, step, stopped_at]
+    assert recorded["last_step"] == STEPS
 
 
 def test_a_finished_run_is_left_alone(work_dir, uninterrupted):
@@ -89,8 +83,7 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
 def test_an_interrupted_ppo_goes_on_without_repeating_or_skipping_a_step(work_dir):
     (work_dir / "reward.py").write_text(REWARD)
     arguments = ["trainer.total_training_steps=3", f"custom_reward_function.path={work_dir / 'reward.py'}"]
-    status = interrupted(work_dir, "ppo", 1, *arguments, RUN="ppo")
-    assert status == 128 + signal.SIGTERM
+    assert stopped_after(1, work_dir, "ppo", *arguments, **settings_of(work_dir, RUN="ppo")) == 128 + signal.SIGTERM
     assert left_running(work_dir) == [], "Ray's daemons must end with the run"
     folder = work_dir / "runs" / "ppo" / "ppo"
     # As a crash while PPO writes it (not atomically) leaves it; verl alone would stop with a traceback.

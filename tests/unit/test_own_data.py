@@ -182,12 +182,15 @@ def test_scores_other_than_0_and_1_have_an_interval_of_their_own():
 
 @pytest.mark.long
 def test_ppo_and_eval_are_judged_by_the_reward(mine):
+    # By GRPO, so that this runs on two ranks, too.
+    mine = {**mine, "ALGO": "grpo"}
     result = bridge("ppo", "trainer.total_training_steps=1", **mine, timeout=600)
     assert result.returncode == 0, result.stderr
     folder = Path(mine["WORK_DIR"], "runs/default")
     (row,) = metrics.read(folder / "ppo" / "metrics.jsonl")
     # A random model writes some digits, and verl's own scorer would give 0 or 1 or refuse the data.
     assert 0 < row["critic/score/mean"] < 0.48
+    assert row["critic/advantages/min"] < 0 < row["critic/advantages/max"] and "critic/vf_loss" not in row
     recorded = record.read(folder / "ppo")
     judge = Path(mine["REWARD"].partition(":")[0])
     assert recorded["inputs"]["code"] == {"custom_reward_function.path": record.sha256(judge)}
