@@ -88,3 +88,13 @@ def read(path: Path) -> list[dict]:
             break
         rows.append(row)
     return rows
+
+
+def course(stage: str, rows: list[dict]) -> str:
+    """How a training went: its steps, first and last value of what it is to improve; empty without metrics."""
+    key, word = {"sft": ("train/loss", "loss")}.get(stage, ("critic/score/mean", "reward"))
+    if not (values := [row[key] for row in rows if key in row]):
+        return ""
+    last = rows[-1].get("val/loss")
+    return (f"{rows[-1]['step']} steps, {word} {values[0]:.3f} -> {values[-1]:.3f}"
+            + (f", validation loss {last:.3f}" if last is not None else ""))

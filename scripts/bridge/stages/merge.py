@@ -84,9 +84,14 @@ def shards_of(folder: Path) -> Path:
     return shards
 
 
+def run_of(shards: Path) -> Path:
+    """The folder of the training that saved these shards."""
+    return (shards.parent if shards.name == "actor" else shards).parent.parent
+
+
 def base_of(shards: Path) -> Path | None:
     """The folder of the model that a training started from, as the run.json beside its checkpoints says; None if none does."""
-    run = (shards.parent if shards.name == "actor" else shards).parent.parent
+    run = run_of(shards)
     recorded = record.read(run)
     if not recorded or not recorded.get("config"):
         return None

@@ -16,7 +16,8 @@ from bridge.settings import Settings, is_local
 from bridge.stages.eval import RESULT_FILE
 from bridge.tools import trial
 
-REPOSITORY = "rehearsal/bridge"
+# Only shown. A MODEL= that is a Llama wants its name.
+REPOSITORY = "rehearsal/Llama-bridge"
 
 # Numbers of ranks. More than two take the tutorial's own batches, which divide by them (profile eight).
 RANKS = (1, 2, 4, 8)
@@ -76,12 +77,7 @@ def outcome(name: str, settings: Settings) -> str:
     if name == "model":
         return f"{settings.model_dir.name}, {model_folder.parameter_count(settings.model_dir) / 1e6:.3g} M parameters"
     if name in ("sft", "ppo"):
-        # First and last value of what the stage is to improve.
-        key, word = {"sft": ("train/loss", "loss"), "ppo": ("critic/score/mean", "reward")}[name]
-        rows = metrics.read(settings.stage_dir(name) / "metrics.jsonl")
-        values, last = [row[key] for row in rows if key in row], rows[-1].get("val/loss")
-        return (f"{len(rows)} steps, {word} {values[0]:.3f} -> {values[-1]:.3f}"
-                + (f", validation loss {last:.3f}" if last is not None else ""))
+        return metrics.course(name, metrics.read(settings.stage_dir(name) / "metrics.jsonl"))
     if name.startswith("merge "):
         merged = settings.merged_dir(name.split()[1])
         return f"{checkpoints.size(merged) / 1e6:.3g} MB, {merged}"
