@@ -19,50 +19,46 @@ from bridge.stages import data, eval, merge, train
 from bridge.stages.model import recorded_source
 from bridge.standins.models import RANDOM
 
-# What `make model` takes from a package: its name on the hub and its licence.
-PACKAGED = {"smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}
 # The version in the name of a Llama; TinyLlama and open_llama are not Meta's.
 LLAMA = re.compile(r"(?<![a-z])llama-?(\d(?:\.\d)?)(?![\d.]*b)", re.IGNORECASE)
 # Entries of Llama 3's vocabulary, and its later versions by what they stretch its positions with.
 VOCABULARY, VERSIONS = 128256, {8: "3.1", 32: "3.2"}
-# What a Llama's licence wants to be shown, and how it wants names to begin.
+# What a Llama's licence wants to be shown, and how it wants names to begin: no Llama, Llama 2, 3, and all later ones.
 TERMS = {None: ("", ""), "2": ("", ""), "3": ("Built with Meta Llama 3", "Llama-3")}
 LATER = ("Built with Llama", "Llama")
-# Settings of verl's that a card shows, given or not.
-SHOWN = re.compile(r"(.*\.)?optim\.lr|data\.(train_batch_size|max_\w*length)|trainer\.total_epochs|algorithm\.adv_estimator")
-DATA = {None: (None, "data of which no record is left"), "hub": (data.GSM8K, "GSM8K"),
-        "builtin": (None, "made-up word problems in GSM8K's form")}
 
 
 class Base(NamedTuple):
-    """The model that the first training started from: what is known of it."""
+    """The model that the first training started from. source: MODEL= as it was, or its folder; licence: as cards have it."""
 
     folder: Path | None
-    source: str  # MODEL=, as it was, or the folder
-    hub: str | None  # its name there
-    licence: dict[str, str]  # license, license_name and license_link, as cards have them
-    llama: str | None  # which Llama it is or was made from
+    source: str
+    licence: dict[str, str]
+    llama: str | None
+
+    @property
+    def hub(self) -> str | None:
+        """Its name on the hub."""
+        return None if is_local(self.source) or "/" not in self.source else self.source
 
 
 def origin(folder: Path) -> tuple[list[dict[str, Any]], Base]:
     """The trainings that a merged model went through, first to last, and its base, followed back from merge to merge."""
     trainings, base = [], folder
-    while base and len(trainings) < 9 and (merged := record.read(base.parent / "merge")):
+    while base and (merged := record.read(base.parent / "merge")):
         shards = Path(merged["attempts"][-1]["command"][-2])
         if base.parent.name != "ckpt":
             # Also where WORK_DIR was moved.
             shards = base.parent / "checkpoints" / str(shards).rpartition("/checkpoints/")[2]
         run, base = merge.run_of(shards), merge.base_of(shards)
-        if not (recorded := record.read(run)) or not recorded["config"]:
+        if not base:
             break
+        recorded, step = record.read(run), (re.findall(r"global_step_(\d+)", str(shards)) or [""])[-1]
         stage, (config, inputs) = "ppo" if "critic" in recorded["config"] else "sft", record.moved(recorded, run.parents[2])
-        step = (re.findall(r"global_step_(\d+)", str(shards)) or [""])[-1]
         rows = [row for row in metrics.read(run / "metrics.jsonl") if row["step"] <= int(step or row["step"])]
-        trainings.insert(0, {
-            "stage": stage, "step": step, "course": metrics.course(stage, rows), "attempt": recorded["attempts"][-1],
-            "source": source_of(train.data_files(config, "train_files")[0], inputs["data"]["train_files"][0]),
-            "seed": inputs.get("seed"),
-            "settings": {key: value for key, value in flatten(config).items() if SHOWN.fullmatch(key)}})
+        source = source_of(train.data_files(config, "train_files")[0], inputs["data"]["train_files"][0])
+        trainings.insert(0, {"stage": stage, "step": step, "course": metrics.course(stage, rows), "source": source,
+                             "seed": inputs.get("seed"), "settings": flatten(config), **recorded["attempts"][-1]})
     return trainings, base_model(base if base != folder else None, read_json(folder / "config.json"))
 
 
@@ -71,32 +67,33 @@ def source_of(file: Path, digest: str) -> str | None:
     return data.recorded_source(file.parent) if file.is_file() and record.sha256(file) == digest else None
 
 
-def named_data(source: str | None) -> tuple[str | None, str]:
-    """A data set's name on the hub, if it is there, and what to call it."""
-    return DATA.get(source) or ((None, "own data") if is_local(source) else (source.partition(":")[0],) * 2)
+def on_hub(source: str | None) -> str | None:
+    """The name on the hub of the data of a source; None for data that are not there."""
+    name = data.GSM8K if source == "hub" else (source or "").partition(":")[0]
+    return name if "/" in name and not is_local(name) else None
 
 
 def base_model(folder: Path | None, config: Mapping[str, Any]) -> Base:
     """What a base model's folder says of it. Which Llama it is, its name tells too, and the configuration of what it became."""
     from huggingface_hub import ModelCard
 
-    source = recorded_source(folder).get("source", str(folder)) if folder else ""
-    hub, known = PACKAGED.get(source, (None if is_local(source) or "/" not in source else source, None))
-    licence = {"license": known} if known else {}
+    source, licence = recorded_source(folder).get("source", str(folder)) if folder else "", {}
     if folder and (file := folder / "README.md").is_file():
         try:
             own = ModelCard.load(file, ignore_metadata_errors=True).data
         except (ValueError, yaml.YAMLError) as error:
             raise UsageError(f"{file} does not tell the base model's licence ({error}). Mend or remove its head.") from error
         licence = {key: own[key] for key in ("license", "license_name", "license_link") if isinstance(own.get(key), str)}
+    if source == "smollm2":
+        return Base(folder, "HuggingFaceTB/SmolLM2-135M-Instruct", {"license": "apache-2.0"}, None)
     name = source.rpartition("/")[2]
-    named = re.fullmatch(r"llama(\d.*)", licence.get("license_name", licence.get("license", "")))
-    llama = (named or LLAMA.search(name) or (None, None))[1]
+    if name == "tiny" or name.startswith((RANDOM, RANDOM.replace(":", "-"))):
+        return Base(folder, source, {}, None)
+    named = re.fullmatch(r"llama(\d.*)", licence.get("license_name", licence.get("license", ""))) or LLAMA.search(name)
+    llama = named and named[1]
     if not llama and config["model_type"] == "llama" and config.get("vocab_size") == VOCABULARY:
         llama = VERSIONS.get((config.get("rope_scaling") or {}).get("factor"), "3")
-    if name in ("tiny", *PACKAGED) or name.startswith((RANDOM, RANDOM.replace(":", "-"))):
-        llama = None
-    return Base(folder, source, hub, licence or ({"license": f"llama{llama}"} if llama else {}), llama)
+    return Base(folder, source, licence or ({"license": f"llama{llama}"} if llama else {}), llama)
 
 
 def term_problems(folder: Path, repo: str) -> list[str]:
@@ -116,8 +113,8 @@ def accuracies(folder: Path, base: Base) -> dict[str, Any]:
     """What eval.json says of the base and this model; nothing if this one was not asked, or was merged anew since."""
     output, stage = folder.parent.parent / "eval", folder.parent.name
     merged, recorded = record.read(folder.parent / "merge"), record.read(output)
-    if not recorded or recorded["status"] != "finished" or (
-            merged and recorded["attempts"][-1]["started"] < merged["attempts"][-1].get("ended", "")):
+    if not (merged and recorded) or recorded["status"] != "finished" or (
+            recorded["attempts"][-1]["started"] < merged["attempts"][-1]["ended"]):
         return {}
     result = read_json(output / eval.RESULT_FILE)
     models = {name: found for name, found in result["models"].items() if name == stage or (
@@ -126,18 +123,17 @@ def accuracies(folder: Path, base: Base) -> dict[str, Any]:
     return {**result, "models": models, "source": source} if stage in models else {}
 
 
-def command(training: Mapping[str, Any], base: Base | None) -> str:
-    """What makes a training's model again, with the settings that were given; base: of the first training."""
-    arguments = [part for part in training["attempt"]["command"] if "=" in part and not part.startswith("--")]
+def command(training: Mapping[str, Any], start: str) -> str:
+    """What makes a training's model again, with the settings that were given; `start`: MODEL=... or INIT=sft."""
+    arguments = [part for part in training["command"] if "=" in part and not part.startswith("--")]
     # The door's own settings, what continues a run, and the user's.
     end = next(place for place, part in enumerate(arguments) if part.startswith("trainer.resume_mode="))
     own = {key: value.strip("'") for key, _, value in (part.partition("=") for part in arguments[:end])}
     user = [part for part in arguments[end + 1:] if not part.startswith(("trainer.resume_from_path=", "ray_init.num_cpus="))]
-    given = {"MODEL=": base.source} if base else {"INIT=": "sft"}
-    given |= {word: value for key, value in own.items() if re.fullmatch("[A-Z]+=", word := train.OWNED.get(key, ""))}
+    given = {word: value for key, value in own.items() if re.fullmatch("[A-Z]+=", word := train.OWNED.get(key, ""))}
     given |= {"SEED=": training["seed"], "ARGS=": shlex.join(user), "REWARD=": ":".join(
         own[key] for key in ("custom_reward_function.path", "custom_reward_function.name") if key in own)}
-    again = ["make", training["stage"], *(f"{word}{value}" for word, value in given.items() if value not in ("", None))]
+    again = ["make", training["stage"], start, *(f"{word}{value}" for word, value in given.items() if value not in ("", None))]
     return re.sub(r"(?<![\w:/])~?/[^\s'\"=,\]]*/", ".../", shlex.join(again))
 
 
@@ -146,20 +142,18 @@ def make(folder: Path, repo: str) -> str:
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     (trainings, base), name = origin(folder), repo.partition("/")[2]
-    found = accuracies(folder, base)
-    trained_on, asked = (named_data(made["source"] if made else None) for made in (trainings and trainings[-1], found))
-    results, figures = None, found.get("models", {}).get(folder.parent.name)
+    for training in trainings:
+        training["again"] = command(training, f"MODEL={base.source}" if training is trainings[0] else "INIT=sft")
+    found, trained_on, results = accuracies(folder, base), trainings and on_hub(trainings[-1]["source"]), None
     # A reward of one's own gives scores that are no accuracy.
-    if figures and "reward" not in found:
-        results = [EvalResult(
-            task_type="text-generation", dataset_type=asked[0] or "own", dataset_name=asked[1], dataset_split="test",
-            metric_type="accuracy", metric_name=f"accuracy (%), {figures['rows']} problems",
-            metric_value=round(100 * figures["accuracy"], 2))]
-    card = ModelCardData(
-        base_model=base.hub, **base.licence, datasets=trained_on[0] and [trained_on[0]], library_name="transformers",
-        pipeline_tag="text-generation", tags=["verl", *(training["stage"] for training in trainings)],
-        model_name=name if results else None, eval_results=results)
+    if found and "reward" not in found:
+        figures, asked = found["models"][folder.parent.name], on_hub(found["source"]) or "own"
+        results = [EvalResult(task_type="text-generation", dataset_type=asked, dataset_name=asked, dataset_split="test",
+                              metric_type="accuracy", metric_name=f"accuracy (%), {figures['rows']} problems",
+                              metric_value=round(100 * figures["accuracy"], 2))]
+    card = ModelCardData(base_model=base.hub, **base.licence, datasets=[trained_on] if trained_on else None,
+                         library_name="transformers", pipeline_tag="text-generation", eval_results=results,
+                         tags=["verl", *(training["stage"] for training in trainings)], model_name=results and name)
     return str(ModelCard.from_template(
         card, str(CONFIGS / "model_card.md"), repo=repo, name=name, base=base, shown=TERMS.get(base.llama, LATER)[0],
-        trained_on=trained_on, asked=asked, evaluation=found, trainings=[
-            {**training, "command": command(training, None if number else base)} for number, training in enumerate(trainings)]))
+        trained_on=trained_on, evaluation=found, trainings=trainings))
