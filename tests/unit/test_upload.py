@@ -80,7 +80,7 @@ def test_upload_continued_after_an_interruption_sends_only_what_is_missing(hub, 
     hub.transfers_allowed = 1
     result = run_upload(hub, merged)
     assert result.returncode == 2
-    assert "did not take a file (403" in result.stderr and "make upload` again" in result.stderr
+    assert "refused a request for HF_REPO=team/ours (403" in result.stderr and "make upload` again" in result.stderr
     assert hub.files("team/ours") == {}, "others must not see half a model"
     stored = {file.name for file in hub.objects.iterdir()}
     hub.transfers_allowed, hub.requests[:] = None, []

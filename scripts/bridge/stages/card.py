@@ -36,11 +36,6 @@ class Base(NamedTuple):
     licence: dict[str, str]
     llama: str | None
 
-    @property
-    def hub(self) -> str | None:
-        """Its name on the hub."""
-        return None if is_local(self.source) or "/" not in self.source else self.source
-
 
 def origin(folder: Path) -> tuple[list[dict[str, Any]], Base]:
     """The trainings that a merged model went through, first to last, and its base, followed back from merge to merge."""
@@ -68,7 +63,7 @@ def source_of(file: Path, digest: str) -> str | None:
 
 
 def on_hub(source: str | None) -> str | None:
-    """The name on the hub of the data of a source; None for data that are not there."""
+    """The name on the hub of what has this source; None for what is not there."""
     name = data.GSM8K if source == "hub" else (source or "").partition(":")[0]
     return name if "/" in name and not is_local(name) else None
 
@@ -125,7 +120,8 @@ def accuracies(folder: Path, base: Base) -> dict[str, Any]:
 
 def command(training: Mapping[str, Any], start: str) -> str:
     """What makes a training's model again, with the settings that were given; `start`: MODEL=... or INIT=sft."""
-    arguments = [part for part in training["command"] if "=" in part and not part.startswith("--")]
+    start, *arguments = (re.sub(r"(?<![\w:/])~?/.*/", ".../", part) for part in (start, *training["command"])
+                         if "=" in part and not part.startswith("--"))
     # The door's own settings, what continues a run, and the user's.
     end = next(place for place, part in enumerate(arguments) if part.startswith("trainer.resume_mode="))
     own = {key: value.strip("'") for key, _, value in (part.partition("=") for part in arguments[:end])}
@@ -133,8 +129,8 @@ def command(training: Mapping[str, Any], start: str) -> str:
     given = {word: value for key, value in own.items() if re.fullmatch("[A-Z]+=", word := train.OWNED.get(key, ""))}
     given |= {"SEED=": training["seed"], "ARGS=": shlex.join(user), "REWARD=": ":".join(
         own[key] for key in ("custom_reward_function.path", "custom_reward_function.name") if key in own)}
-    again = ["make", training["stage"], start, *(f"{word}{value}" for word, value in given.items() if value not in ("", None))]
-    return re.sub(r"(?<![\w:/])~?/[^\s'\"=,\]]*/", ".../", shlex.join(again))
+    return shlex.join(["make", training["stage"], start,
+                       *(f"{word}{value}" for word, value in given.items() if value not in ("", None))])
 
 
 def make(folder: Path, repo: str) -> str:
@@ -151,9 +147,9 @@ def make(folder: Path, repo: str) -> str:
         results = [EvalResult(task_type="text-generation", dataset_type=asked, dataset_name=asked, dataset_split="test",
                               metric_type="accuracy", metric_name=f"accuracy (%), {figures['rows']} problems",
                               metric_value=round(100 * figures["accuracy"], 2))]
-    card = ModelCardData(base_model=base.hub, **base.licence, datasets=[trained_on] if trained_on else None,
+    card = ModelCardData(base_model=on_hub(base.source), **base.licence, datasets=[trained_on] if trained_on else None,
                          library_name="transformers", pipeline_tag="text-generation", eval_results=results,
                          tags=["verl", *(training["stage"] for training in trainings)], model_name=results and name)
     return str(ModelCard.from_template(
-        card, str(CONFIGS / "model_card.md"), repo=repo, name=name, base=base, shown=TERMS.get(base.llama, LATER)[0],
-        trained_on=trained_on, evaluation=found, trainings=trainings))
+        card, str(CONFIGS / "model_card.md"), repo=repo, name=name, base=base, hub=card.base_model, evaluation=found,
+        trained_on=trained_on, trainings=trainings, shown=TERMS.get(base.llama, LATER)[0]))

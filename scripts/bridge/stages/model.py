@@ -155,12 +155,6 @@ def freeze_folder(folder: Path) -> bool:
 # ---- from the hub
 
 
-def pause_asked(response) -> str:
-    """What to do before the next try where the hub asks for a pause (requests' Response, or None): a sentence, or nothing."""
-    seconds = response is not None and response.headers.get("Retry-After")
-    return f"The hub asks for a pause first, Retry-After: {seconds} (seconds, or a time). " if seconds else ""
-
-
 @contextmanager
 def hub_errors_explained(what: str, again: str, offline_cure: str, rights_cure: str = "") -> Iterator[None]:
     """Turn the hub's refusals into what the user can do about them. `what`: the setting, as in MODEL=OWNER/NAME."""
@@ -188,8 +182,10 @@ def hub_errors_explained(what: str, again: str, offline_cure: str, rights_cure: 
                              f"Tokens are made at {constants.ENDPOINT}/settings/tokens .") from error
         # 409, 412: another commit came in between.
         if status in (403, 409, 412, 429) or status >= 500:
+            seconds = error.response.headers.get("Retry-After")
+            wait = f"The hub wants a pause first: Retry-After {seconds} (seconds, or a time). " if seconds else ""
             raise UsageError(f"the hub refused a request for {what} ({status} {said}). "
-                             f"{status == 403 and rights_cure or pause_asked(error.response) + again}") from error
+                             f"{status == 403 and rights_cure or wait + again}") from error
         raise
     except (ConnectionError, requests.exceptions.ConnectionError, requests.exceptions.Timeout,
             requests.exceptions.ChunkedEncodingError) as error:

@@ -15,7 +15,7 @@ from bridge.plan import Plan
 from bridge.runs import record
 from bridge.settings import Settings
 from bridge.stages import card
-from bridge.stages.model import LOGIN_CURE, hub_errors_explained, is_offline, pause_asked
+from bridge.stages.model import LOGIN_CURE, hub_errors_explained, is_offline
 
 AGAIN = "Run `make upload` again: files that are there already are not sent twice."
 OFFLINE_CURE = "It needs internet, which a login node has, for instance."
@@ -124,10 +124,9 @@ def upload(folder: Path, repo: str) -> tuple[str, str]:
                 commit_message=f"Upload the {folder.parent.name} model of run {folder.parent.parent.name}")
     except RuntimeError as error:
         # The client wraps what went wrong with one file.
-        if not isinstance(cause := error.__cause__, RequestException):
-            raise
-        status = getattr(cause.response, "status_code", type(cause).__name__)
-        raise UsageError(f"the hub did not take a file ({status}). {pause_asked(cause.response)}{AGAIN}") from error
+        if isinstance(error.__cause__, RequestException):
+            raise error.__cause__ from None
+        raise
     except ValueError as error:
         # What the hub says of a README.md's front matter comes as words only.
         if "README.md" not in str(error):
@@ -156,6 +155,8 @@ def main() -> None:
     refuse(folder_problems(folder, folder.parent.name) or card.term_problems(folder, repo))
     with hub_errors_explained(f"HF_REPO={repo}", AGAIN, OFFLINE_CURE, RIGHTS_CURE):
         check_rights(repo, bool(public), folder)
+    # From here on 403 is of a file's link that has expired, for instance.
+    with hub_errors_explained(f"HF_REPO={repo}", AGAIN, OFFLINE_CURE):
         address, commit = upload(folder, repo)
     print(f"{address} (commit {commit})")
 
