@@ -1,16 +1,18 @@
 """The upload stage: the real huggingface_hub client against the stand-in hub, over HTTP."""
 
 import hashlib
+import json
 import re
 
 import pytest
 from hub_fixture import model_files, run_module, safetensors, write_files
+from huggingface_hub import ModelCard
 
 from bridge import settings as settings_module
 from bridge.errors import UsageError
 from bridge.runs import record
 from bridge.stages import upload
-from door import ROOT, recorded
+from door import ROOT, bridge, recorded
 from downloads_hub import Account, DownloadsHub, Fault
 
 TOKENS = {"hf_writer": Account("alice", organisations=("team",)), "hf_reader": Account("alice", may_write=False),
@@ -49,6 +51,37 @@ def test_upload_sends_the_model_and_nothing_else(hub, merged):
     assert stored == {**model_files(), "README.md": b"# hello"}
     commit = hub.repositories["team/ours"].commits[-1][0]
     assert result.stdout == f"{hub.url}/team/ours (commit {commit})\n"
+
+
+def test_a_model_without_a_card_gets_one_and_keeps_it(hub, merged):
+    (merged / "README.md").unlink()
+    assert run_upload(hub, merged).returncode == 0
+    card = ModelCard(hub.files("team/ours")["README.md"].decode())
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
+    assert not (merged / "README.md").exists()
+    hub.requests.clear()
+    assert run_upload(hub, merged).returncode == 0
+    assert not any("/commit/" in path for _, path in hub.requests), "the same card is no change"
+
+
+def test_a_card_that_the_hub_refuses_is_said_before_weights_are_sent(hub, merged):
+    hub.faults = [Fault("POST /api/validate-yaml", 400)]
+    result = run_upload(hub, merged)
+    assert result.returncode == 2 and f"the hub refuses the card {merged / 'README.md'}" in result.stderr
+    assert transfers(hub) == []
+
+
+def test_a_llama_under_another_name_is_refused_before_the_hub_is_asked(hub, merged):
+    config = json.loads((merged / "config.json").read_text())
+    (merged / "config.json").write_text(json.dumps({**config, "vocab_size": 128256, "rope_scaling": {"factor": 32.0}}))
+    (merged / "README.md").unlink()
+    result = run_upload(hub, merged)
+    assert result.returncode == 2 and "Use HF_REPO=team/Llama-ours" in result.stderr and hub.requests == []
+    settings = {"WORK_DIR": str(merged.parents[3]), "HF_REPO": "team/ours", "HF_TOKEN": "hf_a_token_of_a_test"}
+    shown = bridge("upload", "--dry-run", **settings)
+    assert shown.returncode == 2 and "Use HF_REPO=team/Llama-ours" in shown.stderr
+    assert run_upload(hub, merged, repo="team/Llama-ours").returncode == 0
+    assert b"**Built with Llama**" in hub.files("team/Llama-ours")["README.md"]
 
 
 def test_upload_is_private_unless_public_is_asked_for(hub, merged):
