@@ -1,6 +1,8 @@
 """The card of a published model, and the terms of a Llama, from records as the stages write them."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from hub_fixture import model_files, write_files
@@ -12,6 +14,7 @@ from bridge.runs import record
 from bridge.stages import card, upload
 from door import recorded
 
+CAPTURED = Path(__file__).with_name("captured")
 LLAMA_README = b"---\nlicense: llama3.2\nextra_gated_fields:\n  Name: text\n---\n# Llama 3.2\n"
 OF_DATA = ["python", "-m", "bridge.stages.data"]
 SFT = ["python", "-m", "torch.distributed.run", "--nnodes=1", "--config-dir", "/home/alice/bridge/configs",
@@ -204,3 +207,16 @@ def test_a_model_without_any_record_has_a_card(tmp_path):
     folder = write_files(tmp_path / "runs" / "default" / "ppo" / "merged", model_files())
     text = card.make(folder, "team/ours")
     assert ModelCard(text).data.license is None and "No record of it is left." in text
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_a_run_of_an_older_version_has_a_card_too(tmp_path, stage):
+    run = tmp_path / "runs" / "default" / stage
+    merged = write_files(run / "merged", model_files())
+    shutil.copy(CAPTURED / f"begun_{stage}.json", run / "run.json")
+    shards = run / "checkpoints" / "global_step_1"
+    (run / "merge").mkdir()
+    record.write_json(run / "merge" / "run.json", recorded(attempts=[{
+        "command": ["python", "-m", "bridge.stages.merge", str(shards), str(merged)]}]), [])
+    text = card.make(merged, "team/ours")
+    assert f"make {stage} MODEL=.../tiny PROFILE=tiny GPUS=" in text and "trainer.save_freq=1" in text

@@ -138,8 +138,6 @@ def make(folder: Path, repo: str) -> str:
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     (trainings, base), name = origin(folder), repo.partition("/")[2]
-    for training in trainings:
-        training["again"] = command(training, f"MODEL={base.source}" if training is trainings[0] else "INIT=sft")
     found, trained_on, results = accuracies(folder, base), trainings and on_hub(trainings[-1]["source"]), None
     # A reward of one's own gives scores that are no accuracy.
     if found and "reward" not in found:
@@ -151,5 +149,5 @@ def make(folder: Path, repo: str) -> str:
                          library_name="transformers", pipeline_tag="text-generation", eval_results=results,
                          tags=["verl", *(training["stage"] for training in trainings)], model_name=results and name)
     return str(ModelCard.from_template(
-        card, str(CONFIGS / "model_card.md"), repo=repo, name=name, base=base, hub=card.base_model, evaluation=found,
-        trained_on=trained_on, trainings=trainings, shown=TERMS.get(base.llama, LATER)[0]))
+        card, str(CONFIGS / "model_card.md"), repo=repo, name=name, base=base, evaluation=found, trainings=trainings,
+        on_hub=on_hub, command=command, shown=TERMS.get(base.llama, LATER)[0]))

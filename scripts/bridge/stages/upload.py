@@ -22,8 +22,6 @@ OFFLINE_CURE = "It needs internet, which a login node has, for instance."
 RIGHTS_CURE = ("Your token may not write there. Use a token with write access (the hub makes one under Settings, Access Tokens), "
                "and an OWNER that is you or an organisation in which you may write.")
 
-# How the names of those files of a base model begin that go with what was made from it.
-LICENCE = ("LICENSE", "NOTICE", "USE_POLICY")
 # Weights of an earlier upload that was cut into other files: transformers would find both.
 STALE = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin",
          "pytorch_model.bin.index.json"]
@@ -139,7 +137,7 @@ def published(folder: Path, repo: str) -> dict[str, Path]:
     """What is sent, by its name there: the model, its base's licence, and its card, which is made unless the folder has one."""
     files = {file.name: file for part in (card.origin(folder)[1].folder, folder) if part and part.is_dir()
              for file in sorted(part.iterdir()) if file.is_file() and (
-                 is_model_file(file.name) if part == folder else file.name.startswith(LICENCE))}
+                 is_model_file(file.name) if part == folder else file.name.startswith(("LICENSE", "NOTICE", "USE_POLICY")))}
     if "README.md" not in files:
         made = files["README.md"] = folder.parent / "upload" / "README.md"
         made.parent.mkdir(exist_ok=True)
