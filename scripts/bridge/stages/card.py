@@ -104,18 +104,16 @@ def term_problems(folder: Path, repo: str) -> list[str]:
     return problems
 
 
-def accuracies(folder: Path, base: Base) -> dict[str, Any]:
-    """What eval.json says of the base and this model; nothing if this one was not asked, or was merged anew since."""
-    output, stage = folder.parent.parent / "eval", folder.parent.name
+def accuracies(folder: Path) -> dict[str, Any]:
+    """What eval.json says; nothing if this model was not asked, or was merged anew since."""
+    output = folder.parent.parent / "eval"
     merged, recorded = record.read(folder.parent / "merge"), record.read(output)
     if not (merged and recorded) or recorded["status"] != "finished" or (
             recorded["attempts"][-1]["started"] < merged["attempts"][-1]["ended"]):
         return {}
     result = read_json(output / eval.RESULT_FILE)
-    models = {name: found for name, found in result["models"].items() if name == stage or (
-        name == "base" and base.folder and base.folder.name == Path(found["folder"]).name)}
     source = source_of(folder.parents[3] / "data" / "gsm8k" / "test.parquet", recorded["inputs"]["data"])
-    return {**result, "models": models, "source": source} if stage in models else {}
+    return {**result, "source": source} if folder.parent.name in result["models"] else {}
 
 
 def command(training: Mapping[str, Any], start: str) -> str:
@@ -138,7 +136,7 @@ def make(folder: Path, repo: str) -> str:
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     (trainings, base), name = origin(folder), repo.partition("/")[2]
-    found, trained_on, results = accuracies(folder, base), trainings and on_hub(trainings[-1]["source"]), None
+    found, trained_on, results = accuracies(folder), trainings and on_hub(trainings[-1]["source"]), None
     # A reward of one's own gives scores that are no accuracy.
     if found and "reward" not in found:
         figures, asked = found["models"][folder.parent.name], on_hub(found["source"]) or "own"
@@ -150,4 +148,4 @@ def make(folder: Path, repo: str) -> str:
                          tags=["verl", *(training["stage"] for training in trainings)], model_name=results and name)
     return str(ModelCard.from_template(
         card, str(CONFIGS / "model_card.md"), repo=repo, name=name, base=base, evaluation=found, trainings=trainings,
-        on_hub=on_hub, command=command, shown=TERMS.get(base.llama, LATER)[0]))
+        stage=folder.parent.name, on_hub=on_hub, command=command, shown=TERMS.get(base.llama, LATER)[0]))
