@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from bridge import settings
+from bridge.compose import compose_checked
 from bridge.errors import UsageError
 from bridge.hardware import Gpu
 from bridge.runs import metrics, record
-from bridge.settings import CONFIGS
 from bridge.stages import data
+from bridge.stages.train import NAMES, OWNED
 from bridge.tools import bench
 from door import bridge, recorded
 
@@ -59,54 +60,29 @@ def test_a_step_faster_than_a_second_is_read_from_the_bar_too():
 
 
 def test_the_cases_that_come_with_it_are_whole_and_each_tuned_one_is_compared_with_the_tutorial():
-    cases = {case.name: case for case in bench.read_cases(CONFIGS / "bench.yaml", "")}
+    cases = {case.name: case for case in bench.read_cases("")}
     assert {case.profile for case in cases.values()} == {"tutorial", "tuned"}
     for case in cases.values():
         if case.profile == "tuned":
             assert cases[case.against].profile == "tutorial"
             # The same work.
             assert cases[case.against].overrides == case.overrides
-    assert [case.name for case in bench.read_cases(CONFIGS / "bench.yaml", "ppo-tuned, sft-tuned")] == ["ppo-tuned", "sft-tuned"]
+    assert [case.name for case in bench.read_cases("ppo-tuned, sft-tuned")] == ["ppo-tuned", "sft-tuned"]
 
 
-def test_all_mistakes_in_a_file_of_cases_are_named_at_once(tmp_path):
-    file = tmp_path / "mine.yaml"
-    file.write_text("""
-steps: {sft: 4, ppo: 3}
-cases:
-  - {name: sft-a, profile: tuned, overides: []}
-  - {name: dpo-b, profile: tuned}
-  - {name: sft-c, profile: fast}
-  - {name: ppo-d, profile: tuned, caches: none}
-  - {name: ppo-e, profile: tuned, overrides: [trainer.totl_epochs=1, trainer.n_gpus_per_node=2]}
-""")
+def test_every_case_is_one_that_the_door_takes_and_has_a_folder_of_its_own():
+    for case in bench.read_cases(""):
+        # The folder is removed before the case is measured.
+        assert case.stage in ("sft", "ppo") and settings.NAME.fullmatch(case.name)
+        assert case.caches in ("empty", "kept") and case.steps > 1
+        own = [f"profile/{case.stage}={case.profile}"]
+        assert compose_checked(case.stage, own, [*bench.ALWAYS, *case.overrides], NAMES, OWNED)
+
+
+def test_names_that_no_case_has_are_refused_all_at_once():
     with pytest.raises(UsageError) as error:
-        bench.read_cases(file, "ppo-x")
-    text = str(error.value)
-    for words in ("unexpected keyword argument 'overides'", "case dpo-b: a name is", "no profile 'fast'", "they are 'none' and 3",
-                  "Did you mean trainer.total_epochs?", "GPUS=", "there is no case 'ppo-x'"):
-        assert words in text
-    assert len(error.value.problems) == 7
-
-
-@pytest.mark.parametrize("name", ["sft-x/../../../precious", "ppo-a b", "sft-"])
-def test_a_case_whose_name_is_no_folder_of_its_own_is_refused(tmp_path, name):
-    file = tmp_path / "mine.yaml"
-    file.write_text(f"steps: {{sft: 2, ppo: 2}}\ncases:\n  - {{name: '{name}', profile: tiny}}\n")
-    with pytest.raises(UsageError) as error:
-        bench.read_cases(file, "")
-    assert "a name is sft-LABEL or ppo-LABEL" in str(error.value)
-
-
-@pytest.mark.parametrize("text", [
-    "", "cases: 3", "steps: {sft: 4}", "cases: [sft-a]\nsteps: {sft: 4}", "cases: [{profile: x}", "\0",
-    "steps: {sft: 4}\ncases: [{profile: tiny}]", "steps: 4\ncases: [{name: sft-a, profile: tiny}]"])
-def test_a_file_that_holds_no_cases_is_refused_and_named(tmp_path, text):
-    file = tmp_path / "mine.yaml"
-    file.write_text(text)
-    with pytest.raises(UsageError) as error:
-        bench.read_cases(file, "")
-    assert "mine.yaml" in str(error.value)
+        bench.read_cases("ppo-tuned-, x")
+    assert len(error.value.problems) == 2 and "there is no case 'ppo-tuned-'. Did you mean ppo-tuned?" in str(error.value)
 
 
 @pytest.mark.parametrize("text", ["", "{", "{}", "[]", '{"sft": {}}'])

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -32,11 +33,9 @@ def started(monkeypatch) -> list[str]:
 def start(tool: str, work_dir: Path, **env: str) -> int:
     """Start a tool in this process, on a machine without a GPU, with the smallest it can do."""
     env = {"WORK_DIR": str(work_dir), "MODEL": "tiny", "PROFILE": "tiny", **({"DATA_SOURCE": "builtin"} | env)}
-    arguments = []
-    if tool == "bench":
-        (work_dir / "cases.yaml").write_text(CASES)
-        arguments = ["cases.yaml"]
-    return {"rehearse": rehearse, "bench": bench, "accept": accept}[tool].run(settings.read(env), env, arguments)
+    (work_dir / "cases.yaml").write_text(CASES)
+    with mock.patch.object(bench, "CASES", work_dir / "cases.yaml"):
+        return {"rehearse": rehearse, "bench": bench, "accept": accept}[tool].run(settings.read(env), env, [])
 
 
 TOOLS = {"rehearse": "rehearsal", "bench": "bench", "accept": "accept"}

@@ -302,29 +302,17 @@ def table(split: str, rows: Rows, form: str = "number", source: str = GSM8K) -> 
 
 
 def write(splits: dict[str, Rows], folder: Path, *form: str) -> dict[str, Path]:
-    """Write one parquet file a split, all or none: after a failure the folder is as it was. Returns the files."""
+    """Write one parquet file a split, each whole or not at all. Returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     files = {split: folder / f"{split}.parquet" for split in splits}
-    with TemporaryDirectory(prefix=".new-", dir=folder) as name:
-        new, old = Path(name, "new"), Path(name, "old")
-        new.mkdir()
-        old.mkdir()
+    with TemporaryDirectory(prefix=".new-", dir=folder) as new:
         for split, rows in splits.items():
             with naming(files[split]):
-                parquet.write_table(table(split, rows, *form), new / split)
-        try:
-            for split, file in files.items():
-                if file.exists():
-                    os.replace(file, old / split)
-                os.replace(new / split, file)
-        except (OSError, KeyboardInterrupt):
-            # A new train file beside an old test file could share questions.
-            for split, file in files.items():
-                if (old / split).exists():
-                    os.replace(old / split, file)
-                elif not (new / split).exists():
-                    file.unlink()
-            raise
+                parquet.write_table(table(split, rows, *form), Path(new, split))
+        # A new train file beside an old test file could share questions; beside none it is no data yet.
+        files["test"].unlink(missing_ok=True)
+        for split, file in files.items():
+            os.replace(Path(new, split), file)
     return files
 
 

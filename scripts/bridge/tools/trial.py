@@ -5,6 +5,9 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import jinja2
 
 from bridge import hardware
 from bridge import settings as settings_module
@@ -12,7 +15,7 @@ from bridge.compose import compose
 from bridge.environment import work_dir_problems
 from bridge.errors import UsageError, refuse
 from bridge.runs import launch, record
-from bridge.settings import Settings, is_local
+from bridge.settings import CONFIGS, Settings, is_local
 from bridge.stages import data, model, train
 
 # Settings of the real run that say nothing here. No metrics of a trial are sent anywhere.
@@ -142,6 +145,14 @@ def last_lines(file: Path, count: int) -> list[str]:
     """The end of a log, without the intermediate states of progress bars."""
     text = file.read_bytes().decode(errors="replace") if file.is_file() else ""
     return [line.rsplit("\r", 1)[-1][:500] for line in text.rstrip().split("\n")[-count:]]
+
+
+def page(template: str, **content: Any) -> str:
+    """A page by a template of configs/."""
+    places = jinja2.FileSystemLoader(CONFIGS)
+    pages = jinja2.Environment(loader=places, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+                               keep_trailing_newline=True)
+    return pages.get_template(template).render(content)
 
 
 def table(rows: list[tuple[str, float, str]]) -> str:
