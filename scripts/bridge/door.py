@@ -21,7 +21,7 @@ STOPPED = os.EX_TEMPFAIL
 TOOLS = {
     "check": "test this environment (--json)",
     "rehearse": "the whole chain, small, on this machine",
-    "bench": "how fast the trainings are (CASES=; --report FILE.json)",
+    "bench": "how fast the trainings are (CASES=)",
     "accept": "the acceptance test of a GPU node, about ten minutes",
     "join": "take part in a training over several nodes (make submit NODES=2 starts it)",
 }
@@ -167,7 +167,7 @@ def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
             # However it has ended: then the other nodes end, too.
             nodes.listening().unlink(missing_ok=True)
         if metrics:
-            Tolerance("writing to metrics.jsonl").at_last(metrics.close)
+            Tolerance("writing to metrics.jsonl").at_last(metrics.write)
             housekeeping.close(hurry=status >= 128)
         if "RAY_TMPDIR" in plan.env:
             shutil.rmtree(env["RAY_TMPDIR"], ignore_errors=True)

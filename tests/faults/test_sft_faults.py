@@ -243,7 +243,8 @@ def test_a_bit_of_a_shard_is_flipped(copy, through, seen):
 def behind(tmp_path_factory, prepared, through) -> dict[str, str]:
     """How a run fared whose rank was killed while a save was written, and whose disk then was full when it was written again."""
     with small_disk_of(tmp_path_factory, prepared) as case:
-        case = Case(case.work_dir, [*SFT, "+model.external_lib=bridge.trainers.background_save"], case.prefix, case.stage_dir.parents[2])
+        arguments = [*SFT, "+model.external_lib=bridge.trainers.background_save"]
+        case = Case(case.work_dir, arguments, case.prefix, case.stage_dir.parents[2])
         said = {}
         with case.started() as door, case.in_save_of(LAST, ".", door):
             # It goes on meanwhile.

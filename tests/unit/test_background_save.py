@@ -74,7 +74,8 @@ with contextlib.redirect_stderr(io.StringIO()) as stderr:
 assert torch.load("{tmp_path}/large.pt").numel() == 100 and len(writer.writing) == 1
 print(stderr.getvalue().strip())
 """)
-    assert said == f"bridge: {tmp_path}/large.pt: too little memory is free for a copy, so that the training waits until it is written"
+    assert said == (f"bridge: {tmp_path}/large.pt: too little memory is free for a copy, so that the training waits until it is "
+                    "written")
     assert (tmp_path / "small.pt").is_file()
 
 

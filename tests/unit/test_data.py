@@ -467,7 +467,7 @@ def test_a_folder_called_hub_needs_a_path(source, tmp_path, monkeypatch):
 @pytest.mark.parametrize("failing", data.SPLITS)
 @pytest.mark.parametrize("old", [True, False])
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_both_files_appear_or_none(source, tmp_path, monkeypatch, failing, old, error):
+def test_a_new_file_never_stands_beside_an_old_one(source, tmp_path, monkeypatch, failing, old, error):
     output = tmp_path / "output"
     if old:
         data.main(["builtin", str(output)])
@@ -483,8 +483,11 @@ def test_both_files_appear_or_none(source, tmp_path, monkeypatch, failing, old, 
     monkeypatch.setattr(os, "replace", fail_once)
     with pytest.raises(error, match="as asked"):
         data.main([str(source), str(output)])
-    assert content(output) == before
-    assert sorted(os.listdir(output)) == sorted(before)
+    # And neither is cut short: a training names what is missing.
+    left = content(output)
+    assert sorted(os.listdir(output)) == sorted(left) and "test.parquet" not in left
+    assert ("train.parquet" in left) == (old or failing == "test")
+    assert (left.get("train.parquet") == before.get("train.parquet")) == (failing == "train")
 
 
 def test_a_full_disk_leaves_nothing_behind(source, tmp_path, monkeypatch):

@@ -223,18 +223,12 @@ def complete_and_verify(raw: Path, output: Path) -> None:
 
     model = load(output).to("cuda" if torch.cuda.is_available() else "cpu").eval()
     count = sum(tensor.numel() for tensor in model.parameters())
-    stored = sum(file.stat().st_size for file in output.glob("*.safetensors"))
-    if stored > 1.02 * count * 2 + (1 << 20):
-        raise UsageError(f"{stored / 1e6:.1f} MB of weights for {count / 1e6:.1f} M parameters in bf16: something is "
-                         "written twice.")
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}], add_generation_prompt=True,
                                            return_tensors="pt", return_dict=True).to(model.device)
     answer = model.generate(input_ids=prompt["input_ids"], attention_mask=prompt["attention_mask"], max_new_tokens=ANSWER_TOKENS,
                             do_sample=False, temperature=None, top_p=None, top_k=None,
                             pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id)
     new = answer[0, prompt["input_ids"].shape[1]:]
-    if not len(new):
-        raise UsageError("the merged model generated nothing")
     say(f"{count / 1e6:.2f} M parameters; tied embeddings: {'yes' if model.config.tie_word_embeddings else 'no'}")
     say(f"asked:    {QUESTION}")
     say(f"answered: {tokenizer.decode(new, skip_special_tokens=True)!r}")

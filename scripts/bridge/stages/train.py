@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import pyarrow.parquet
+import yaml
 
 from bridge import hardware, model_folder
 from bridge.compose import compose, compose_checked, flatten, quote
@@ -22,27 +23,7 @@ from bridge.stages import data, model, ppo, reward, sft
 # What is particular to each.
 TRAINERS = {"sft": sft, "ppo": ppo}
 # Keys that only the door sets, and the setting that does.
-OWNED = {
-    "trainer.n_gpus_per_node": "GPUS=",
-    "trainer.nnodes": "NODES=",
-    "trainer.default_local_dir": "WORK_DIR= and RUN=",
-    "trainer.default_hdfs_dir": "WORK_DIR= and RUN=",  # verl's PPO saves nothing there, and then cannot resume
-    "trainer.resume_mode": "RUN= (a run is continued by itself)",
-    "trainer.resume_from_path": "RUN= (a run is continued by itself)",
-    "trainer.max_ckpt_to_keep": "KEEP=",
-    "trainer.max_actor_ckpt_to_keep": "KEEP=",
-    "trainer.max_critic_ckpt_to_keep": "KEEP=",
-    # Removes the only checkpoint before the next one is written.
-    "trainer.remove_previous_ckpt_in_save": "KEEP=",
-    "actor_rollout_ref.rollout.tensor_model_parallel_size": "TP=",
-    "model.partial_pretrain": "MODEL=",
-    "actor_rollout_ref.model.path": "MODEL= and INIT=",
-    "profile/sft": "PROFILE=",
-    "profile/ppo": "PROFILE=",
-    "algo": "ALGO=",
-    "device/sft": "PROFILE=rehearsal (the CPU is used where no GPU is visible)",
-    "device/ppo": "PROFILE=rehearsal (the CPU is used where no GPU is visible)",
-}
+OWNED: dict[str, str] = yaml.safe_load((CONFIGS / "owned.yaml").read_text(encoding="utf-8"))
 # Keys that SEED= sets. (Of the rest takes care trainers.loopback.)
 SEEDS = {"sft": ("trainer.seed",), "ppo": ("data.seed", "actor_rollout_ref.rollout.seed")}
 # Profiles small enough for a machine without a GPU.

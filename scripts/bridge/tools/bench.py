@@ -1,13 +1,14 @@
 """bridge bench: how fast the trainings are, case by case, on the GPUs of this machine.
 
 Each case of configs/bench.yaml is a training started through the door in WORK_DIR/bench and ended after some steps. bench.json
-there has the results after each; `bridge bench --report FILE.json` makes the tables (configs/bench.md) from it again.
+there has the results after each, bench.md their tables (configs/bench.md).
 """
 
 import os
 import re
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -51,10 +52,8 @@ class Case:
 
 def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int:
     """Measure the cases; returns 1 if one of them failed."""
-    if arguments[:1] == ["--report"] and len(arguments) == 2:
-        return report(Path(arguments[1]))
     if arguments:
-        raise UsageError(f"bench takes CASES=NAME,NAME, or --report FILE.json; got {' '.join(arguments)}.")
+        raise UsageError(f"bench takes no arguments; got {' '.join(arguments)}. CASES=, MODEL= and GPUS= apply.")
     cases = read_cases(env.get("CASES", ""))
     gpus = hardware.visible_gpus(env)
     if not gpus and any(case.profile not in ON_CPU for case in cases):
@@ -87,7 +86,8 @@ def measure_all(cases: list[Case], settings: Settings, env: Mapping[str, str], g
         results[case.stage][case.name.partition("-")[2]] = found
         results["ratios"] = ratios(results)
         record.write_json(settings.work_dir / "bench.json", results, record.secret_values(env))
-    report(settings.work_dir / "bench.json")
+    (settings.work_dir / "bench.md").write_text(tables := report(results))
+    print(tables)
     return 1 if any(by_name(results)[case.name]["status"] == "failed" for case in cases) else 0
 
 
@@ -199,9 +199,9 @@ def header(settings: Settings, env: Mapping[str, str], gpus: list[hardware.Gpu])
 def earlier(file: Path, head: dict[str, Any]) -> dict[str, Any]:
     """The results of bench.json if machine, code, model and data were the same; others are kept beside it."""
     if file.is_file():
-        before = load(file)
-        if {key: before.get(key) for key in head} == head:
-            return before
+        with suppress(ValueError):
+            if (before := read_json(file)) and before.items() >= head.items():
+                return before
         aside = next(path for number in count(1) if not (
             path := file.with_suffix(f".old{number if number > 1 else ''}.json")).exists())
         os.replace(file, aside)
@@ -216,25 +216,9 @@ def ratios(results: Mapping[str, Any]) -> dict[str, float]:
     return {name: round(rates[name] / rates[found[name]["against"]], 2) for name in rates if found[name]["against"] in rates}
 
 
-def load(file: Path) -> dict[str, Any]:
-    """The content of a bench.json; a UsageError if it is none."""
-    try:
-        results = read_json(file)
-    except ValueError as error:
-        raise UsageError(f"{file} is no benchmark's result ({error}). Move it away.") from error
-    if not isinstance(results, dict) or not results.keys() >= {"sft", "ppo", "ratios"}:
-        raise UsageError(f"{file} is no benchmark's result (it lacks sft, ppo or ratios). Move it away.")
-    return results
-
-
-def report(file: Path) -> int:
-    """Print the tables of a bench.json, and write them beside the file."""
-    if not file.is_file():
-        raise UsageError(f"{file}: no such file. `make bench` writes WORK_DIR/bench/bench.json.")
-    results = load(file)
-    file.with_suffix(".md").write_text(text := trial.page("bench.md", **results, cases=by_name(results)))
-    print(text)
-    return 0
+def report(results: Mapping[str, Any]) -> str:
+    """The tables of a bench.json."""
+    return trial.page("bench.md", **results, cases=by_name(results))
 
 
 def by_name(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

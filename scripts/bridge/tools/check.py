@@ -73,15 +73,9 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
 def python_environment(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
     """Python, and whether every package has the version of requirements.lock."""
     yield Result("python", "ok" if sys.version_info[:2] == (3, 11) else "FAIL", sys.version.split()[0])
-    wrong = []
-    locked = locked_versions()
-    for name, version in locked.items():
-        try:
-            installed = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            installed = "missing"
-        if installed != version:
-            wrong.append(f"{name} {installed} instead of {version}")
+    locked, installed = locked_versions(), manifest.packages()
+    wrong = [f"{name} {installed.get(name, 'missing')} instead of {version}" for name, version in locked.items()
+             if installed.get(name) != version]
     yield Result("requirements.lock", "FAIL" if wrong else "ok", "; ".join(wrong) or f"{len(locked)} packages as locked")
 
 

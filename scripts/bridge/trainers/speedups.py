@@ -5,13 +5,12 @@ it applies everything. On a machine without a GPU it changes nothing.
 """
 
 import gc
-import json
 import os
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig, PretrainedConfig
 
 from bridge.trainers import packed_ppo
 
@@ -94,22 +93,19 @@ def replace_engine() -> None:
     vllm_rollout_spmd.LLM = make_engine
 
 
-def model_config() -> dict[str, Any]:
+def model_config() -> PretrainedConfig:
     """config.json of the model that is trained."""
-    return json.loads((Path(os.environ["BRIDGE_MODEL_DIR"]) / "config.json").read_text())
+    return AutoConfig.from_pretrained(os.environ["BRIDGE_MODEL_DIR"])
 
 
-def head_size(config: dict[str, Any]) -> int | None:
-    """Elements of one attention head; None where a config.json says it in another way."""
-    if "head_dim" in config:
-        return config["head_dim"]
-    heads = config.get("num_attention_heads")
-    return config["hidden_size"] // heads if heads and "hidden_size" in config else None
+def head_size(config: PretrainedConfig) -> int:
+    """Elements of one attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def apply() -> None:
     """All of the above."""
-    fuse_layers(model_config()["model_type"])
+    fuse_layers(model_config().model_type)
     fuse_adamw()
     packed_ppo.apply()
     expose_multi_step_model()
