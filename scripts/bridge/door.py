@@ -12,6 +12,7 @@ from pathlib import Path
 from bridge import settings as settings_module
 from bridge.environment import clean_environment, work_dir_problems
 from bridge.errors import Tolerance, UsageError, exit_status, nearest, say
+from bridge.pages import page
 from bridge.plan import Plan
 from bridge.stages.table import STAGES
 
@@ -40,21 +41,10 @@ def main() -> int:
     return exit_status(lambda: run(sys.argv[1:], os.environ))
 
 
-def usage() -> str:
-    """The help text, made from the stage table."""
-    rows = [(stage.name, stage.help) for stage in STAGES.values()] + list(TOOLS.items())
-    return "\n".join([
-        "bridge STAGE [--dry-run] [key=value ...]\n",
-        *(f"  {name:<10}{text}" for name, text in rows),
-        "\n--dry-run shows the command and what would happen. key=value changes verl's configuration (sft, ppo),",
-        "e.g. `bridge ppo trainer.total_epochs=1`. Settings come from the environment: see .env.example.",
-    ])
-
-
 def run(argv: list[str], env: Mapping[str, str]) -> int:
     """Do what the command line says."""
     if not argv or argv[0] == "help" or {"-h", "--help"} & set(argv):
-        print(usage())
+        print(page("usage.txt", stages=STAGES.values(), tools=TOOLS))
         return 0
     name, arguments = argv[0], argv[1:]
     known = [*STAGES, *TOOLS]

@@ -317,10 +317,12 @@ def test_groups_of_rows_have_to_divide_a_gpus_part_of_a_mini_batch_in_every_prof
     (1_235_814_400, 1, None), (8_030_000_000, 2, None),
     (8_030_000_000, 1, "12.8 GB (actor_rollout_ref.rollout.gpu_memory_utilization=0.15), does not hold the model's weights, 16"),
 ])
-def test_vllm_has_to_hold_the_weights_in_its_share(parameters, tp, problem):
+def test_vllm_has_to_hold_the_weights_in_its_share(monkeypatch, tmp_path, parameters, tp, problem):
+    monkeypatch.setattr(ppo.model_folder, "longest_sequence", lambda _folder: None)
+    monkeypatch.setattr(ppo.model_folder, "parameter_count", lambda _folder: parameters)
     settings = [f"actor_rollout_ref.rollout.tensor_model_parallel_size={tp}"]
     config = compose("ppo", ["profile/ppo=tuned", "memory/ppo=80gb", *settings], NAMES)
-    found = ppo.memory_problems(config, parameters, 85_520_809_984)
+    found = ppo.model_problems(config, tmp_path, [Gpu("0", "a GPU", 85_520_809_984, 0)])
     assert problem in found[0] if problem else found == []
 
 

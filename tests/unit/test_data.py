@@ -243,11 +243,11 @@ def test_answers_in_gsm8ks_form_are_taken(answer):
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [
-        (b"{", "not JSON (Expecting property name"),
-        (b'{"question": "\xff"}', "not UTF-8 (invalid start byte at byte 15)"),
+        (b"{", "not JSON in UTF-8 (Expecting property name"),
+        (b'{"question": "\xff"}', "not JSON in UTF-8 ('utf-8' codec can't decode byte 0xff in position 14"),
         (b'["question"]', "not a JSON object but of type list"),
         (b"null", "not a JSON object but of type NoneType"),
-        (b"[" * 100_000, "nested too deeply"),
+        (b"[" * 100_000, "not JSON in UTF-8 (maximum recursion depth exceeded"),
         (b"1" * 5000, "4300 digits"),
         (b'{"question": "a?"}', "has no 'answer'"),
         (b'{"answer": "#### 1"}', "has no 'question'"),

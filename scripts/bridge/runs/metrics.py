@@ -7,6 +7,7 @@ possibly behind a progress bar or Ray's prefix, and more than once a step (valid
 import json
 import re
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from bridge.errors import write_whole
@@ -59,14 +60,10 @@ def read(path: Path) -> list[dict]:
     if not path.is_file():
         return []
     rows = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
+    with suppress(ValueError, TypeError, KeyError):
+        for line in path.read_text(errors="replace").splitlines():
             row = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            break
-        rows.append(row)
+            rows.append({**row, "step": int(row["step"])})
     return rows
 
 

@@ -143,12 +143,8 @@ def checked_row(row: object, question: str, answer: str, form: str) -> dict[str,
     """
     try:
         row = json.loads(row.decode()) if isinstance(row, bytes) else row
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 ({error.reason} at byte {error.start + 1})") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at character {error.pos + 1})") from error
-    except RecursionError as error:
-        raise ValueError("not a row (nested too deeply)") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON in UTF-8 ({error})") from error
     if not isinstance(row, dict):
         raise ValueError(f"not a JSON object but of type {type(row).__name__}")
     found = {}
@@ -200,14 +196,10 @@ def csv_rows(file: Path) -> Iterator[tuple[int, Any]]:
             yield reader.line_num, row if None not in row else "more fields than the head"
 
 
-def parquet_rows(file: Path) -> Iterator[tuple[int, Any]]:
-    """The rows with their numbers."""
-    return enumerate(parquet.read_table(file).to_pylist(), start=1)
-
-
 # By the end of a file's name: what its rows are called, and how they are read.
 READERS: dict[str, tuple[str, Callable[[Path], Iterable[tuple[int, Any]]]]] = {
-    ".jsonl": ("line", json_lines), ".json": ("row", json_rows), ".csv": ("line", csv_rows), ".parquet": ("row", parquet_rows)}
+    ".jsonl": ("line", json_lines), ".json": ("row", json_rows), ".csv": ("line", csv_rows),
+    ".parquet": ("row", lambda file: enumerate(parquet.read_table(file).to_pylist(), start=1))}
 
 
 def from_files(path: Path) -> dict[str, Numbered]:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from bridge import compose, hardware, model_folder
 from bridge.errors import UsageError, exit_status, refuse, say, write_whole
+from bridge.pages import page
 from bridge.plan import Plan
 from bridge.runs import record
 from bridge.settings import Settings
@@ -235,20 +236,6 @@ def evaluate(name: str, folder: Path, data: Path, rows: int, limits: Mapping[str
     return answers
 
 
-def table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The closing table."""
-    def shown(result: Mapping[str, Any], name: str) -> str:
-        low, high = result.get(f"{name}_interval", (0, 0))
-        if name not in result:
-            return "-"
-        return f"{100 * result[name]:6.2f} % [{100 * low:.2f}, {100 * high:.2f}]"
-
-    lines = [f"{'model':<7}{'rows':>6}  {'accuracy [95 %]':<26}{'by last number [95 %]':<26}{'tokens':>7}{'cut off':>10}"]
-    lines += [f"{name:<7}{result['rows']:>6}  {shown(result, 'accuracy'):<26}{shown(result, 'last_number_accuracy'):<26}"
-              f"{result['mean_response_tokens']:>7.1f}{100 * result['cut_off']:>8.1f} %" for name, result in results.items()]
-    return "\n".join(lines)
-
-
 def main() -> None:
     """What the stage runs: test.parquet, output folder, number of rows, engine, limits as in evaluate (JSON), NAME=FOLDER..."""
     data, output, rows, engine, limits, *models = sys.argv[1:]
@@ -264,7 +251,7 @@ def main() -> None:
     result = {"data": data, "rows": rows, **limits, "confidence": CONFIDENCE,
               "engine": f"{engine} {version(engine)}", "models": results}
     record.write_json(output / RESULT_FILE, result, [])
-    print(table(results))
+    print(page("eval.txt", models=results))
     print(f"answers: {output / ANSWERS_FILE}")
 
 

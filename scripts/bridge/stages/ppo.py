@@ -3,8 +3,10 @@
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from bridge import hardware, model_folder
 from bridge.compose import flatten
 from bridge.runs.checkpoints import has_critic
 from bridge.trainers.packed_settings import groups_rows
@@ -110,24 +112,21 @@ def group_budgets(config: Mapping[str, Any]) -> dict[str, str]:
             if name.endswith(".ppo") and groups_rows(config, part)}
 
 
-def memory_problems(config: Mapping[str, Any], parameters: int, memory: int) -> list[str]:
-    """Whether vLLM can hold its part of the weights (2 bytes each) in its share of a GPU with so many bytes of memory."""
-    rollout = config["actor_rollout_ref"]["rollout"]
-    share, weights = rollout["gpu_memory_utilization"] * memory, 2 * parameters / rollout["tensor_model_parallel_size"]
-    if rollout["name"] != "vllm" or weights < share:
-        return []
-    return [f"vLLM's share of a GPU, {share / 1e9:.3g} GB (actor_rollout_ref.rollout.gpu_memory_utilization="
-            f"{rollout['gpu_memory_utilization']}), does not hold the model's weights, {weights / 1e9:.3g} GB a GPU. Raise it, "
-            "or spread the model over more GPUs (TP=)."]
-
-
-def position_problems(config: Mapping[str, Any], longest: int | None) -> list[str]:
-    """Whether the model can look at the longest row; `longest`: tokens that it can, None if it does not say."""
-    if longest is None or longest_row(config) <= longest:
-        return []
-    return [f"data.max_prompt_length={config['data']['max_prompt_length']} + data.max_response_length="
-            f"{config['data']['max_response_length']} are more than the {longest} tokens that the model can look at (its "
-            "config.json). Make one of them smaller."]
+def model_problems(config: Mapping[str, Any], model_dir: Path, gpus: list[hardware.Gpu]) -> list[str]:
+    """Whether the model can look at the longest row, and vLLM hold its part of the weights in its share of a GPU."""
+    problems, rollout, longest = [], config["actor_rollout_ref"]["rollout"], model_folder.longest_sequence(model_dir)
+    if longest is not None and longest_row(config) > longest:
+        problems.append(f"data.max_prompt_length={config['data']['max_prompt_length']} + data.max_response_length="
+                        f"{config['data']['max_response_length']} are more than the {longest} tokens that the model can look at "
+                        "(its config.json). Make one of them smaller.")
+    # 2 bytes each.
+    weights = 2 * model_folder.parameter_count(model_dir) / rollout["tensor_model_parallel_size"]
+    share = rollout["gpu_memory_utilization"] * min((gpu.memory for gpu in gpus), default=float("inf"))
+    if rollout["name"] == "vllm" and weights >= share:
+        problems.append(f"vLLM's share of a GPU, {share / 1e9:.3g} GB (actor_rollout_ref.rollout.gpu_memory_utilization="
+                        f"{rollout['gpu_memory_utilization']}), does not hold the model's weights, {weights / 1e9:.3g} GB a GPU. "
+                        "Raise it, or spread the model over more GPUs (TP=).")
+    return problems
 
 
 def columns(config: Mapping[str, Any]) -> list[str]:

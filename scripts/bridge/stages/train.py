@@ -94,13 +94,9 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
     notes += group_notes(trainer, config, overrides)
     rows = data_problems(config, trainer.columns(config), problems)
     name_problem = None if from_sft else model.name_problem(settings.model)
-    if from_sft:
-        cure = ("INIT=sft starts from the merged result of the sft stage: run `make sft` and `make merge STAGE=sft` first, "
-                "or use INIT=base.")
-    elif is_local(settings.model):
-        cure = "MODEL= has to name a folder with a whole Hugging Face model."
-    else:
-        cure = f"Run `make model` first (MODEL={settings.model})."
+    cure = ("INIT=sft starts from the merged result of the sft stage: run `make sft` and `make merge STAGE=sft` first, or use "
+            "INIT=base." if from_sft else "MODEL= has to name a folder with a whole Hugging Face model."
+            if is_local(settings.model) else f"Run `make model` first (MODEL={settings.model}).")
     model_problems = [name_problem] if name_problem else model_folder.check_model_folder(model_dir, cure)
     if not (model_problems or from_sft or is_local(settings.model)) and (
             another := model.source_problem(settings.model, model_dir)):
@@ -110,10 +106,7 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
     visible = hardware.visible_gpus(env)
     if stage == "ppo":
         problems += trainer.folder_problems(own_env["RAY_TMPDIR"]) + hardware.vllm_problems(visible)
-    if stage == "ppo" and not model_problems:
-        problems += trainer.position_problems(config, model_folder.longest_sequence(model_dir))
-    if stage == "ppo" and visible and not model_problems:
-        problems += trainer.memory_problems(config, model_folder.parameter_count(model_dir), min(gpu.memory for gpu in visible))
+        problems += [] if model_problems else trainer.model_problems(config, model_dir, visible)
     faults = trainer.divisibility(config, world, heads)
     if faults:
         possible = [n for n in range(1, 65) if not trainer.divisibility(config, n * nodes, heads)]

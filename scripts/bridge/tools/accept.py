@@ -19,6 +19,7 @@ from typing import Any
 from bridge import hardware, model_folder
 from bridge import settings as settings_module
 from bridge.errors import UsageError, say
+from bridge.pages import page
 from bridge.runs import checkpoints, launch, metrics, record
 from bridge.settings import Settings
 from bridge.stages import data, sft
@@ -224,4 +225,4 @@ def text(report: Mapping[str, Any]) -> str:
         shown["gpus"] = "none: ranks on CPU over gloo, where transformers generates, not vLLM"
     rows = [(f"{result['status']:<6}{result['step']}", result["seconds"], seen if isinstance(seen := result["seen"], str) else
              f"{max(row['busbw_gb_s'] for row in seen):.2f} GB/s of bus bandwidth at most") for result in report["steps"]]
-    return trial.page("accept.txt", facts=shown, width=max(map(len, shown)) + 2, table=trial.table(rows), steps=report["steps"])
+    return page("accept.txt", facts=shown, width=max(map(len, shown)) + 2, rows=rows, steps=report["steps"]) + "\n"

@@ -1,7 +1,7 @@
 """bridge bench: how fast the trainings are, case by case, on the GPUs of this machine.
 
 Each case of configs/bench.yaml is a training started through the door in WORK_DIR/bench and ended after some steps. bench.json
-there has the results after each, bench.md their tables (configs/bench.md).
+there has the results after each, bench.md their tables (configs/pages/bench.md).
 """
 
 import os
@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import count
+from datetime import datetime
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,6 +21,7 @@ import yaml
 from bridge import hardware, model_folder
 from bridge import settings as settings_module
 from bridge.errors import UsageError, nearest, read_json, refuse, say
+from bridge.pages import page
 from bridge.runs import metrics, record
 from bridge.settings import CONFIGS, Settings
 from bridge.stages.train import ON_CPU
@@ -86,8 +87,8 @@ def measure_all(cases: list[Case], settings: Settings, env: Mapping[str, str], g
         results[case.stage][case.name.partition("-")[2]] = found
         results["ratios"] = ratios(results)
         record.write_json(settings.work_dir / "bench.json", results, record.secret_values(env))
-    (settings.work_dir / "bench.md").write_text(tables := report(results))
-    print(tables)
+    (settings.work_dir / "bench.md").write_text(report(results) + "\n")
+    print(report(results))
     return 1 if any(by_name(results)[case.name]["status"] == "failed" for case in cases) else 0
 
 
@@ -202,8 +203,7 @@ def earlier(file: Path, head: dict[str, Any]) -> dict[str, Any]:
         with suppress(ValueError):
             if (before := read_json(file)) and before.items() >= head.items():
                 return before
-        aside = next(path for number in count(1) if not (
-            path := file.with_suffix(f".old{number if number > 1 else ''}.json")).exists())
+        aside = file.with_suffix(f".till-{datetime.fromtimestamp(file.stat().st_mtime):%Y-%m-%d-%H%M%S.%f}.json")
         os.replace(file, aside)
         say(f"{file} is of another machine, commit, model or data: moved to {aside.name}")
     return {**head, "sft": {}, "ppo": {}, "ratios": {}}
@@ -218,7 +218,7 @@ def ratios(results: Mapping[str, Any]) -> dict[str, float]:
 
 def report(results: Mapping[str, Any]) -> str:
     """The tables of a bench.json."""
-    return trial.page("bench.md", **results, cases=by_name(results))
+    return page("bench.md", **results, cases=by_name(results))
 
 
 def by_name(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

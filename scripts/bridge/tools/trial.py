@@ -2,12 +2,9 @@
 
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import jinja2
 
 from bridge import hardware
 from bridge import settings as settings_module
@@ -15,7 +12,7 @@ from bridge.compose import compose
 from bridge.environment import work_dir_problems
 from bridge.errors import UsageError, refuse
 from bridge.runs import launch, record
-from bridge.settings import CONFIGS, Settings, is_local
+from bridge.settings import Settings, is_local
 from bridge.stages import data, model, train
 
 # Settings of the real run that say nothing here. No metrics of a trial are sent anywhere.
@@ -48,12 +45,12 @@ def own_folder(settings: Settings, name: str) -> Iterator[Path]:
 
 
 def check(settings: Settings, env: Mapping[str, str], removed: list[Path], new_model: bool,
-          trained: tuple[str, ...] = (), problems: Sequence[str] = ()) -> None:
+          trained: tuple[str, ...] = ()) -> None:
     """Refuse GPUS, DATA_SOURCE and MODEL, all at once, before anything (`removed`) is removed.
 
-    new_model: whether it has yet to be made; trained: the stages whose batches all ranks share; problems: those found already.
+    new_model: whether it has yet to be made; trained: the stages whose batches all ranks share.
     """
-    problems = list(problems)
+    problems: list[str] = []
     sources = {"MODEL": settings.model_dir} if is_local(settings.model) else {}
     try:
         source = data.checked_source(settings.data_source)
@@ -145,20 +142,3 @@ def last_lines(file: Path, count: int) -> list[str]:
     """The end of a log, without the intermediate states of progress bars."""
     text = file.read_bytes().decode(errors="replace") if file.is_file() else ""
     return [line.rsplit("\r", 1)[-1][:500] for line in text.rstrip().split("\n")[-count:]]
-
-
-def page(template: str, **content: Any) -> str:
-    """A page by a template of configs/."""
-    places = jinja2.FileSystemLoader(CONFIGS)
-    pages = jinja2.Environment(loader=places, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-                               keep_trailing_newline=True)
-    return pages.get_template(template).render(content)
-
-
-def table(rows: list[tuple[str, float, str]]) -> str:
-    """A closing table: what, seconds, what came out; the last line sums up."""
-    total = sum(seconds for _, seconds, _ in rows)
-    width = max(11, *(len(name) + 2 for name, _, _ in rows))
-    lines = [f"{'stage':<{width}}{'seconds':>8}  what came out"]
-    lines += [f"{name:<{width}}{seconds:>8.1f}  {text}" for name, seconds, text in [*rows, ("all", total, "")]]
-    return "\n".join(line.rstrip() for line in lines)

@@ -73,7 +73,9 @@ def make_engine(**options: Any):
     inspect_models_in_process()
     # A collection takes half a second in a process with all this imported, and each CUDA graph is recorded after one.
     freeze_gc()
-    if options.get("num_scheduler_steps", 1) > 1 and head_size(model_config()) == 64:
+    config = model_config()
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if options.get("num_scheduler_steps", 1) > 1 and head_size == 64:
         # vLLM 0.8.5 has no option for it.
         os.environ.setdefault("VLLM_FLASH_ATTN_VERSION", "2")
     engine = LLM(**{**options, "enable_prefix_caching": False})
@@ -96,11 +98,6 @@ def replace_engine() -> None:
 def model_config() -> PretrainedConfig:
     """config.json of the model that is trained."""
     return AutoConfig.from_pretrained(os.environ["BRIDGE_MODEL_DIR"])
-
-
-def head_size(config: PretrainedConfig) -> int:
-    """Elements of one attention head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def apply() -> None:
