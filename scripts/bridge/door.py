@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bridge import settings as settings_module
 from bridge.environment import clean_environment, work_dir_problems
-from bridge.errors import Tolerance, UsageError, exit_status, nearest, say
+from bridge.errors import Tolerance, UsageError, exit_status, nearest, refuse, say
 from bridge.pages import page
 from bridge.plan import Plan
 from bridge.stages.table import STAGES
@@ -59,9 +59,7 @@ def run(argv: list[str], env: Mapping[str, str]) -> int:
 def run_stage(name: str, env: Mapping[str, str], overrides: list[str], dry_run: bool) -> int:
     """Check, plan, show and run one stage; returns its command's exit status."""
     stage = STAGES[name]
-    problems = [f"stage {name!r} needs {setting}. Set it in .env (see .env.example)."
-                for setting in stage.needs if not env.get(setting)]
-    missing = set(problems)
+    problems = []
     if overrides and not stage.trains:
         problems.append(f"stage {name!r} takes no arguments but --dry-run; got {' '.join(overrides)}. "
                         "Its settings come from the environment (see .env.example).")
@@ -70,10 +68,7 @@ def run_stage(name: str, env: Mapping[str, str], overrides: list[str], dry_run: 
         problems += work_dir_problems(settings.work_dir)
     except UsageError as error:
         problems = error.problems + problems
-    # A stage names what it lacks itself, together with all else that is wrong.
-    if set(problems) - missing:
-        raise UsageError(*problems)
-
+    refuse(problems)
     child_env = clean_environment(settings, env)
     plan = stage.plan(settings, child_env, overrides, dry_run)
     for note in plan.notes:

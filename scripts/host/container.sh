@@ -90,7 +90,5 @@ none)
     ;;
 esac
 
-printf '+' >&2
-printf ' %q' "${command[@]}" "$@" >&2
-printf '\n' >&2
+{ printf '+' && printf ' %q' "${command[@]}" "$@" && echo; } >&2
 exec "${command[@]}" "$@"

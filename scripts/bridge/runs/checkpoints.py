@@ -13,6 +13,7 @@ Source: verl/utils/checkpoint/fsdp_checkpoint_manager.py and the two trainers. A
 disk that does not answer) is raised, never taken for a file that is missing or cut short.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -111,7 +112,6 @@ def expected_size(saved: Contents, parameters: int) -> int:
 
 # ---- what is there
 
-
 def shard_faults(folder: Path, kinds: Sequence[str] = ALL) -> list[str]:
     """What is missing or cut short in one folder of shards, as short phrases with the file's name."""
     config = folder / "fsdp_config.json"
@@ -204,14 +204,10 @@ def size(folder: Path) -> int:
 
 # ---- whether it is still what was saved
 
-
 def checksum(file: Path) -> str:
     """Checksum of a file's bytes, as fast as they can be read. It tells damage, not forgery."""
-    digest = xxhash.xxh3_128()
     with open(file, "rb", buffering=0) as stream:
-        while piece := stream.read(1 << 24):
-            digest.update(piece)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
 
 
 def record_checksums(path: Path) -> None:
@@ -250,7 +246,6 @@ def damage(path: Path, below: str = "") -> list[str]:
 
 
 # ---- what is put aside and removed
-
 
 def set_aside(path: Path) -> Path:
     """Give a checkpoint that is not whole another name, under which neither verl nor the bridge takes it."""

@@ -232,9 +232,8 @@ def from_hub(source: str) -> dict[str, Numbered]:
     except (ConnectionError, FileNotFoundError, ValueError, requests.exceptions.RequestException) as error:
         raise UsageError(
             f"{name} cannot be had from the Hugging Face Hub: {type(error).__name__}: {str(error).splitlines()[0]}",
-            "Either fetch it on a machine with internet (`make data` there; the same WORK_DIR, or copy its data folder), or give "
-            "a file, or a folder with train.jsonl and test.jsonl (DATA_SOURCE=), or rehearse with made-up problems "
-            "(DATA_SOURCE=builtin). Of several: DATA_SOURCE=OWNER/NAME:CONFIGURATION.") from error
+            "Fetch it where there is internet (`make data` there; the same WORK_DIR, or copy its data folder), or use "
+            "DATA_SOURCE= with a file, a folder or builtin. Of several: DATA_SOURCE=OWNER/NAME:CONFIGURATION.") from error
     if "train" not in found:
         raise UsageError(f"{name} has no split train; it has {', '.join(found)}. Save what you want as a file.")
     splits = SPLITS if "test" in found else ("train",)
@@ -309,7 +308,6 @@ def write(splits: dict[str, Rows], folder: Path, *form: str) -> dict[str, Path]:
 
 
 # ---- how long the rows are: verl stops at one above a limit when it comes to it
-
 
 @cache
 def lengths(files: tuple[Path, ...], columns: tuple[str, ...], model_dir: Path, _digest: str) -> list[list[int]]:

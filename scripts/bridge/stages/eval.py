@@ -209,8 +209,7 @@ def interval(scores: Sequence[float]) -> tuple[float, float]:
     return mean - half, mean + half
 
 
-def evaluate(name: str, folder: Path, data: Path, rows: int, limits: Mapping[str, Any],
-             generate: Generator) -> list[dict[str, Any]]:
+def evaluate(name: str, folder: Path, data: Path, rows: int, limits: Mapping[str, Any], generate: Generator) -> list[dict]:
     """Ask one model the first so many problems; returns a row for each answer.
 
     limits: max_prompt_length, max_response_length (tokens) and truncation, in verl's words; reward: file, function, arguments.
@@ -225,8 +224,8 @@ def evaluate(name: str, folder: Path, data: Path, rows: int, limits: Mapping[str
     dataset = RLHFDataset(str(data), tokenizer, OmegaConf.create({**limits, "filter_overlong_prompts": False}))
     problems = [dataset[place] for place in range(rows)]
     prompts = [problem["raw_prompt_ids"] for problem in problems]
-    answers = []
-    for problem, prompt, answer in zip(problems, prompts, generate(folder, prompts, limits["max_response_length"]), strict=True):
+    answers, written = [], generate(folder, prompts, limits["max_response_length"])
+    for problem, prompt, answer in zip(problems, prompts, written, strict=True):
         text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
         truth = problem["reward_model"]["ground_truth"]
         scores = {"score": reward.score(judge, problem, text, **options)} if judge else score(text, problem["data_source"], truth)

@@ -82,12 +82,11 @@ def name_problem(name: str) -> str | None:
             f"{RANDOM}SHAPE.{nearest(name.lower(), ['smollm2', 'tiny', RANDOM])}")
 
 
-def source_problem(name: str, folder: Path) -> str | None:
-    """Why a folder below models/ that `make model` made is not this model's; None if it is, or is not there."""
+def source_problems(name: str, folder: Path) -> list[str]:
+    """Why a folder below models/ that `make model` made is not this model's; nothing if it is, is not there, or elsewhere."""
     source = recorded_source(folder).get("source", name)
-    if source == name:
-        return None
-    return f"{folder} holds {source}, not MODEL={name}. Move it away, or use another WORK_DIR for this one."
+    return [] if is_local(name) or source == name else [
+        f"{folder} holds {source}, not MODEL={name}. Move it away, or use another WORK_DIR for this one."]
 
 
 def is_offline(env: Mapping[str, str]) -> bool:
@@ -96,7 +95,6 @@ def is_offline(env: Mapping[str, str]) -> bool:
 
 
 # ---- whether there is anything left to do
-
 
 def already_there(name: str, folder: Path) -> str | None:
     """Why nothing is left to do; None if the model has yet to be made. A folder damaged, or another model's: a UsageError."""
@@ -109,9 +107,8 @@ def already_there(name: str, folder: Path) -> str | None:
     if source is None:
         raise UsageError(f"{folder} is there, but `make model` did not make it. Use it as it is with MODEL={folder}, "
                          "or move it away.")
-    if problem := source_problem(name, folder):
-        raise UsageError(problem)
-    refuse(model_folder.check_model_folder(folder, f"Remove {folder} and run `make model` again."))
+    refuse(source_problems(name, folder)
+           or model_folder.check_model_folder(folder, f"Remove {folder} and run `make model` again."))
     return f"{folder} is there and whole ({name}, {model_folder.parameter_count(folder):,} parameters)"
 
 
@@ -124,7 +121,6 @@ def recorded_source(folder: Path) -> dict[str, str]:
 
 
 # ---- the date in the chat template
-
 
 def depends_on_day(folder: Path) -> bool:
     """Whether the chat template asks for today's date."""
@@ -146,7 +142,6 @@ def freeze_folder(folder: Path) -> bool:
 
 
 # ---- from the hub
-
 
 @contextmanager
 def hub_errors_explained(what: str, again: str, offline_cure: str, rights_cure: str = "") -> Iterator[None]:
@@ -251,7 +246,6 @@ def empty(folder: Path) -> None:
 
 
 # ---- whole or not at all
-
 
 def make(name: str, folder: Path, texts: Path) -> str:
     """Make the model's folder unless it is there; return what there is to say about it."""

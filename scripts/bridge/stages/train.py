@@ -97,10 +97,8 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
     cure = ("INIT=sft starts from the merged result of the sft stage: run `make sft` and `make merge STAGE=sft` first, or use "
             "INIT=base." if from_sft else "MODEL= has to name a folder with a whole Hugging Face model."
             if is_local(settings.model) else f"Run `make model` first (MODEL={settings.model}).")
-    model_problems = [name_problem] if name_problem else model_folder.check_model_folder(model_dir, cure)
-    if not (model_problems or from_sft or is_local(settings.model)) and (
-            another := model.source_problem(settings.model, model_dir)):
-        model_problems = [another]
+    model_problems = [name_problem] if name_problem else model_folder.check_model_folder(model_dir, cure) or (
+        [] if from_sft else model.source_problems(settings.model, model_dir))
     problems += model_problems
     heads = None if model_problems else model_folder.attention_heads(model_dir)
     visible = hardware.visible_gpus(env)
@@ -303,19 +301,18 @@ def data_problems(config: Mapping[str, Any], columns: list[str], problems: list[
                 continue
             try:
                 parquet = pyarrow.parquet.ParquetFile(path)
-                present = {column.path.replace(".list.element", "") for column in parquet.schema} | set(
-                    parquet.schema_arrow.names)
             except (ValueError, OSError) as error:
                 # Arrow has no number for what it cannot read in a file, the system has.
                 if getattr(error, "errno", None):
                     raise
                 problems.append(f"{path} is no parquet file ({error}). Run `make data` again.")
                 continue
-            present = {prefix for column in present for prefix in (column, column.rsplit(".", 1)[0])}
-            missing = [column for column in columns if column not in present]
-            if missing:
+            schema = parquet.schema_arrow
+            present = {*schema.names, *(f"{field.name}.{part.name}" for field in schema
+                                        if pyarrow.types.is_struct(field.type) for part in field.type)}
+            if missing := [column for column in columns if column not in present]:
                 problems.append(f"{path} has no column {', '.join(missing)} (it has "
-                                f"{', '.join(parquet.schema_arrow.names)}). Make it with `make data`.")
+                                f"{', '.join(schema.names)}). Make it with `make data`.")
             counts[key] += parquet.metadata.num_rows
     if len(problems) > before:
         return None

@@ -32,8 +32,6 @@ IMPORTS = ("torch", "vllm", "verl", "ray", "transformers", "datasets", "wandb", 
 LEAST_SHM = 1 << 30
 # NCCL opens the first; the second finds peers; both need the driver of the card (here Mellanox's, as H100 nodes have them).
 INFINIBAND = ("libibverbs.so.1", "librdmacm.so.1", "libmlx5.so.1")
-
-
 # By which bf16's outputs and gradients may be off; 8 bits are 0.2 % where nothing else is rounded.
 MOST_ERROR = 0.02
 

@@ -86,7 +86,7 @@ def made(settings: Settings, *more: Path) -> list[Path]:
 def remove(paths: list[Path]) -> None:
     """Remove these folders. A link is removed as such: what it leads to stays.
 
-    A UsageError: a stage works in one of them, or one cannot be removed.
+    A UsageError: a stage works in one of them.
     """
     locks = [lock for path in paths if not path.is_symlink() for lock in path.glob("*/.lock")]
     for stage_dir in (lock.parent for lock in locks if not lock.parent.is_symlink()):
@@ -94,14 +94,10 @@ def remove(paths: list[Path]) -> None:
         with record.locked(stage_dir, LOCK_CURE):
             pass
     for path in paths:
-        try:
-            if path.is_symlink():
-                path.unlink()
-            elif path.exists():
-                shutil.rmtree(path)
-        except OSError as error:
-            raise UsageError(f"{path}, left by an earlier run, cannot be removed ({error.filename}: {error.strerror}). End what "
-                             "still uses it, or remove it yourself.") from error
+        if path.is_symlink():
+            path.unlink()
+        elif path.exists():
+            shutil.rmtree(path)
 
 
 def inside(folder: Path, env: Mapping[str, str], **changes: str) -> tuple[Settings, dict[str, str]]:
