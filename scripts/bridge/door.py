@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import nullcontext
 from importlib import import_module
-from pathlib import Path
 
 from bridge import settings as settings_module
 from bridge.environment import clean_environment, work_dir_problems
@@ -30,14 +29,6 @@ TOOLS = {
 
 def main() -> int:
     """Entry of the `bridge` program; returns its exit status."""
-    try:
-        Path.home()
-    except RuntimeError:
-        # A container whose user is a mere number, without HOME: libraries stop at that, too. (A WORK_DIR in the home is refused.)
-        work_dir = os.environ.get("WORK_DIR") or "work"
-        if not work_dir.startswith("~"):
-            os.environ["HOME"] = os.path.join(os.path.abspath(work_dir), "cache", "home")
-        os.environ.setdefault("USER", str(os.getuid()))
     return exit_status(lambda: run(sys.argv[1:], os.environ))
 
 

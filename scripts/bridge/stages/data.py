@@ -76,12 +76,6 @@ def recorded_source(folder: Path) -> str | None:
     return command[command.index("-m") + 2] if "-m" in command[:-2] else None
 
 
-def recorded_form(folder: Path) -> str:
-    """"text" if any answer was taken when the data in a folder were made, else "number"."""
-    recorded = record.read(folder)
-    return "text" if recorded and recorded["attempts"][-1]["command"][-2] == "text" else "number"
-
-
 def checked_source(source: str) -> str:
     """hub, builtin, OWNER/NAME[:CONFIGURATION], or the absolute path of a file or a folder; a UsageError for what is none."""
     path = Path(os.path.abspath(os.path.expanduser(source)))

@@ -204,9 +204,8 @@ def interval(scores: Sequence[float]) -> tuple[float, float]:
 
     if set(scores) <= {0, 1}:
         return tuple(map(float, stats.binomtest(int(sum(scores)), len(scores)).proportion_ci(CONFIDENCE, method="wilson")))
-    half = float(stats.sem(scores) * stats.t.ppf((1 + CONFIDENCE) / 2, len(scores) - 1)) if len(scores) > 1 else float("inf")
-    mean = sum(scores) / len(scores)
-    return mean - half, mean + half
+    spread = stats.sem(scores) if len(scores) > 1 else float("inf")
+    return tuple(map(float, stats.t.interval(CONFIDENCE, max(1, len(scores) - 1), sum(scores) / len(scores), spread)))
 
 
 def evaluate(name: str, folder: Path, data: Path, rows: int, limits: Mapping[str, Any], generate: Generator) -> list[dict]:

@@ -175,8 +175,7 @@ def hub_errors_explained(what: str, again: str, offline_cure: str, rights_cure: 
             raise UsageError(f"the hub refused a request for {what} ({status} {said}). "
                              f"{status == 403 and rights_cure or wait + again}") from error
         raise
-    except (ConnectionError, requests.exceptions.ConnectionError, requests.exceptions.Timeout,
-            requests.exceptions.ChunkedEncodingError) as error:
+    except (ConnectionError, requests.exceptions.RequestException) as error:
         raise UsageError(f"no connection to {constants.ENDPOINT} for {what}, or it broke ({type(error).__name__}). "
                          f"{again} {offline_cure}") from error
 

@@ -68,7 +68,7 @@ def setting_problems(config: Mapping[str, Any], overrides: Sequence[str]) -> lis
     return problems + [
         f"{text}: no effect, since micro batches are counted in tokens here (use_dynamic_bsz). Use "
         f"{name}_max_token_len_per_gpu, or PROFILE=tutorial, which counts rows."
-        for name, _part in counted_in_tokens(config) if f"{name}_micro_batch_size" not in group_budgets(config)
+        for name, part in counted_in_tokens(config) if not (name.endswith(".ppo") and groups_rows(config, part))
         for text in overrides if text.lstrip("+").startswith(f"{name}_micro_batch_size")]
 
 
@@ -104,12 +104,6 @@ def length_problems(config: Mapping[str, Any]) -> list[str]:
     return [f"{key}={flat[key]} is less than {longest} tokens, the longest row (data.max_prompt_length + "
             f"data.max_response_length). Use {key}={-(-longest // times)} or more."
             for key, times in limits if (flat[key] or 0) * times < longest]
-
-
-def group_budgets(config: Mapping[str, Any]) -> dict[str, str]:
-    """Setting of the rows whose tokens the loss averages together -> setting of the tokens that are computed at once."""
-    return {f"{name}_micro_batch_size": f"{name}_max_token_len_per_gpu" for name, part in counted_in_tokens(config)
-            if name.endswith(".ppo") and groups_rows(config, part)}
 
 
 def model_problems(config: Mapping[str, Any], model_dir: Path, gpus: list[hardware.Gpu]) -> list[str]:

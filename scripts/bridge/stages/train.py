@@ -91,7 +91,6 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
         config, overrides = compose(stage, own, own_env), []
     problems += whole_run_problems(config) + trainer.setting_problems(config, overrides)
     problems += checkpoints.content_problems(stage, config)
-    notes += group_notes(trainer, config, overrides)
     rows = data_problems(config, trainer.columns(config), problems)
     name_problem = None if from_sft else model.name_problem(settings.model)
     cure = ("INIT=sft starts from the merged result of the sft stage: run `make sft` and `make merge STAGE=sft` first, or use "
@@ -262,12 +261,6 @@ def whole_run_problems(config: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def group_notes(trainer: ModuleType, config: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
-    """What an override of the rows of a micro batch means where micro batches are counted in tokens."""
-    return [f"{text}: rows whose tokens the loss averages together. How many are computed at once is {budget}"
-            for key, budget in trainer.group_budgets(config).items() for text in overrides if text.lstrip("+").startswith(key)]
-
-
 def step_problems(config: Mapping[str, Any], rows: int) -> list[str]:
     """Too few training rows for a step, or for all steps: verl would end well without any, or without the last checkpoint."""
     asked, epochs = config["trainer"]["total_training_steps"], config["trainer"]["total_epochs"]
@@ -330,7 +323,8 @@ def reward_problems(settings: Settings, config: Mapping[str, Any], notes: list[s
     """Answers that only a reward of one's own can judge where there is none, or one that does not do."""
     own = config["custom_reward_function"]
     if not own["path"]:
-        return [] if data.recorded_form(settings.data_dir) != "text" else [
+        made = record.read(settings.data_dir)
+        return [] if not made or made["attempts"][-1]["command"][-2] != "text" else [
             f"the answers in {settings.data_dir} were taken as they are, and verl's scorer wants a number. Say what judges them: "
             "REWARD=FILE.py:FUNCTION."]
     file = Path(own["path"])

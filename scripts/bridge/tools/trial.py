@@ -2,7 +2,7 @@
 
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -44,8 +44,7 @@ def own_folder(settings: Settings, name: str) -> Iterator[Path]:
         yield folder
 
 
-def check(settings: Settings, env: Mapping[str, str], removed: list[Path], new_model: bool,
-          trained: tuple[str, ...] = ()) -> None:
+def check(settings: Settings, env: Mapping[str, str], removed: list[Path], new_model: bool, trained: Sequence[str] = ()) -> None:
     """Refuse GPUS, DATA_SOURCE and MODEL, all at once, before anything (`removed`) is removed.
 
     new_model: whether it has yet to be made; trained: the stages whose batches all ranks share.

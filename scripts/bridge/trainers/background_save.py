@@ -12,7 +12,6 @@ import mmap
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import wraps
 from itertools import accumulate
 from typing import Any
 
@@ -26,7 +25,7 @@ from bridge.hardware import free_memory
 
 # Bytes at which a tensor begins, so that any kind may.
 ALIGNMENT = 64
-torch_save = torch.save
+torch_save, verls_save = torch.save, FSDPCheckpointManager.save_checkpoint
 
 
 def mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -125,27 +124,21 @@ class Writer:
         self.writing = []
 
 
-def in_background(save_checkpoint: Callable) -> Callable:
-    """verl's method with torch.save exchanged for a Writer's."""
-
-    @wraps(save_checkpoint)
-    def save(manager: FSDPCheckpointManager, local_path: str | None, *arguments, **options) -> None:
-        if not hasattr(manager, "writer"):
-            local = os.environ.get("RAY_LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or manager.world_size
-            manager.writer = Writer(int(local))
-            manager.optimizer.register_step_pre_hook(lambda *_: manager.writer.check())
-        # Without a path it is only waited.
-        manager.writer.wait()
-        on_gpu = fsdp_checkpoint_manager.is_cuda_available
-        torch.save = manager.writer.save
-        # verl would let FSDP copy the weights into ordinary memory first.
-        fsdp_checkpoint_manager.is_cuda_available = False
-        try:
-            save_checkpoint(manager, local_path, *arguments, **options)
-        finally:
-            torch.save, fsdp_checkpoint_manager.is_cuda_available = torch_save, on_gpu
-
-    return save
+def save_checkpoint(manager: FSDPCheckpointManager, local_path: str | None, *arguments, **options) -> None:
+    """verl's method with torch.save exchanged for a Writer's. Without a path it is only waited."""
+    if not hasattr(manager, "writer"):
+        local = os.environ.get("RAY_LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or manager.world_size
+        manager.writer = Writer(int(local))
+        manager.optimizer.register_step_pre_hook(lambda *_: manager.writer.check())
+    manager.writer.wait()
+    on_gpu = fsdp_checkpoint_manager.is_cuda_available
+    torch.save = manager.writer.save
+    # verl would let FSDP copy the weights into ordinary memory first.
+    fsdp_checkpoint_manager.is_cuda_available = False
+    try:
+        verls_save(manager, local_path, *arguments, **options)
+    finally:
+        torch.save, fsdp_checkpoint_manager.is_cuda_available = torch_save, on_gpu
 
 
-FSDPCheckpointManager.save_checkpoint = in_background(FSDPCheckpointManager.save_checkpoint)
+FSDPCheckpointManager.save_checkpoint = save_checkpoint

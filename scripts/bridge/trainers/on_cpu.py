@@ -130,14 +130,9 @@ def answer_once() -> None:
 
 def setup() -> None:
     """Everything of the above; called in the trainer's process and, by Ray, in every worker."""
-    fill_torch_cpu()
-    use_gloo()
-    use_sdpa()
-    use_varlen_sdpa()
-    use_float32()
-    offload_without_pinning()
-    answer_once()
-    loopback.close()
+    for fill in (fill_torch_cpu, use_gloo, use_sdpa, use_varlen_sdpa, use_float32, offload_without_pinning, answer_once,
+                 loopback.close):
+        fill()
 
 
 def patch_ray_init(ranks: int) -> None:

@@ -151,9 +151,6 @@ class UntilAsked:
         if not os.path.exists(f"{self.trainer.config.trainer.default_local_dir}/global_step_{self.trainer.global_steps}"):
             self.trainer._save_checkpoint()
 
-    def __len__(self) -> int:
-        return len(self.loader)
-
     def __getattr__(self, name: str) -> Any:
         return getattr(self.loader, name)
 
