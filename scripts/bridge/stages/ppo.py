@@ -59,8 +59,7 @@ def command(_ranks: int, modules: list[str], arguments: list[str], nodes: int = 
 def setting_problems(config: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
     """Limits below the longest row, no checkpoints by a slip, and overrides that would have no effect."""
     problems = length_problems(config)
-    every = config["trainer"]["save_freq"]
-    if every != -1 and not (every or 0) > 0:
+    if (every := config["trainer"]["save_freq"]) != -1 and not (every or 0) > 0:
         problems.append(f"trainer.save_freq={every} saves no checkpoint, not even at the end. Use a number of steps, or -1 if "
                         "that is what you want.")
     if config["algorithm"]["adv_estimator"] == "grpo" and config["actor_rollout_ref"]["rollout"]["n"] < 2:

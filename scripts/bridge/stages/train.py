@@ -104,8 +104,7 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
     if stage == "ppo":
         problems += trainer.folder_problems(own_env["RAY_TMPDIR"]) + hardware.vllm_problems(visible)
         problems += [] if model_problems else trainer.model_problems(config, model_dir, visible)
-    faults = trainer.divisibility(config, world, heads)
-    if faults:
+    if faults := trainer.divisibility(config, world, heads):
         possible = [n for n in range(1, 65) if not trainer.divisibility(config, n * nodes, heads)]
         problems += [f"GPUS={gpus}{f' NODES={nodes}' * (nodes > 1)}: {fault}." for fault in faults]
         problems.append(f"Possible with these settings: GPUS={', '.join(map(str, possible))}." if possible else

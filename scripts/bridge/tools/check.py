@@ -47,8 +47,7 @@ class Result:
 
 def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int:
     """Run all checks and report; returns 1 if any failed."""
-    unknown = [argument for argument in arguments if argument != "--json"]
-    if unknown:
+    if unknown := [argument for argument in arguments if argument != "--json"]:
         raise UsageError(f"check takes only --json; got {' '.join(unknown)}.")
     # Importing vLLM and others makes cache folders: below WORK_DIR, as in a stage.
     env = clean_environment(settings, env)

@@ -42,8 +42,7 @@ def use_gloo() -> None:
     import verl.utils.device
     import verl.utils.distributed
 
-    verl.utils.device.get_nccl_backend = lambda: "gloo"
-    verl.utils.distributed.get_nccl_backend = lambda: "gloo"
+    verl.utils.device.get_nccl_backend = verl.utils.distributed.get_nccl_backend = lambda: "gloo"
     init_process_group, all_reduce = dist.init_process_group, dist.all_reduce
 
     def init(backend=None, **options):

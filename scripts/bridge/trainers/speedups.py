@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig
 
 from bridge.trainers import packed_ppo
 
@@ -73,7 +73,7 @@ def make_engine(**options: Any):
     inspect_models_in_process()
     # A collection takes half a second in a process with all this imported, and each CUDA graph is recorded after one.
     freeze_gc()
-    config = model_config()
+    config = AutoConfig.from_pretrained(os.environ["BRIDGE_MODEL_DIR"])
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if options.get("num_scheduler_steps", 1) > 1 and head_size == 64:
         # vLLM 0.8.5 has no option for it.
@@ -95,14 +95,9 @@ def replace_engine() -> None:
     vllm_rollout_spmd.LLM = make_engine
 
 
-def model_config() -> PretrainedConfig:
-    """config.json of the model that is trained."""
-    return AutoConfig.from_pretrained(os.environ["BRIDGE_MODEL_DIR"])
-
-
 def apply() -> None:
     """All of the above."""
-    fuse_layers(model_config().model_type)
+    fuse_layers(AutoConfig.from_pretrained(os.environ["BRIDGE_MODEL_DIR"]).model_type)
     fuse_adamw()
     packed_ppo.apply()
     expose_multi_step_model()
