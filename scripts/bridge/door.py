@@ -58,7 +58,9 @@ def run_stage(name: str, env: Mapping[str, str], overrides: list[str], dry_run: 
         settings = settings_module.read(env)
         problems += work_dir_problems(settings.work_dir)
     except UsageError as error:
-        problems = error.problems + problems
+        # Where these are right, a stage names what it lacks itself, together with all else that is wrong.
+        problems = error.problems + problems + [f"stage {name!r} needs {setting}. Set it in .env (see .env.example)."
+                                                for setting in stage.needs if not env.get(setting)]
     refuse(problems)
     child_env = clean_environment(settings, env)
     plan = stage.plan(settings, child_env, overrides, dry_run)

@@ -14,6 +14,7 @@ class Stage:
 
     name: str  # the word of the domain: in make, the module, the configuration, the folder, the wandb run
     help: str
+    needs: tuple[str, ...] = ()  # settings without which it cannot start (all missing ones are named at once)
     trains: bool = False  # whether it takes Hydra overrides and is run by verl
 
     def plan(self, settings: Settings, env: Mapping[str, str], overrides: list[str], dry_run: bool) -> Plan:
@@ -30,6 +31,6 @@ STAGES = {stage.name: stage for stage in (
     Stage("ppo", "PPO with verl (INIT=base|sft)", trains=True),
     Stage("merge", "checkpoint -> Hugging Face model, verified (STAGE=sft|ppo)"),
     Stage("eval", "accuracy on GSM8K of the base, SFT and PPO model (LIMIT=, STAGE=)"),
-    Stage("upload", "merged model -> HF_REPO, private unless PUBLIC=1"),
+    Stage("upload", "merged model -> HF_REPO, private unless PUBLIC=1", needs=("HF_REPO",)),
 )}
 
