@@ -59,7 +59,11 @@ def read(folder: Path) -> dict[str, Any] | None:
         record = read_json(file)
         if not isinstance(record, dict):
             raise ValueError(f"a {type(record).__name__}, not an object")
-        if wrong := [key for key, kind in RECORD.items() if not isinstance(record.get(key), kind) or record[key] == []]:
+        wrong = [key for key, kind in RECORD.items() if not isinstance(record.get(key), kind)]
+        if not wrong and not (record["attempts"] and all(
+                isinstance(attempt, dict) and isinstance(attempt.get("command"), list) for attempt in record["attempts"])):
+            wrong = ["attempts"]
+        if wrong:
             raise ValueError(f"it lacks, or has of another kind: {', '.join(wrong)}")
         return masked(record, {rf"\A{re.escape(old)}\Z": new for old, new in RENAMED_MODULES.items()})
     except ValueError as error:
