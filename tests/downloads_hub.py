@@ -1,4 +1,4 @@
-"""The stand-in hub with accounts and their rights, uploads in parts, models to download, and links that expire.
+"""The stand-in hub with accounts and their rights, uploads in parts, models to download, links that expire, and faults.
 
 standin_hub has the half of the protocol that a first upload needs, of one who may do everything.
 """
@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,10 +29,28 @@ class Account:
     name: str
     may_write: bool = True
     organisations: tuple[str, ...] = ()
+    # Such a token is for some repositories and some rights, of which whoami does not tell here.
+    fine_grained: bool = False
+
+    @property
+    def role(self) -> str:
+        """What whoami calls its token's rights."""
+        return "fineGrained" if self.fine_grained else "write" if self.may_write else "read"
 
     def owns(self, repo_id: str) -> bool:
         """Whether a repository is its own or one of its organisations'."""
         return repo_id.split("/")[0] in (self.name, *self.organisations)
+
+
+@dataclass
+class Fault:
+    """So many requests, whose "METHOD path" is of this pattern, get this answer; status None: the connection is cut half-way."""
+
+    request: str
+    status: int | None
+    message: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    times: int = 1
 
 
 @dataclass(frozen=True)
@@ -82,8 +101,17 @@ class DownloadsHandler(Handler):
     """The routes of the upload by accounts of all kinds, and those of the download."""
 
     def serve(self) -> None:
-        self.server.requests.append((self.command, unquote(urlsplit(self.path).path)))
-        super().serve()
+        path = unquote(urlsplit(self.path).path)
+        self.server.requests.append((self.command, path))
+        if (fault := self.server.next_fault(f"{self.command} {path}")) is None:
+            super().serve()
+        elif fault.status is None:
+            self.rfile.read(int(self.headers["Content-Length"]) // 2)
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+        else:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.answer(fault.status, {"error": fault.message}, fault.headers)
 
     do_GET = do_HEAD = do_POST = do_PUT = serve
 
@@ -178,7 +206,7 @@ class DownloadsHandler(Handler):
         account = self.account()
         self.answer(200, {
             "type": "user", "name": account.name, "orgs": [{"name": name} for name in account.organisations],
-            "auth": {"type": "access_token", "accessToken": {"role": "write" if account.may_write else "read"}},
+            "auth": {"type": "access_token", "accessToken": {"role": account.role}},
         })
 
     def lfs_batch(self, repo_id: str) -> None:
@@ -244,9 +272,6 @@ class DownloadsHandler(Handler):
             raise Refusal(403 if account else 401, f"Access to model {repo_id} is restricted.", "GatedRepo")
         return repository
 
-    def validate_yaml(self) -> None:
-        self.answer(200, {"errors": [], "warnings": []})
-
     def auth_check(self, repo_id: str) -> None:
         self.downloadable(repo_id)
         self.answer(200, {})
@@ -294,7 +319,6 @@ class DownloadsHandler(Handler):
 
     routes = [
         *Handler.routes,
-        ("POST", r"/api/validate-yaml", "validate_yaml"),
         ("PUT", r"/objects/([0-9a-f]{64})/(\d+)", "upload"),
         ("POST", r"/objects/([0-9a-f]{64})", "complete_parts"),
         ("GET", rf"/api/models/{ID}/auth-check", "auth_check"),
@@ -319,6 +343,7 @@ class DownloadsHub(StandInHub):
     Attributes:
         transfers_allowed: how many more large files are transferred, either way, before links expire (403); a download
             that is one too many is cut in the middle first. None: all.
+        faults: what happens instead of an answer.
     """
 
     handler = DownloadsHandler
@@ -328,12 +353,21 @@ class DownloadsHub(StandInHub):
         self.tokens, self.part_size = dict(tokens), part_size
         self.requests: list[tuple[str, str]] = []
         self.transfers_allowed: int | None = None
+        self.faults: list[Fault] = []
         self.lock = threading.Lock()
 
     def files(self, repo_id: str) -> dict[str, bytes]:
         """The bytes of every file of a model's newest commit."""
         commits = self.repositories[repo_id].commits
         return {path: (self.objects / sha256).read_bytes() for path, sha256 in commits[-1][1].items()} if commits else {}
+
+    def next_fault(self, request: str) -> Fault | None:
+        """The fault that this request meets; counts it."""
+        with self.lock:
+            fault = next((fault for fault in self.faults if fault.times and re.fullmatch(fault.request, request)), None)
+            if fault:
+                fault.times -= 1
+            return fault
 
     def may_transfer(self) -> bool:
         """Count one transfer of a large file."""

@@ -41,6 +41,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     routes = [
         ("GET", r"/api/whoami-v2", "whoami"),
+        ("POST", r"/api/validate-yaml", "validate_yaml"),
         ("POST", r"/api/repos/create", "create"),
         ("GET", rf"/api/models/{ID}(?:/revision/{REVISION})?", "model_info"),
         ("GET", rf"/api/models/{ID}/tree/{REVISION}", "tree"),
@@ -88,6 +89,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def whoami(self) -> None:
         self.answer(200, {"type": "user", "name": "rehearsal", "orgs": []})
+
+    def validate_yaml(self) -> None:
+        # Of a card's front matter; the hub has rules of its own beyond those of YAML.
+        self.answer(200, {"errors": [], "warnings": []})
 
     def model_info(self, repo_id: str, revision: str | None) -> None:
         if repo_id not in self.server.repositories:

@@ -107,23 +107,21 @@ def compose_checked(name: str, own: list[str], user: list[str], env: Mapping[str
     """
     base = flatten(compose(name, own, env))
     nodes = {key.rsplit(".", i)[0] for key in base for i in range(key.count(".") + 1)}
-    groups = {"profile/" + name, "memory/" + name}
     problems, keys = [], {}
-    parser = OverridesParser.create()
     for text in user:
         if text.startswith("-"):
             problems.append(f"{text!r} is no option of a stage. Options: --dry-run. Training settings are written "
                             "key=value, e.g. trainer.total_epochs=1.")
             continue
         try:
-            override = parser.parse_override(text)
+            override = OverridesParser.create().parse_override(text)
         except HydraException as error:
             problems.append(f"{text!r} is not of the form key=value: {str(error).splitlines()[0]}.")
             continue
         key = override.key_or_group
         if key in owned:
             problems.append(f"{key} is set by the bridge. Use {owned[key]} instead of {text!r}.")
-        elif key.split(".")[0] == "hydra" or key in groups:
+        elif key.split(".")[0] == "hydra" or key in ("profile/" + name, "memory/" + name):
             continue
         elif key not in nodes and override.type not in (OverrideType.ADD, OverrideType.FORCE_ADD):
             problems.append(f"{key!r} is not a setting of verl's {name} trainer.{nearest(key, nodes)} "

@@ -7,11 +7,11 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import nullcontext
 from importlib import import_module
-from pathlib import Path
 
 from bridge import settings as settings_module
 from bridge.environment import clean_environment, work_dir_problems
-from bridge.errors import Tolerance, UsageError, exit_status, nearest, say
+from bridge.errors import Tolerance, UsageError, exit_status, nearest, refuse, say
+from bridge.pages import page
 from bridge.plan import Plan
 from bridge.stages.table import STAGES
 
@@ -21,7 +21,7 @@ STOPPED = os.EX_TEMPFAIL
 TOOLS = {
     "check": "test this environment (--json)",
     "rehearse": "the whole chain, small, on this machine",
-    "bench": "how fast the trainings are (CASES=; --report FILE.json)",
+    "bench": "how fast the trainings are (CASES=)",
     "accept": "the acceptance test of a GPU node, about ten minutes",
     "join": "take part in a training over several nodes (make submit NODES=2 starts it)",
 }
@@ -29,32 +29,13 @@ TOOLS = {
 
 def main() -> int:
     """Entry of the `bridge` program; returns its exit status."""
-    try:
-        Path.home()
-    except RuntimeError:
-        # A container whose user is a mere number, without HOME: libraries stop at that, too. (A WORK_DIR in the home is refused.)
-        work_dir = os.environ.get("WORK_DIR") or "work"
-        if not work_dir.startswith("~"):
-            os.environ["HOME"] = os.path.join(os.path.abspath(work_dir), "cache", "home")
-        os.environ.setdefault("USER", str(os.getuid()))
     return exit_status(lambda: run(sys.argv[1:], os.environ))
-
-
-def usage() -> str:
-    """The help text, made from the stage table."""
-    rows = [(stage.name, stage.help) for stage in STAGES.values()] + list(TOOLS.items())
-    return "\n".join([
-        "bridge STAGE [--dry-run] [key=value ...]\n",
-        *(f"  {name:<10}{text}" for name, text in rows),
-        "\n--dry-run shows the command and what would happen. key=value changes verl's configuration (sft, ppo),",
-        "e.g. `bridge ppo trainer.total_epochs=1`. Settings come from the environment: see .env.example.",
-    ])
 
 
 def run(argv: list[str], env: Mapping[str, str]) -> int:
     """Do what the command line says."""
     if not argv or argv[0] == "help" or {"-h", "--help"} & set(argv):
-        print(usage())
+        print(page("usage.txt", stages=STAGES.values(), tools=TOOLS))
         return 0
     name, arguments = argv[0], argv[1:]
     known = [*STAGES, *TOOLS]
@@ -69,9 +50,7 @@ def run(argv: list[str], env: Mapping[str, str]) -> int:
 def run_stage(name: str, env: Mapping[str, str], overrides: list[str], dry_run: bool) -> int:
     """Check, plan, show and run one stage; returns its command's exit status."""
     stage = STAGES[name]
-    problems = [f"stage {name!r} needs {setting}. Set it in .env (see .env.example)."
-                for setting in stage.needs if not env.get(setting)]
-    missing = set(problems)
+    problems = []
     if overrides and not stage.trains:
         problems.append(f"stage {name!r} takes no arguments but --dry-run; got {' '.join(overrides)}. "
                         "Its settings come from the environment (see .env.example).")
@@ -79,11 +58,10 @@ def run_stage(name: str, env: Mapping[str, str], overrides: list[str], dry_run: 
         settings = settings_module.read(env)
         problems += work_dir_problems(settings.work_dir)
     except UsageError as error:
-        problems = error.problems + problems
-    # A stage names what it lacks itself, together with all else that is wrong.
-    if set(problems) - missing:
-        raise UsageError(*problems)
-
+        # Where these are right, a stage names what it lacks itself, together with all else that is wrong.
+        problems = error.problems + problems + [f"stage {name!r} needs {setting}. Set it in .env (see .env.example)."
+                                                for setting in stage.needs if not env.get(setting)]
+    refuse(problems)
     child_env = clean_environment(settings, env)
     plan = stage.plan(settings, child_env, overrides, dry_run)
     for note in plan.notes:
@@ -167,7 +145,7 @@ def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
             # However it has ended: then the other nodes end, too.
             nodes.listening().unlink(missing_ok=True)
         if metrics:
-            Tolerance("writing to metrics.jsonl").at_last(metrics.close)
+            Tolerance("writing to metrics.jsonl").at_last(metrics.write)
             housekeeping.close(hurry=status >= 128)
         if "RAY_TMPDIR" in plan.env:
             shutil.rmtree(env["RAY_TMPDIR"], ignore_errors=True)

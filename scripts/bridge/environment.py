@@ -9,8 +9,10 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+import yaml
+
 from bridge.errors import say
-from bridge.settings import ROOT, Settings
+from bridge.settings import CONFIGS, ROOT, Settings
 
 # A WORK_DIR with less than this (bytes) cannot even keep a log.
 LEAST_FREE = 64 << 20
@@ -71,21 +73,10 @@ def clean_environment(settings: Settings, env: Mapping[str, str]) -> dict[str, s
     cache = settings.work_dir / "cache"
     # What was compiled for one set of packages is never taken with another.
     compiled = cache / "compiled" / hashlib.sha256((ROOT / "requirements.lock").read_bytes()).hexdigest()[:12]
-    cleaned.update(
-        PYTHONNOUSERSITE="1",
-        # As the driver counts GPUs, and so the door. CUDA's own order is by speed, another one where cards are mixed.
-        CUDA_DEVICE_ORDER=cleaned.get("CUDA_DEVICE_ORDER") or "PCI_BUS_ID",
-        # The login of `huggingface-cli login` stays where it is.
-        HF_TOKEN_PATH=cleaned.get("HF_TOKEN_PATH") or str(hf_home / "token"),
-        HF_HOME=str(cache / "huggingface"),
-        XDG_CACHE_HOME=str(cache),
-        TRITON_CACHE_DIR=str(compiled / "triton"),
-        TORCHINDUCTOR_CACHE_DIR=str(compiled / "inductor"),
-        VLLM_CACHE_ROOT=str(compiled / "vllm"),
-        WANDB_CACHE_DIR=str(cache / "wandb"),
-        WANDB_DATA_DIR=str(cache / "wandb"),
-        MPLCONFIGDIR=str(cache / "matplotlib"),
-        VLLM_NO_USAGE_STATS="1",
-        HF_HUB_DISABLE_TELEMETRY="1",
-    )
+    variables = yaml.safe_load((CONFIGS / "environment.yaml").read_text(encoding="utf-8"))
+    cleaned.update({name: value.format(cache=cache, compiled=compiled) for name, value in variables.items()})
+    # As the driver counts GPUs, and so the door. CUDA's own order is by speed, another one where cards are mixed.
+    cleaned["CUDA_DEVICE_ORDER"] = cleaned.get("CUDA_DEVICE_ORDER") or "PCI_BUS_ID"
+    # The login of `huggingface-cli login` stays where it is.
+    cleaned["HF_TOKEN_PATH"] = cleaned.get("HF_TOKEN_PATH") or str(hf_home / "token")
     return cleaned

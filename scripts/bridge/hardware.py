@@ -74,12 +74,10 @@ def select_gpus(found: Mapping[str, Gpu], count: int, visible: str | None) -> li
     gpus = []
     for name in names:
         match = [key for key in found if key == name or (name.startswith(("GPU-", "MIG-")) and key.startswith(name))]
-        if not match and visible is not None:
+        if match:
+            gpus.append(found[match[0]])
+        elif visible is not None:
             break
-        if not match:
-            # Divided, and no part made.
-            continue
-        gpus.append(found[match[0]])
     # A process sees one part of one GPU, and then no other GPU beside it.
     parts = [gpu for gpu in gpus if gpu.device.startswith("MIG-")]
     return parts[:1] or gpus

@@ -11,7 +11,6 @@ from bridge.errors import UsageError, naming, read_json
 MODEL_FILES = ("*.json", "*.safetensors", "pytorch_model*.bin", "*.jinja", "*.txt", "tokenizer.model", "LICENSE*",
                "NOTICE*", "USE_POLICY*", "README*")
 OTHER_FILES = (".*", "run.json", "log.txt", "requirements.txt", "consolidated*")
-CURE = "Make it again with `make model`, or give a whole folder: MODEL=/folder."
 
 
 def longest_sequence(folder: Path) -> int | None:
@@ -27,7 +26,7 @@ def longest_sequence(folder: Path) -> int | None:
     return int(longest * scaling.get("factor", 1))
 
 
-def check_model_folder(folder: Path, cure: str = CURE) -> list[str]:
+def check_model_folder(folder: Path, cure: str) -> list[str]:
     """Return what is wrong with a Hugging Face model folder, each with the cure; nothing if it is whole.
 
     Cheap: reads the small files and the headers of the weights, which also shows files that were cut off.

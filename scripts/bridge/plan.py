@@ -27,5 +27,4 @@ class Plan:
 
     def show(self) -> None:
         """Print the command so that it can be pasted into a shell. It holds no secret: those are in the environment."""
-        assignments = [f"{name}={value}" for name, value in self.env.items()]
-        print("+ " + shlex.join(["env", *assignments, *self.command]), flush=True)
+        print("+ " + shlex.join(["env", *(f"{name}={value}" for name, value in self.env.items()), *self.command]), flush=True)

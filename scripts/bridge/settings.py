@@ -172,12 +172,9 @@ def read(env: Mapping[str, str]) -> Settings:
     for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):
         if env.get(name) and not os.path.exists(env[name]):
             problems.append(f"{name}={env[name]!r}: no such file here. Give the whole path of a file with certificates.")
-    public = choice("PUBLIC", ["0", "1"], "0")
-    share_gpu = choice("SHARE_GPU", ["0", "1"], "0")
     reward = given("REWARD")
     if reward and not (reward := REWARD.fullmatch(given("REWARD"))):
         problems.append(f"REWARD={given('REWARD')!r} is not of the form FILE.py:FUNCTION.")
-    ckpt = given("CKPT")
     work_dir = given("WORK_DIR", "work")
     settings = Settings(
         work_dir=Path(os.path.abspath(os.path.expanduser(work_dir))),
@@ -193,16 +190,16 @@ def read(env: Mapping[str, str]) -> Settings:
         init=choice("INIT", ["base", "sft"], "base"),
         stage=choice("STAGE", ["base", "sft", "ppo", "ckpt"], None),
         step=number("STEP", 1, "a training step"),
-        ckpt=Path(os.path.abspath(os.path.expanduser(ckpt))) if ckpt else None,
+        ckpt=Path(os.path.abspath(os.path.expanduser(ckpt))) if (ckpt := given("CKPT")) else None,
         limit=number("LIMIT", 1, "a number of rows"),
         gpus=number("GPUS", 1, "a number of GPUs"),
         nodes=number("NODES", 1, "a number of nodes") or 1,
         tp=number("TP", 1, "a tensor parallel size"),
-        share_gpu=share_gpu == "1",
+        share_gpu=choice("SHARE_GPU", ["0", "1"], "0") == "1",
         keep=None if keep == "all" else int(keep),
         hang_seconds=number("HANG_SECONDS", 0, "a number of seconds"),
         hf_repo=repo,
-        public=public == "1",
+        public=choice("PUBLIC", ["0", "1"], "0") == "1",
         wandb_project=given("WANDB_PROJECT", "competition_verl_test"),
     )
     problems += path_problems("WORK_DIR", work_dir, settings.work_dir)

@@ -4,12 +4,8 @@
 #   scripts/host/container.sh shell
 # Settings come from the environment, then from .env; .env.example explains each.
 set -euo pipefail
-# shellcheck source=scripts/host/read_env.sh
-source "$(dirname "${BASH_SOURCE[0]}")/read_env.sh"
-# shellcheck source=scripts/host/paths.sh
-source "$checkout/scripts/host/paths.sh"
 # shellcheck source=scripts/host/engine.sh
-source "$checkout/scripts/host/engine.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/engine.sh"
 [[ $# -gt 0 ]] || set -- --help
 # The rehearsal is small and the benchmark is the same for all, whatever .env says of the real run: only what this machine
 # needs is taken from there.
@@ -94,7 +90,5 @@ none)
     ;;
 esac
 
-printf '+' >&2
-printf ' %q' "${command[@]}" "$@" >&2
-printf '\n' >&2
+{ printf '+' && printf ' %q' "${command[@]}" "$@" && echo; } >&2
 exec "${command[@]}" "$@"

@@ -1,8 +1,11 @@
 # shellcheck shell=bash
-# Choose the container engine and its image. Runs: host, sourced after read_env.sh.
+# Choose the container engine and its image. Runs: host, sourced (with paths.sh and read_env.sh).
 #   source scripts/host/engine.sh; choose_engine ppo
 # Sets ENGINE (not given: the first on PATH) and IMAGE; ends the script with 2 where there is no image. Only the
 # rehearsal, which needs no GPU, then makes a .venv by itself and runs there.
+
+# shellcheck source=scripts/host/paths.sh
+source "$(dirname "${BASH_SOURCE[0]}")/paths.sh"
 
 image_id() { # what tells this image from another: its size and, in a SIF's header, its UUID
     [[ ! -f ${IMAGE:-} ]] || { stat -Lc %s -- "$IMAGE" && head -c 4096 -- "$IMAGE" | sha256sum; } | tr -dc '0-9a-f'

@@ -4,12 +4,8 @@
 #   sbatch [OPTION...] CHECKOUT/scripts/host/job.sh CHECKOUT STAGE [ARGUMENT...]
 # The stage is a child of this script and no step of Slurm's, whose signals would kill what they are to save.
 set -euo pipefail
-# shellcheck source=scripts/host/read_env.sh
-source "$1/scripts/host/read_env.sh"
-# shellcheck source=scripts/host/paths.sh
-source "$checkout/scripts/host/paths.sh"
 # shellcheck source=scripts/host/engine.sh
-source "$checkout/scripts/host/engine.sh"
+source "$1/scripts/host/engine.sh"
 # No secret: only container.sh has those.
 read_settings 'WORK_DIR|RUN|REQUEUE|ENGINE|IMAGE'
 resolve_paths

@@ -1,7 +1,10 @@
 # shellcheck shell=bash
-# Make the settings that name files absolute, and find existing logins. Runs: host, sourced after read_env.sh.
+# Make the settings that name files absolute, and find existing logins. Runs: host, sourced (with read_env.sh).
 #   source scripts/host/paths.sh; resolve_paths
 # Paths are meant from where the user is, and are the same inside and outside a container.
+
+# shellcheck source=scripts/host/read_env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/read_env.sh"
 
 # HOME is not set in some job systems; ~ is then what the system says of the user.
 home=${HOME:-~}

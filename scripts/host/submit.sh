@@ -3,12 +3,8 @@
 #   STAGE=ppo GPUS=8 scripts/host/submit.sh submit [ARGUMENT...]        one job; --dry-run only shows
 #   CHAIN=sft,merge:sft,ppo GPUS=8 scripts/host/submit.sh submit       a job a stage, each after the one before
 set -euo pipefail
-# shellcheck source=scripts/host/read_env.sh
-source "$(dirname "${BASH_SOURCE[0]}")/read_env.sh"
-# shellcheck source=scripts/host/paths.sh
-source "$checkout/scripts/host/paths.sh"
 # shellcheck source=scripts/host/engine.sh
-source "$checkout/scripts/host/engine.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/engine.sh"
 
 # What a job gets of this shell: what a login has, and settings that were given here. All else it reads from .env itself.
 names=(HOME PATH) secrets=()

@@ -164,8 +164,10 @@ def test_the_door_is_killed_during_an_upload(tmp_path, through, seen):
         del hub.may_transfer
         result = bridge("upload", **through.env(**settings))
         assert result.returncode == 0, result.stderr
-        assert hub.files("team/ours").items() <= model_of(through).items()
-        assert {name for name in model_of(through) if name.endswith(".safetensors")} <= hub.files("team/ours").keys()
+        published = hub.files("team/ours")
+        assert b"pipeline_tag" in published.pop("README.md")
+        assert published.items() <= model_of(through).items()
+        assert {name for name in model_of(through) if name.endswith(".safetensors")} <= published.keys()
     seen("(killed)", "the whole model in one commit; nothing of it was to be seen before")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from huggingface_hub import ModelCard
 
 from bridge.runs import checkpoints, metrics, record
 from bridge.stages import merge
@@ -190,9 +191,21 @@ def test_eval_asks_base_sft_and_ppo_the_same_problems_and_keeps_every_answer(reh
 def test_the_stand_in_hub_holds_exactly_the_merged_model(rehearsal):
     objects = {file.read_bytes() for file in (rehearsal.hub / "objects").iterdir()}
     merged = {file.read_bytes() for file in (rehearsal.stage("ppo") / "merged").iterdir()}
-    assert merged <= objects
+    assert merged <= objects and (rehearsal.stage("ppo") / "upload" / "README.md").read_bytes() in objects
     assert f"{REPOSITORY} (commit " in rehearsal.uploaded and "private" in rehearsal.uploaded
     assert "would go to the hub" in rehearsal.output and REPOSITORY in rehearsal.output
+
+
+def test_the_card_tells_of_both_trainings_and_of_the_accuracy(rehearsal):
+    card = ModelCard.load(rehearsal.stage("ppo") / "upload" / "README.md")
+    assert card.data.tags == ["verl", "sft", "ppo"] and card.data.base_model is None
+    found = json.loads((rehearsal.stage("eval") / "eval.json").read_text())["models"]["ppo"]
+    [result] = card.data.eval_results
+    assert (result.metric_value, result.metric_name) == (round(100 * found["accuracy"], 2), "accuracy (%), 8 problems")
+    for stage, first in ("sft", "MODEL=tiny"), ("ppo", "INIT=sft"):
+        course = metrics.course(stage, metrics.read(rehearsal.stage(stage) / "metrics.jsonl"))
+        assert course in card.text and course in rehearsal.output and f"make {stage} {first} PROFILE=tiny GPUS=2" in card.text
+    assert str(rehearsal.folder.parent) not in card.text
 
 
 def test_wandb_is_kept_offline_in_the_run_folder(rehearsal):

@@ -39,7 +39,7 @@ ERRORS = {"open": errno.ESTALE, "read": errno.ESTALE,
           "close": errno.EIO, "lockf": errno.EIO, "unlink": errno.EBUSY, "rmdir": errno.ENOTEMPTY}
 
 # The parts of a run: an operation in what several of them call is another operation in each.
-PARTS = ("door.", "merge.plan", "metrics.add", "metrics.close", "checkpoints.close", "launch.copy_output", "failure.reason")
+PARTS = ("door.", "merge.plan", "metrics.add", "metrics.write", "checkpoints.close", "launch.copy_output", "failure.reason")
 # What is done, the part and the line.
 Place = tuple[str, tuple[str, str]]
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from bridge import settings
+from bridge.compose import compose_checked
 from bridge.errors import UsageError
 from bridge.hardware import Gpu
 from bridge.runs import metrics, record
-from bridge.settings import CONFIGS
 from bridge.stages import data
+from bridge.stages.train import NAMES, OWNED
 from bridge.tools import bench
 from door import bridge, recorded
 
@@ -59,65 +60,38 @@ def test_a_step_faster_than_a_second_is_read_from_the_bar_too():
 
 
 def test_the_cases_that_come_with_it_are_whole_and_each_tuned_one_is_compared_with_the_tutorial():
-    cases = {case.name: case for case in bench.read_cases(CONFIGS / "bench.yaml", "")}
+    cases = {case.name: case for case in bench.read_cases("")}
     assert {case.profile for case in cases.values()} == {"tutorial", "tuned"}
     for case in cases.values():
         if case.profile == "tuned":
             assert cases[case.against].profile == "tutorial"
             # The same work.
             assert cases[case.against].overrides == case.overrides
-    assert [case.name for case in bench.read_cases(CONFIGS / "bench.yaml", "ppo-tuned, sft-tuned")] == ["ppo-tuned", "sft-tuned"]
+    assert [case.name for case in bench.read_cases("ppo-tuned, sft-tuned")] == ["ppo-tuned", "sft-tuned"]
 
 
-def test_all_mistakes_in_a_file_of_cases_are_named_at_once(tmp_path):
-    file = tmp_path / "mine.yaml"
-    file.write_text("""
-steps: {sft: 4, ppo: 3}
-cases:
-  - {name: sft-a, profile: tuned, overides: []}
-  - {name: dpo-b, profile: tuned}
-  - {name: sft-c, profile: fast}
-  - {name: ppo-d, profile: tuned, caches: none}
-  - {name: ppo-e, profile: tuned, overrides: [trainer.totl_epochs=1, trainer.n_gpus_per_node=2]}
-""")
+def test_every_case_is_one_that_the_door_takes_and_has_a_folder_of_its_own():
+    for case in bench.read_cases(""):
+        # The folder is removed before the case is measured.
+        assert case.stage in ("sft", "ppo") and settings.NAME.fullmatch(case.name)
+        assert case.caches in ("empty", "kept") and case.steps > 1
+        own = [f"profile/{case.stage}={case.profile}"]
+        assert compose_checked(case.stage, own, [*bench.ALWAYS, *case.overrides], NAMES, OWNED)
+
+
+def test_names_that_no_case_has_are_refused_all_at_once():
     with pytest.raises(UsageError) as error:
-        bench.read_cases(file, "ppo-x")
-    text = str(error.value)
-    for words in ("unexpected keyword argument 'overides'", "case dpo-b: a name is", "no profile 'fast'", "they are 'none' and 3",
-                  "Did you mean trainer.total_epochs?", "GPUS=", "there is no case 'ppo-x'"):
-        assert words in text
-    assert len(error.value.problems) == 7
-
-
-@pytest.mark.parametrize("name", ["sft-x/../../../precious", "ppo-a b", "sft-"])
-def test_a_case_whose_name_is_no_folder_of_its_own_is_refused(tmp_path, name):
-    file = tmp_path / "mine.yaml"
-    file.write_text(f"steps: {{sft: 2, ppo: 2}}\ncases:\n  - {{name: '{name}', profile: tiny}}\n")
-    with pytest.raises(UsageError) as error:
-        bench.read_cases(file, "")
-    assert "a name is sft-LABEL or ppo-LABEL" in str(error.value)
-
-
-@pytest.mark.parametrize("text", [
-    "", "cases: 3", "steps: {sft: 4}", "cases: [sft-a]\nsteps: {sft: 4}", "cases: [{profile: x}", "\0",
-    "steps: {sft: 4}\ncases: [{profile: tiny}]", "steps: 4\ncases: [{name: sft-a, profile: tiny}]"])
-def test_a_file_that_holds_no_cases_is_refused_and_named(tmp_path, text):
-    file = tmp_path / "mine.yaml"
-    file.write_text(text)
-    with pytest.raises(UsageError) as error:
-        bench.read_cases(file, "")
-    assert "mine.yaml" in str(error.value)
+        bench.read_cases("ppo-tuned-, x")
+    assert len(error.value.problems) == 2 and "there is no case 'ppo-tuned-'. Did you mean ppo-tuned?" in str(error.value)
 
 
 @pytest.mark.parametrize("text", ["", "{", "{}", "[]", '{"sft": {}}'])
-def test_a_file_that_is_no_benchmarks_result_is_refused_and_stays_as_it_is(tmp_path, text):
+def test_a_file_that_is_no_benchmarks_result_is_put_aside(tmp_path, text):
     file = tmp_path / "bench.json"
     file.write_text(text)
-    for read in (lambda: bench.report(file), lambda: bench.earlier(file, {"gpu": None})):
-        with pytest.raises(UsageError) as error:
-            read()
-        assert str(file) in str(error.value)
-    assert file.read_text() == text and list(tmp_path.iterdir()) == [file]
+    assert bench.earlier(file, {"gpu": None}) == {"gpu": None, "sft": {}, "ppo": {}, "ratios": {}}
+    [aside] = tmp_path.iterdir()
+    assert aside.read_text() == text and aside != file
 
 
 def test_a_case_that_a_person_ends_does_not_take_the_place_of_what_was_measured(monkeypatch, tmp_path):
@@ -186,16 +160,12 @@ def test_ratios_are_those_of_measured_cases():
     assert results()["ratios"] == {"sft-tuned": 7.0}
 
 
-def test_the_report_has_a_row_for_every_measured_case_and_names_those_that_failed(tmp_path):
-    file = tmp_path / "bench.json"
-    file.write_text(json.dumps(results()))
-    shown = bridge("bench", "--report", str(file), WORK_DIR=str(tmp_path))
-    assert shown.returncode == 0, shown.stderr
-    assert shown.stdout.strip() == (tmp_path / "bench.md").read_text().strip()
-    assert "| sft-tuned | 10.00 | 7,000 | 14,000 | 7.00 | - | - | 60.1 | 50 | 12.0 |" in shown.stdout
-    assert "| ppo-tutorial | 3.00 | 1.00 | 0.50 | 2.00 | 3.00 | 0.50 | 10.00 | 256 |" in shown.stdout
-    assert "ppo-tuned failed after 1 steps (exit status 1): no <room>" in shown.stdout
-    assert all(line.count("|") in (0, 10, 11) for line in shown.stdout.splitlines())
+def test_the_report_has_a_row_for_every_measured_case_and_names_those_that_failed():
+    shown = bench.report(results())
+    assert "| sft-tuned | 10.00 | 7,000 | 14,000 | 7.00 | - | - | 60.1 | 50 | 12.0 |" in shown
+    assert "| ppo-tutorial | 3.00 | 1.00 | 0.50 | 2.00 | 3.00 | 0.50 | 10.00 | 256 |" in shown
+    assert "ppo-tuned failed after 1 steps (exit status 1): no <room>" in shown
+    assert all(line.count("|") in (0, 10, 11) for line in shown.splitlines())
 
 
 def test_results_of_another_machine_or_commit_are_put_aside_and_not_mixed(tmp_path):
@@ -206,12 +176,11 @@ def test_results_of_another_machine_or_commit_are_put_aside_and_not_mixed(tmp_pa
     file.write_text(json.dumps({**fresh, "sft": {"tuned": {"status": "measured"}}}))
     assert bench.earlier(file, head)["sft"] == {"tuned": {"status": "measured"}}
     assert bench.earlier(file, {**head, "git_commit": "b"})["sft"] == {}
-    assert not file.exists() and json.loads((tmp_path / "bench.old.json").read_text())["git_commit"] == "a"
     # What was put aside before stays too.
     file.write_text(json.dumps({**fresh, "git_commit": "b"}))
     bench.earlier(file, {**head, "git_commit": "c"})
-    assert json.loads((tmp_path / "bench.old.json").read_text())["git_commit"] == "a"
-    assert json.loads((tmp_path / "bench.old2.json").read_text())["git_commit"] == "b"
+    aside = [json.loads(path.read_text())["git_commit"] for path in sorted(tmp_path.glob("bench.till-*.json"))]
+    assert aside == ["a", "b"] and not file.exists()
 
 
 def test_another_data_source_replaces_the_benchmarks_own_data(tmp_path, monkeypatch):

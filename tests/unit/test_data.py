@@ -11,13 +11,14 @@ from random import Random
 
 import pyarrow.parquet
 import pytest
+import yaml
 from hub_fixture import run_program
 
 from bridge import settings
 from bridge.errors import UsageError, exit_status
 from bridge.runs import record
 from bridge.stages import data
-from bridge.standins.word_problems import problem, problems, words
+from bridge.standins.word_problems import problem, problems
 from door import recorded
 from downloads_hub import DownloadsHub
 
@@ -158,7 +159,7 @@ def test_verls_scorer_gives_every_real_answer_full_marks(real):
 
 
 def test_builtin_arithmetic_is_right():
-    random, made_of = Random(7), words()
+    random, made_of = Random(7), yaml.safe_load((settings.CONFIGS / "word_problems.yaml").read_text())
     for row in [problem(made_of, template, random) for template in made_of["templates"] for _ in range(400)]:
         *steps, last = row["answer"].split("\n")
         # Numbers that the text has, besides those worked out by earlier steps.
@@ -181,7 +182,7 @@ def test_builtin_problems_are_short_and_of_many_kinds(builtin):
         assert max(len(f"{row['question']} {row['answer']}".split()) for row in rows) < 50
         shapes = {re.sub(r"[0-9]+|\b[A-Z]\w+", "", row["question"].split(". ")[-1]) for row in rows}
         assert len(shapes) >= 8
-    assert len(words()["templates"]) >= 8
+    assert len(yaml.safe_load((settings.CONFIGS / "word_problems.yaml").read_text())["templates"]) >= 8
 
 
 def test_builtin_problems_are_the_same_on_every_machine(builtin):
@@ -246,11 +247,11 @@ def test_answers_in_gsm8ks_form_are_taken(answer):
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [
-        (b"{", "not JSON (Expecting property name"),
-        (b'{"question": "\xff"}', "not UTF-8 (invalid start byte at byte 15)"),
+        (b"{", "not JSON in UTF-8 (Expecting property name"),
+        (b'{"question": "\xff"}', "not JSON in UTF-8 ('utf-8' codec can't decode byte 0xff in position 14"),
         (b'["question"]', "not a JSON object but of type list"),
         (b"null", "not a JSON object but of type NoneType"),
-        (b"[" * 100_000, "nested too deeply"),
+        (b"[" * 100_000, "not JSON in UTF-8 (maximum recursion depth exceeded"),
         (b"1" * 5000, "4300 digits"),
         (b'{"question": "a?"}', "has no 'answer'"),
         (b'{"answer": "#### 1"}', "has no 'question'"),
@@ -537,7 +538,7 @@ def test_a_folder_called_hub_needs_a_path(source, tmp_path, monkeypatch):
 @pytest.mark.parametrize("failing", data.SPLITS)
 @pytest.mark.parametrize("old", [True, False])
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_both_files_appear_or_none(source, tmp_path, monkeypatch, failing, old, error):
+def test_a_new_file_never_stands_beside_an_old_one(source, tmp_path, monkeypatch, failing, old, error):
     output = tmp_path / "output"
     if old:
         data.main(["builtin", str(output)])
@@ -553,8 +554,11 @@ def test_both_files_appear_or_none(source, tmp_path, monkeypatch, failing, old, 
     monkeypatch.setattr(os, "replace", fail_once)
     with pytest.raises(error, match="as asked"):
         data.main([str(source), str(output)])
-    assert content(output) == before
-    assert sorted(os.listdir(output)) == sorted(before)
+    # And neither is cut short: a training names what is missing.
+    left = content(output)
+    assert sorted(os.listdir(output)) == sorted(left) and "test.parquet" not in left
+    assert ("train.parquet" in left) == (old or failing == "test")
+    assert (left.get("train.parquet") == before.get("train.parquet")) == (failing == "train")
 
 
 def test_a_full_disk_leaves_nothing_behind(source, tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import pwd
 import re
 import shlex
 import subprocess
@@ -15,7 +14,7 @@ import pyarrow.parquet
 import pytest
 from shards import started
 
-from bridge import door, environment, settings
+from bridge import environment, settings
 from bridge.door import TOOLS
 from bridge.errors import UsageError, exit_status
 from bridge.runs import record
@@ -422,25 +421,6 @@ def test_ctrl_c_ends_without_a_traceback(capsys):
         raise KeyboardInterrupt
 
     assert exit_status(entry) == 130 and "Ctrl-C" in capsys.readouterr().err
-
-
-def test_a_user_without_a_home_gets_one_below_the_work_folder(env, monkeypatch, capsys):
-    def nobody(_uid: int) -> None:
-        raise KeyError("getpwuid(): uid not found")
-
-    monkeypatch.setattr(pwd, "getpwuid", nobody)
-    for name, value in {**env, "NETRC": ""}.items():
-        monkeypatch.setenv(name, value)
-    for name in ("HOME", "USER"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    monkeypatch.setattr(sys, "argv", ["bridge", "sft", "--dry-run"])
-    assert door.main() == 0, capsys.readouterr().err
-    assert os.environ["HOME"] == f"{env['WORK_DIR']}/cache/home" and os.environ["USER"] == str(os.getuid())
-    monkeypatch.delenv("HOME")
-    monkeypatch.setenv("WORK_DIR", "~/work")
-    assert door.main() == 2
-    assert "WORK_DIR='~/work': it is not known here which folder ~ is" in capsys.readouterr().err
 
 
 def test_mistakes_of_every_kind_are_named_at_once(env):

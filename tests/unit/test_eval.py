@@ -13,6 +13,7 @@ from bridge import hardware
 from bridge import settings as settings_module
 from bridge.compose import compose
 from bridge.errors import UsageError
+from bridge.pages import page
 from bridge.runs import record
 from bridge.stages import eval as evaluation
 from bridge.stages.train import NAMES
@@ -83,7 +84,7 @@ def test_each_problem_is_asked_in_the_models_chat_template_and_scored(prepared):
     found = evaluation.summary(answers)
     shares = [found[key] for key in ("accuracy", "last_number_accuracy", "cut_off")]
     assert found["rows"] == 3 and shares == pytest.approx([1/3, 2/3, 1/3])
-    assert "sft         3   33.33 % [6.15, 79.23]" in evaluation.table({"sft": found})
+    assert "sft         3   33.33 % [6.15, 79.23]" in page("eval.txt", models={"sft": found})
 
 
 def test_a_prompt_that_is_too_long_is_treated_as_ppo_treats_it(prepared):

@@ -120,26 +120,3 @@ def test_a_merged_model_that_is_not_whole_is_refused(raw, tmp_path, damage, mess
         merge.complete_and_verify(raw, tmp_path / "merged")
     assert message in str(error.value)
     assert not (tmp_path / "merged").exists()
-
-
-def test_weights_that_would_be_stored_twice_are_refused(raw, tmp_path, monkeypatch):
-    from transformers import PreTrainedModel
-
-    save = PreTrainedModel.save_pretrained
-
-    def save_twice(model, folder, **options):
-        save(model, folder, **options)
-        # More than is allowed for the file's head.
-        save_file({"copy": torch.zeros(1 << 20)}, Path(folder) / "copy.safetensors")
-
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save_twice)
-    with pytest.raises(UsageError, match="something is written twice"):
-        merge.complete_and_verify(raw, tmp_path / "merged")
-
-
-def test_a_model_that_writes_nothing_is_refused(raw, tmp_path, monkeypatch):
-    from transformers import LlamaForCausalLM
-
-    monkeypatch.setattr(LlamaForCausalLM, "generate", lambda model, input_ids, **_options: input_ids)
-    with pytest.raises(UsageError, match="the merged model generated nothing"):
-        merge.complete_and_verify(raw, tmp_path / "merged")

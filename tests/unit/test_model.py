@@ -327,7 +327,7 @@ def test_missing_local_folder_is_named(tmp_path):
 ])
 def test_damaged_files_are_recognised(tmp_path, name, data, said):
     folder = write_files(tmp_path / "mine", {**model_files(), name: data})
-    [problem] = model_folder.check_model_folder(folder)
+    [problem] = model_folder.check_model_folder(folder, "Mend it.")
     assert said in problem
 
 
@@ -395,7 +395,7 @@ def test_tiny_is_the_same_every_time(tiny):
 
 
 def test_tiny_is_a_whole_small_model(tiny):
-    assert model_folder.check_model_folder(tiny / "one") == []
+    assert model_folder.check_model_folder(tiny / "one", "Mend it.") == []
     assert model_folder.attention_heads(tiny / "one") == 4
     assert 100_000 < model_folder.parameter_count(tiny / "one") < 200_000
     assert "is there and whole" in model.already_there("tiny", tiny / "one")
@@ -430,7 +430,7 @@ def smollm2(tmp_path_factory):
 
 @pytest.mark.long
 def test_smollm2_is_a_whole_bf16_model(smollm2):
-    assert model_folder.check_model_folder(smollm2) == []
+    assert model_folder.check_model_folder(smollm2, "Mend it.") == []
     assert model_folder.parameter_count(smollm2) == 134_515_008
     assert model_folder.attention_heads(smollm2) == 9
     assert not (smollm2 / "tokenizer.model").exists()
@@ -496,7 +496,7 @@ def random_models(tmp_path_factory):
 
 def test_a_random_model_is_whole_and_the_same_every_time(random_models):
     one, two = random_models
-    assert model_folder.check_model_folder(one) == []
+    assert model_folder.check_model_folder(one, "Mend it.") == []
     assert "is there and whole" in model.already_there("random:small", one)
     assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
 

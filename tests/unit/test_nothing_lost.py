@@ -4,7 +4,6 @@ import errno
 import json
 import shutil
 import threading
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -132,30 +131,6 @@ def test_a_shard_of_any_number_of_tensors_is_whole_and_cut_anywhere_it_is_not(tm
         assert not checkpoints.is_whole(file)
 
 
-def test_whichever_bit_of_a_shard_is_flipped_it_is_damage_and_no_error(tmp_path):
-    file = tmp_path / "shard.pt"
-    torch.save({"x": torch.zeros(4)}, file)
-    data, found = file.read_bytes(), 0
-    assert checkpoints.crc_fault(file) is None
-    for place in range(len(data)):
-        file.write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1:])
-        found += checkpoints.crc_fault(file) is not None
-    # The rest is in names and dates of the table that nobody reads, and in what fills up to a round place.
-    assert found > len(data) / 3
-
-
-def test_an_error_while_the_shards_own_checksums_are_compared_is_no_damage(tmp_path, monkeypatch):
-    file = write_checkpoint(tmp_path, 1) / "data.pt"
-    for error in (OSError(errno.ESTALE, "Stale file handle"), zipfile.BadZipFile("File is not a zip file")):
-        def fails(_file, error=error):
-            raise error
-
-        monkeypatch.setattr(checkpoints, "is_whole", lambda _file: True)
-        monkeypatch.setattr(checkpoints.zipfile, "ZipFile", fails)
-        with pytest.raises(OSError, match="Stale file handle|could be read a moment ago"):
-            checkpoints.crc_fault(file)
-
-
 def test_a_folder_that_may_not_be_read_is_not_taken_for_an_empty_one(tmp_path, monkeypatch):
     write_checkpoint(tmp_path, 1)
 
@@ -197,19 +172,22 @@ def test_what_was_put_aside_twice_is_there_twice(tmp_path):
 # ---- damage
 
 
-@pytest.mark.parametrize("recorded", [True, False], ids=["checksums recorded", "an older checkpoint"])
 @pytest.mark.parametrize("file", ["model_world_size_2_rank_1.pt", "optim_world_size_2_rank_0.pt"])
-def test_a_flipped_bit_is_found_and_the_checkpoint_before_is_taken(env, recorded, file, capsys):
+def test_a_flipped_bit_is_found_and_the_checkpoint_before_is_taken(env, file):
     folder = started(env, "sft", steps=(5, 9))
     flip_a_bit(folder / "global_step_9" / file)
-    if not recorded:
-        (folder / "global_step_9" / checkpoints.CHECKSUMS).unlink()
     planned = plan(env, "sft")
     assert planned.resume_step == 9
     [done] = checkpoints.set_aside_damaged(folder, planned.saved)
     assert "global_step_9" in done and file in done and "checksum" in done
     assert plan(env, "sft").resume_step == 5 and (folder / "global_step_9.set-aside").is_dir()
-    assert ("has no checksums.json" in capsys.readouterr().err) == (not recorded)
+
+
+def test_a_checkpoint_without_recorded_checksums_is_taken_and_that_is_said(env, capsys):
+    folder = started(env, "sft", steps=(5, 9))
+    (folder / "global_step_9" / checkpoints.CHECKSUMS).unlink()
+    assert checkpoints.set_aside_damaged(folder, plan(env, "sft").saved) == []
+    assert "global_step_9 has no checksums.json: whether its files are what was saved is not known" in capsys.readouterr().err
 
 
 def test_the_door_itself_looks_before_it_continues_and_says_from_where(env, monkeypatch, capsys):

@@ -12,7 +12,7 @@ NAMES = dict.fromkeys(("WORK_DIR", "BRIDGE_MODEL_DIR", "BRIDGE_STAGE_DIR", "BRID
 
 
 @pytest.mark.parametrize("model", ["tiny", "smollm2"])
-@pytest.mark.parametrize("ranks", rehearse.RANKS)
+@pytest.mark.parametrize("ranks", (1, 2, 4, 8))
 def test_the_batches_divide_by_every_number_of_ranks(model, ranks):
     for stage in (sft, ppo):
         name = stage.__name__.rpartition(".")[2]
@@ -31,12 +31,11 @@ def test_more_than_two_ranks_take_the_tutorials_own_batches(stage):
             assert (part["ppo_mini_batch_size"], part["ppo_micro_batch_size_per_gpu"]) == (64, 4)
 
 
-@pytest.mark.parametrize("ranks", ["3", "16"])
-def test_a_number_of_ranks_that_cannot_be_is_refused_with_those_that_can_before_anything_is_removed(tmp_path, ranks):
+def test_a_number_of_ranks_that_cannot_be_is_refused_before_anything_is_removed(tmp_path):
     left = tmp_path / "rehearsal" / "runs" / "left.txt"
     left.parent.mkdir(parents=True)
     left.touch()
-    env = {"WORK_DIR": str(tmp_path), "GPUS": ranks, "CUDA_VISIBLE_DEVICES": ""}
-    with pytest.raises(UsageError, match=rf"^GPUS={ranks}: .* Possible: GPUS=1, 2, 4, 8\.$"):
+    env = {"WORK_DIR": str(tmp_path), "GPUS": "3", "CUDA_VISIBLE_DEVICES": ""}
+    with pytest.raises(UsageError, match=r"^GPUS=3: data.train_batch_size=256 does not divide by 3 GPUs"):
         rehearse.run(settings.read(env), env, [])
     assert left.is_file()

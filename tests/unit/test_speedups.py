@@ -77,7 +77,7 @@ from bridge.trainers import speedups
 folder = tempfile.TemporaryDirectory()
 os.environ["BRIDGE_MODEL_DIR"] = folder.name
 def model(**config):
-    Path(folder.name, "config.json").write_text(json.dumps(config))
+    Path(folder.name, "config.json").write_text(json.dumps({"model_type": "llama", **config}))
 model(hidden_size=2048, num_attention_heads=32)
 # Which flash attention vLLM would take on a GPU that has both.
 vllm.LLM = lambda **options: vllm.envs.VLLM_FLASH_ATTN_VERSION
@@ -88,7 +88,7 @@ for options in {}, {"num_scheduler_steps": 16}:
 os.environ["VLLM_FLASH_ATTN_VERSION"] = "3"
 seen.append(speedups.make_engine(enable_sleep_mode=True, num_scheduler_steps=16))
 del os.environ["VLLM_FLASH_ATTN_VERSION"]
-for config in {"hidden_size": 2048, "num_attention_heads": 32, "head_dim": 128}, {"n_embd": 768}:
+for config in {"hidden_size": 2048, "num_attention_heads": 32, "head_dim": 128}, {"model_type": "gpt2", "n_head": 6}:
     model(**config)
     seen.append(speedups.make_engine(enable_sleep_mode=True, num_scheduler_steps=16))
 print(seen)

@@ -1,17 +1,23 @@
 """The upload stage: the real huggingface_hub client against the stand-in hub, over HTTP."""
 
+import hashlib
+import json
+import re
+
 import pytest
 from hub_fixture import model_files, run_module, safetensors, write_files
+from huggingface_hub import ModelCard
 
 from bridge import settings as settings_module
 from bridge.errors import UsageError
 from bridge.runs import record
 from bridge.stages import upload
-from door import recorded
-from downloads_hub import Account, DownloadsHub
+from door import ROOT, bridge, recorded
+from downloads_hub import Account, DownloadsHub, Fault
 
 TOKENS = {"hf_writer": Account("alice", organisations=("team",)), "hf_reader": Account("alice", may_write=False),
-          "hf_stranger": Account("bob")}
+          "hf_stranger": Account("bob"),
+          "hf_scoped_reader": Account("alice", may_write=False, organisations=("team",), fine_grained=True)}
 RECORDS = {"run.json": b"{}", "log.txt": b"", ".bridge-source.json": b"{}", "README.md": b"# hello"}
 
 
@@ -47,6 +53,37 @@ def test_upload_sends_the_model_and_nothing_else(hub, merged):
     assert result.stdout == f"{hub.url}/team/ours (commit {commit})\n"
 
 
+def test_a_model_without_a_card_gets_one_and_keeps_it(hub, merged):
+    (merged / "README.md").unlink()
+    assert run_upload(hub, merged).returncode == 0
+    card = ModelCard(hub.files("team/ours")["README.md"].decode())
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
+    assert not (merged / "README.md").exists()
+    hub.requests.clear()
+    assert run_upload(hub, merged).returncode == 0
+    assert not any("/commit/" in path for _, path in hub.requests), "the same card is no change"
+
+
+def test_a_card_that_the_hub_refuses_is_said_before_weights_are_sent(hub, merged):
+    hub.faults = [Fault("POST /api/validate-yaml", 400)]
+    result = run_upload(hub, merged)
+    assert result.returncode == 2 and f"the hub refuses the card {merged / 'README.md'}" in result.stderr
+    assert transfers(hub) == []
+
+
+def test_a_llama_under_another_name_is_refused_before_the_hub_is_asked(hub, merged):
+    config = json.loads((merged / "config.json").read_text())
+    (merged / "config.json").write_text(json.dumps({**config, "vocab_size": 128256, "rope_scaling": {"factor": 32.0}}))
+    (merged / "README.md").unlink()
+    result = run_upload(hub, merged)
+    assert result.returncode == 2 and "Use HF_REPO=team/Llama-ours" in result.stderr and hub.requests == []
+    settings = {"WORK_DIR": str(merged.parents[3]), "HF_REPO": "team/ours", "HF_TOKEN": "hf_a_token_of_a_test"}
+    shown = bridge("upload", "--dry-run", **settings)
+    assert shown.returncode == 2 and "Use HF_REPO=team/Llama-ours" in shown.stderr
+    assert run_upload(hub, merged, repo="team/Llama-ours").returncode == 0
+    assert b"**Built with Llama**" in hub.files("team/Llama-ours")["README.md"]
+
+
 def test_upload_is_private_unless_public_is_asked_for(hub, merged):
     assert run_upload(hub, merged).returncode == 0
     assert hub.repositories["team/ours"].private
@@ -76,7 +113,7 @@ def test_upload_continued_after_an_interruption_sends_only_what_is_missing(hub, 
     hub.transfers_allowed = 1
     result = run_upload(hub, merged)
     assert result.returncode == 2
-    assert "did not take a file (403" in result.stderr and "make upload` again" in result.stderr
+    assert "refused a request for HF_REPO=team/ours (403" in result.stderr and "make upload` again" in result.stderr
     assert hub.files("team/ours") == {}, "others must not see half a model"
     stored = {file.name for file in hub.objects.iterdir()}
     hub.transfers_allowed, hub.requests[:] = None, []
@@ -149,6 +186,58 @@ def test_token_of_an_existing_login_is_used(hub, merged, tmp_path):
     result = run_upload(hub, merged, token=None, HF_TOKEN_PATH=str(tmp_path / "token"))
     assert result.returncode == 0, result.stderr
     assert "hf_writer" not in result.stdout + result.stderr
+
+
+# ---- what the hub may do; docs/faults.md has a row for each
+
+COMMIT, FILE, PREUPLOAD = "POST /api/models/team/ours/commit/main", "PUT /objects/.*", "POST /api/models/.*/preupload/.*"
+SECOND = "model-00002-of-00002.safetensors"
+# Large enough that the client is still sending when the connection is cut.
+LARGE = safetensors({"x": [4_000_000]})
+ONE_FILE = f"PUT /objects/{hashlib.sha256(LARGE).hexdigest()}"
+HUB_FAULTS = {
+    "a file is answered with 500 twice": [Fault(FILE, 500, "Internal Error", times=2)],
+    "the commit is answered with 500": [Fault(COMMIT, 500, "Internal Error")],
+    "the commit is answered with 409": [Fault(COMMIT, 409, "Another commit is in progress")],
+    "the commit is answered with 412": [Fault(COMMIT, 412, "A commit has happened since")],
+    "a question is answered with 429 and Retry-After": [Fault(PREUPLOAD, 429, "Too many requests", {"Retry-After": "60"})],
+    "a file is answered with 429 and Retry-After": [Fault(ONE_FILE, 429, "Too many requests", {"Retry-After": "60"})],
+    "the connection is cut in a file, once": [Fault(ONE_FILE, None)],
+    "the connection is cut in a file, again and again": [Fault(ONE_FILE, None, times=100)],
+    "the connection is cut at the commit": [Fault(COMMIT, None)],
+    "the link for a file has expired": [Fault(ONE_FILE, 403, "Request has expired")],
+    "the token may only read": "hf_reader",
+    "the token is fine-grained and may only read": "hf_scoped_reader",
+}
+
+
+def rows_of_hub_faults():
+    text = (ROOT / "docs" / "faults.md").read_text()
+    table = text[text.index("## Hub faults and what each gave"):].partition("\n## ")[0]
+    return {fault: cells for fault, *cells in re.findall(r"^\| (.+?) \| (.*?) ?\| (.+) \|$", table, re.MULTILINE)
+            if fault != "fault"}
+
+
+def test_each_hub_fault_has_its_row_and_no_row_is_left_over():
+    assert rows_of_hub_faults().keys() == HUB_FAULTS.keys()
+
+
+@pytest.mark.parametrize("name", HUB_FAULTS)
+def test_a_hub_fault_gives_what_its_row_says(hub, merged, name):
+    (merged / SECOND).write_bytes(LARGE)
+    fault = HUB_FAULTS[name]
+    token, hub.faults = (fault, []) if isinstance(fault, str) else ("hf_writer", fault)
+    first = run_upload(hub, merged, token=token)
+    said = [line.removeprefix("bridge: ") for line in first.stderr.splitlines() if line.startswith("bridge: ")]
+    said = said[-1].replace(hub.url, "HUB") if first.returncode else ""
+    assert "Traceback" not in first.stderr
+    if first.returncode:
+        assert first.returncode == 2
+        assert not ("team/ours" in hub.repositories and hub.files("team/ours")), "others must not see half a model"
+    hub.faults, hub.requests[:] = [], []
+    again = run_upload(hub, merged)
+    assert again.returncode == 0 and hub.files("team/ours")[SECOND] == LARGE
+    assert [said, f"{len(transfers(hub))} of 2 files of weights"] == rows_of_hub_faults()[name]
 
 
 # ---- what the door asks before the start

@@ -26,6 +26,13 @@ def lock_hash() -> str:
     return hashlib.sha256((ROOT / "requirements.lock").read_bytes()).hexdigest()
 
 
+def packages() -> dict[str, str]:
+    """Name -> version of each package of this Python, by its normalized name."""
+    found = {re.sub(r"[-_.]+", "-", package.metadata["Name"]).lower(): package.version
+             for package in importlib.metadata.distributions()}
+    return dict(sorted(found.items()))
+
+
 def make(commit: str, base: str, flash_attn_wheel: str) -> dict[str, Any]:
     """Recipe, lock and packages of the root file system that this runs in. Nothing of the day or the machine is in it.
 
@@ -33,15 +40,13 @@ def make(commit: str, base: str, flash_attn_wheel: str) -> dict[str, Any]:
     """
     debian = subprocess.run(["dpkg-query", "--show", "--showformat", "${Package} ${Version}\n"], check=True,
                             capture_output=True, text=True).stdout
-    python = {re.sub(r"[-_.]+", "-", package.metadata["Name"]).lower(): package.version
-              for package in importlib.metadata.distributions()}
     return {
         "recipe_commit": commit or None,
         "base": base,
         "flash_attn_wheel": flash_attn_wheel,
         "requirements_lock_sha256": lock_hash(),
         "debian": dict(sorted(line.split() for line in debian.splitlines())),
-        "python": dict(sorted(python.items())),
+        "python": packages(),
     }
 
 

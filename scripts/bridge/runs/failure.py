@@ -17,9 +17,7 @@ def reason(log: Path, start: int) -> str | None:
     """
     place = None
     try:
-        with open(log, "rb") as stream:
-            stream.seek(start)
-            text = stream.read().decode(errors="replace")
+        text = log.read_bytes()[start:].decode(errors="replace")
     except OSError as error:
         return f"the log cannot be read: {error}"
     for line in COLOUR.sub("", text).splitlines():

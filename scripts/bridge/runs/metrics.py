@@ -5,9 +5,9 @@ possibly behind a progress bar or Ray's prefix, and more than once a step (valid
 """
 
 import json
-import os
 import re
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from bridge.errors import write_whole
@@ -31,47 +31,28 @@ def write_all(file, data: bytes) -> None:
 
 
 class Metrics:
-    """metrics.jsonl: {"step": N, "time": T, key: value...}, one line a step, written as it comes.
+    """metrics.jsonl: {"step": N, "time": T, key: value...}, one line a step, written as it comes; the file is always whole.
 
     T is when the step's first line was seen, in seconds since 1970: verl's SFT trainer says nothing of time.
     """
 
     def __init__(self, path: Path, after_step: int):
-        """Keep the lines up to `after_step` (what a resumed run goes on from) and append."""
-        kept = [row for row in read(path) if row["step"] <= after_step]
-        write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self.file = open(path, "r+b", buffering=0)  # noqa: SIM115 - held as long as the run
-        # The rows from `start` (bytes) on, which are written again with each new value: more than one only after an error.
+        """Keep the lines up to `after_step` (what a resumed run goes on from)."""
+        self.path, self.before = path, [row for row in read(path) if row["step"] <= after_step]
+        # Of this run.
         self.rows: list[dict] = []
-        self.written = True
-        self.start = self.file.seek(0, os.SEEK_END)
+        self.write()
 
     def add(self, step: int, values: dict[str, float]) -> None:
-        """Write the step's line; more values for the same step rewrite it. After an OSError the next call writes it too."""
+        """Take in values of a step, one after another. After an OSError the next call writes them too."""
         if not (self.rows and self.rows[-1]["step"] == step):
-            if self.written:
-                self.rows, self.start = [], self.start + len(self.text())
             self.rows.append({"step": step, "time": round(time.time(), 3)})
         self.rows[-1].update(values)
         self.write()
 
     def write(self) -> None:
-        """Write the rows that are not final."""
-        self.written = False
-        self.file.seek(self.start)
-        self.file.truncate()
-        write_all(self.file, self.text())
-        self.written = True
-
-    def text(self) -> bytes:
-        """The rows that are not final, as lines."""
-        return "".join(json.dumps(row) + "\n" for row in self.rows).encode()
-
-    def close(self) -> None:
-        """Write what could not be written before, and close the file. After an OSError the next call does what is left."""
-        if not self.written:
-            self.write()
-        self.file.close()
+        """Write the file."""
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in self.before + self.rows))
 
 
 def read(path: Path) -> list[dict]:
@@ -79,12 +60,18 @@ def read(path: Path) -> list[dict]:
     if not path.is_file():
         return []
     rows = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
+    with suppress(ValueError, TypeError, KeyError):
+        for line in path.read_text(errors="replace").splitlines():
             row = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            break
-        rows.append(row)
+            rows.append({**row, "step": int(row["step"])})
     return rows
+
+
+def course(stage: str, rows: list[dict]) -> str:
+    """How a training went: its steps, first and last value of what it is to improve; empty without metrics."""
+    key, word = {"sft": ("train/loss", "loss")}.get(stage, ("critic/score/mean", "reward"))
+    if not (values := [row[key] for row in rows if key in row]):
+        return ""
+    last = rows[-1].get("val/loss")
+    return (f"{rows[-1]['step']} steps, {word} {values[0]:.3f} -> {values[-1]:.3f}"
+            + (f", validation loss {last:.3f}" if last is not None else ""))

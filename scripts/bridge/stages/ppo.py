@@ -3,8 +3,10 @@
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from bridge import hardware, model_folder
 from bridge.compose import flatten
 from bridge.runs.checkpoints import has_critic
 from bridge.trainers.packed_settings import groups_rows
@@ -57,8 +59,7 @@ def command(_ranks: int, modules: list[str], arguments: list[str], nodes: int = 
 def setting_problems(config: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
     """Limits below the longest row, no checkpoints by a slip, and overrides that would have no effect."""
     problems = length_problems(config)
-    every = config["trainer"]["save_freq"]
-    if every != -1 and not (every or 0) > 0:
+    if (every := config["trainer"]["save_freq"]) != -1 and not (every or 0) > 0:
         problems.append(f"trainer.save_freq={every} saves no checkpoint, not even at the end. Use a number of steps, or -1 if "
                         "that is what you want.")
     if config["algorithm"]["adv_estimator"] == "grpo" and config["actor_rollout_ref"]["rollout"]["n"] < 2:
@@ -66,7 +67,7 @@ def setting_problems(config: Mapping[str, Any], overrides: Sequence[str]) -> lis
     return problems + [
         f"{text}: no effect, since micro batches are counted in tokens here (use_dynamic_bsz). Use "
         f"{name}_max_token_len_per_gpu, or PROFILE=tutorial, which counts rows."
-        for name, _part in counted_in_tokens(config) if f"{name}_micro_batch_size" not in group_budgets(config)
+        for name, part in counted_in_tokens(config) if not (name.endswith(".ppo") and groups_rows(config, part))
         for text in overrides if text.lstrip("+").startswith(f"{name}_micro_batch_size")]
 
 
@@ -104,30 +105,21 @@ def length_problems(config: Mapping[str, Any]) -> list[str]:
             for key, times in limits if (flat[key] or 0) * times < longest]
 
 
-def group_budgets(config: Mapping[str, Any]) -> dict[str, str]:
-    """Setting of the rows whose tokens the loss averages together -> setting of the tokens that are computed at once."""
-    return {f"{name}_micro_batch_size": f"{name}_max_token_len_per_gpu" for name, part in counted_in_tokens(config)
-            if name.endswith(".ppo") and groups_rows(config, part)}
-
-
-def memory_problems(config: Mapping[str, Any], parameters: int, memory: int) -> list[str]:
-    """Whether vLLM can hold its part of the weights (2 bytes each) in its share of a GPU with so many bytes of memory."""
-    rollout = config["actor_rollout_ref"]["rollout"]
-    share, weights = rollout["gpu_memory_utilization"] * memory, 2 * parameters / rollout["tensor_model_parallel_size"]
-    if rollout["name"] != "vllm" or weights < share:
-        return []
-    return [f"vLLM's share of a GPU, {share / 1e9:.3g} GB (actor_rollout_ref.rollout.gpu_memory_utilization="
-            f"{rollout['gpu_memory_utilization']}), does not hold the model's weights, {weights / 1e9:.3g} GB a GPU. Raise it, "
-            "or spread the model over more GPUs (TP=)."]
-
-
-def position_problems(config: Mapping[str, Any], longest: int | None) -> list[str]:
-    """Whether the model can look at the longest row; `longest`: tokens that it can, None if it does not say."""
-    if longest is None or longest_row(config) <= longest:
-        return []
-    return [f"data.max_prompt_length={config['data']['max_prompt_length']} + data.max_response_length="
-            f"{config['data']['max_response_length']} are more than the {longest} tokens that the model can look at (its "
-            "config.json). Make one of them smaller."]
+def model_problems(config: Mapping[str, Any], model_dir: Path, gpus: list[hardware.Gpu]) -> list[str]:
+    """Whether the model can look at the longest row, and vLLM hold its part of the weights in its share of a GPU."""
+    problems, rollout, longest = [], config["actor_rollout_ref"]["rollout"], model_folder.longest_sequence(model_dir)
+    if longest is not None and longest_row(config) > longest:
+        problems.append(f"data.max_prompt_length={config['data']['max_prompt_length']} + data.max_response_length="
+                        f"{config['data']['max_response_length']} are more than the {longest} tokens that the model can look at "
+                        "(its config.json). Make one of them smaller.")
+    # 2 bytes each.
+    weights = 2 * model_folder.parameter_count(model_dir) / rollout["tensor_model_parallel_size"]
+    share = rollout["gpu_memory_utilization"] * min((gpu.memory for gpu in gpus), default=float("inf"))
+    if rollout["name"] == "vllm" and weights >= share:
+        problems.append(f"vLLM's share of a GPU, {share / 1e9:.3g} GB (actor_rollout_ref.rollout.gpu_memory_utilization="
+                        f"{rollout['gpu_memory_utilization']}), does not hold the model's weights, {weights / 1e9:.3g} GB a GPU. "
+                        "Raise it, or spread the model over more GPUs (TP=).")
+    return problems
 
 
 def columns(config: Mapping[str, Any]) -> list[str]:

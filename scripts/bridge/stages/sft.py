@@ -36,12 +36,6 @@ def setting_problems(config: Mapping[str, Any], _overrides: Sequence[str] = ()) 
             for key in ("save_freq", "test_freq") if not (value := config["trainer"][key])] + packing_problems(config)
 
 
-def group_budgets(config: Mapping[str, Any]) -> dict[str, str]:
-    """Setting of the rows whose tokens the loss averages together -> setting of the tokens that are computed at once."""
-    return {} if config["bridge"]["packed_tokens_per_gpu"] is None else {
-        "data.micro_batch_size_per_gpu": "bridge.packed_tokens_per_gpu"}
-
-
 def columns(config: Mapping[str, Any]) -> list[str]:
     """Columns that the trainer reads; "a.b" is field b of the struct a."""
     data = config["data"]

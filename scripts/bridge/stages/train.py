@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import pyarrow.parquet
+import yaml
 
 from bridge import hardware, model_folder
 from bridge.compose import compose, compose_checked, flatten, quote
@@ -22,27 +23,7 @@ from bridge.stages import data, model, ppo, reward, sft
 # What is particular to each.
 TRAINERS = {"sft": sft, "ppo": ppo}
 # Keys that only the door sets, and the setting that does.
-OWNED = {
-    "trainer.n_gpus_per_node": "GPUS=",
-    "trainer.nnodes": "NODES=",
-    "trainer.default_local_dir": "WORK_DIR= and RUN=",
-    "trainer.default_hdfs_dir": "WORK_DIR= and RUN=",  # verl's PPO saves nothing there, and then cannot resume
-    "trainer.resume_mode": "RUN= (a run is continued by itself)",
-    "trainer.resume_from_path": "RUN= (a run is continued by itself)",
-    "trainer.max_ckpt_to_keep": "KEEP=",
-    "trainer.max_actor_ckpt_to_keep": "KEEP=",
-    "trainer.max_critic_ckpt_to_keep": "KEEP=",
-    # Removes the only checkpoint before the next one is written.
-    "trainer.remove_previous_ckpt_in_save": "KEEP=",
-    "actor_rollout_ref.rollout.tensor_model_parallel_size": "TP=",
-    "model.partial_pretrain": "MODEL=",
-    "actor_rollout_ref.model.path": "MODEL= and INIT=",
-    "profile/sft": "PROFILE=",
-    "profile/ppo": "PROFILE=",
-    "algo": "ALGO=",
-    "device/sft": "PROFILE=rehearsal (the CPU is used where no GPU is visible)",
-    "device/ppo": "PROFILE=rehearsal (the CPU is used where no GPU is visible)",
-}
+OWNED: dict[str, str] = yaml.safe_load((CONFIGS / "owned.yaml").read_text(encoding="utf-8"))
 # Keys that SEED= sets. (Of the rest takes care trainers.loopback.)
 SEEDS = {"sft": ("trainer.seed",), "ppo": ("data.seed", "actor_rollout_ref.rollout.seed")}
 # Profiles small enough for a machine without a GPU.
@@ -110,31 +91,20 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
         config, overrides = compose(stage, own, own_env), []
     problems += whole_run_problems(config) + trainer.setting_problems(config, overrides)
     problems += checkpoints.content_problems(stage, config)
-    notes += group_notes(trainer, config, overrides)
     rows = data_problems(config, trainer.columns(config), problems)
     name_problem = None if from_sft else model.name_problem(settings.model)
-    if from_sft:
-        cure = ("INIT=sft starts from the merged result of the sft stage: run `make sft` and `make merge STAGE=sft` first, "
-                "or use INIT=base.")
-    elif is_local(settings.model):
-        cure = "MODEL= has to name a folder with a whole Hugging Face model."
-    else:
-        cure = f"Run `make model` first (MODEL={settings.model})."
-    model_problems = [name_problem] if name_problem else model_folder.check_model_folder(model_dir, cure)
-    if not (model_problems or from_sft or is_local(settings.model)) and (
-            another := model.source_problem(settings.model, model_dir)):
-        model_problems = [another]
+    cure = ("INIT=sft starts from the merged result of the sft stage: run `make sft` and `make merge STAGE=sft` first, or use "
+            "INIT=base." if from_sft else "MODEL= has to name a folder with a whole Hugging Face model."
+            if is_local(settings.model) else f"Run `make model` first (MODEL={settings.model}).")
+    model_problems = [name_problem] if name_problem else model_folder.check_model_folder(model_dir, cure) or (
+        [] if from_sft else model.source_problems(settings.model, model_dir))
     problems += model_problems
     heads = None if model_problems else model_folder.attention_heads(model_dir)
     visible = hardware.visible_gpus(env)
     if stage == "ppo":
         problems += trainer.folder_problems(own_env["RAY_TMPDIR"]) + hardware.vllm_problems(visible)
-    if stage == "ppo" and not model_problems:
-        problems += trainer.position_problems(config, model_folder.longest_sequence(model_dir))
-    if stage == "ppo" and visible and not model_problems:
-        problems += trainer.memory_problems(config, model_folder.parameter_count(model_dir), min(gpu.memory for gpu in visible))
-    faults = trainer.divisibility(config, world, heads)
-    if faults:
+        problems += [] if model_problems else trainer.model_problems(config, model_dir, visible)
+    if faults := trainer.divisibility(config, world, heads):
         possible = [n for n in range(1, 65) if not trainer.divisibility(config, n * nodes, heads)]
         problems += [f"GPUS={gpus}{f' NODES={nodes}' * (nodes > 1)}: {fault}." for fault in faults]
         problems.append(f"Possible with these settings: GPUS={', '.join(map(str, possible))}." if possible else
@@ -290,12 +260,6 @@ def whole_run_problems(config: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def group_notes(trainer: ModuleType, config: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
-    """What an override of the rows of a micro batch means where micro batches are counted in tokens."""
-    return [f"{text}: rows whose tokens the loss averages together. How many are computed at once is {budget}"
-            for key, budget in trainer.group_budgets(config).items() for text in overrides if text.lstrip("+").startswith(key)]
-
-
 def step_problems(config: Mapping[str, Any], rows: int) -> list[str]:
     """Too few training rows for a step, or for all steps: verl would end well without any, or without the last checkpoint."""
     asked, epochs = config["trainer"]["total_training_steps"], config["trainer"]["total_epochs"]
@@ -329,19 +293,18 @@ def data_problems(config: Mapping[str, Any], columns: list[str], problems: list[
                 continue
             try:
                 parquet = pyarrow.parquet.ParquetFile(path)
-                present = {column.path.replace(".list.element", "") for column in parquet.schema} | set(
-                    parquet.schema_arrow.names)
             except (ValueError, OSError) as error:
                 # Arrow has no number for what it cannot read in a file, the system has.
                 if getattr(error, "errno", None):
                     raise
                 problems.append(f"{path} is no parquet file ({error}). Run `make data` again.")
                 continue
-            present = {prefix for column in present for prefix in (column, column.rsplit(".", 1)[0])}
-            missing = [column for column in columns if column not in present]
-            if missing:
+            schema = parquet.schema_arrow
+            present = {*schema.names, *(f"{field.name}.{part.name}" for field in schema
+                                        if pyarrow.types.is_struct(field.type) for part in field.type)}
+            if missing := [column for column in columns if column not in present]:
                 problems.append(f"{path} has no column {', '.join(missing)} (it has "
-                                f"{', '.join(parquet.schema_arrow.names)}). Make it with `make data`.")
+                                f"{', '.join(schema.names)}). Make it with `make data`.")
             counts[key] += parquet.metadata.num_rows
     if len(problems) > before:
         return None
@@ -359,7 +322,8 @@ def reward_problems(settings: Settings, config: Mapping[str, Any], notes: list[s
     """Answers that only a reward of one's own can judge where there is none, or one that does not do."""
     own = config["custom_reward_function"]
     if not own["path"]:
-        return [] if data.recorded_form(settings.data_dir) != "text" else [
+        made = record.read(settings.data_dir)
+        return [] if not made or made["attempts"][-1]["command"][-2] != "text" else [
             f"the answers in {settings.data_dir} were taken as they are, and verl's scorer wants a number. Say what judges them: "
             "REWARD=FILE.py:FUNCTION."]
     file = Path(own["path"])

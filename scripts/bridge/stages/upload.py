@@ -5,14 +5,16 @@ The token comes from HF_TOKEN or an existing login; it is in no command line and
 
 import os
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from bridge.errors import UsageError, exit_status, refuse, say
+from bridge.errors import UsageError, exit_status, refuse, say, write_whole
 from bridge.model_folder import check_model_folder, is_model_file
 from bridge.plan import Plan
 from bridge.runs import record
 from bridge.settings import Settings
+from bridge.stages import card
 from bridge.stages.model import LOGIN_CURE, hub_errors_explained, is_offline
 
 AGAIN = "Run `make upload` again: files that are there already are not sent twice."
@@ -37,6 +39,8 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
         "STAGE=base: the base model is not ours to publish (only eval takes it). Use sft, ppo or ckpt."]
     if settings.hf_repo is None:
         problems.append("upload needs HF_REPO=OWNER/NAME, the repository on the hub. Set it in .env (see .env.example).")
+    elif not problems:
+        problems += card.term_problems(folder, settings.hf_repo)
     # Where huggingface_hub looks for one; the door sets HF_TOKEN_PATH, if nobody else did.
     if not (env.get("HF_TOKEN") or env.get("HUGGING_FACE_HUB_TOKEN") or os.path.isfile(os.path.expanduser(env["HF_TOKEN_PATH"]))):
         problems.append(f"upload needs a token that may write. {LOGIN_CURE}")
@@ -107,29 +111,50 @@ def upload(folder: Path, repo: str) -> tuple[str, str]:
     from huggingface_hub import HfApi
     from requests.exceptions import RequestException
 
-    api = HfApi()
-    names = sorted(file.name for file in folder.iterdir() if file.is_file() and is_model_file(file.name))
-    say(f"uploading {len(names)} files, {sum((folder / name).stat().st_size for name in names) / 1e9:.2f} GB")
+    api, files = HfApi(), published(folder, repo)
+    say(f"uploading {len(files)} files, {sum(file.stat().st_size for file in files.values()) / 1e9:.2f} GB")
     try:
-        commit = api.upload_folder(
-            repo_id=repo, folder_path=folder, allow_patterns=names, delete_patterns=STALE,
-            commit_message=f"Upload the {folder.parent.name} model of run {folder.parent.parent.name}")
+        with tempfile.TemporaryDirectory() as links:
+            for name, file in files.items():
+                os.symlink(file, os.path.join(links, name))
+            commit = api.upload_folder(
+                repo_id=repo, folder_path=links, delete_patterns=STALE,
+                commit_message=f"Upload the {folder.parent.name} model of run {folder.parent.parent.name}")
     except RuntimeError as error:
         # The client wraps what went wrong with one file.
-        if not isinstance(cause := error.__cause__, RequestException):
+        if isinstance(error.__cause__, RequestException):
+            raise error.__cause__ from None
+        raise
+    except ValueError as error:
+        # What the hub says of a README.md's front matter comes as words only.
+        if "README.md" not in str(error):
             raise
-        status = getattr(cause.response, "status_code", type(cause).__name__)
-        raise UsageError(f"the hub did not take a file ({status}). {AGAIN}") from error
+        raise UsageError(f"the hub refuses the card {files['README.md']}: {error}") from error
     return f"{api.endpoint}/{repo}", commit.oid
+
+
+def published(folder: Path, repo: str) -> dict[str, Path]:
+    """What is sent, by its name there: the model, its base's licence, and its card, which is made unless the folder has one."""
+    files = {file.name: file for part in (card.origin(folder)[1].folder, folder) if part and part.is_dir()
+             for file in sorted(part.iterdir()) if file.is_file() and (
+                 is_model_file(file.name) if part == folder else file.name.startswith(("LICENSE", "NOTICE", "USE_POLICY")))}
+    if "README.md" not in files:
+        made = files["README.md"] = folder.parent / "upload" / "README.md"
+        made.parent.mkdir(exist_ok=True)
+        write_whole(made, card.make(folder, repo))
+        say(f"the card is {made}; a README.md of yours in {folder} would be taken instead")
+    return files
 
 
 def main() -> None:
     """What the stage runs: the merged model's folder, OWNER/NAME, and --public where a new repository is to be."""
     folder, repo, *public = sys.argv[1:]
     folder = Path(folder)
-    refuse(folder_problems(folder, folder.parent.name))
+    refuse(folder_problems(folder, folder.parent.name) or card.term_problems(folder, repo))
     with hub_errors_explained(f"HF_REPO={repo}", AGAIN, OFFLINE_CURE, RIGHTS_CURE):
         check_rights(repo, bool(public), folder)
+    # From here on 403 is of a file's link that has expired, for instance.
+    with hub_errors_explained(f"HF_REPO={repo}", AGAIN, OFFLINE_CURE):
         address, commit = upload(folder, repo)
     print(f"{address} (commit {commit})")
 

@@ -18,11 +18,6 @@ OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": opera
 FORMULA = re.compile(r"\[(\w+)([-+*/])(\w+)\]")
 
 
-def words() -> dict[str, list]:
-    """The names, things and templates that problems are made of."""
-    return yaml.safe_load((CONFIGS / "word_problems.yaml").read_text(encoding="utf-8"))
-
-
 def problem(words: Mapping[str, list], template: Mapping[str, Any], random: Random) -> dict[str, str]:
     """One problem of a kind as a row {"question", "answer"}, with GSM8K's calculator annotation: "3+4=<<3+4=7>>7"."""
     (name, friend), thing = random.sample(words["names"], 2), random.choice(words["things"])
@@ -47,9 +42,10 @@ def problems() -> dict[str, list[dict[str, str]]]:
     No question occurs twice, neither within a split nor across them. The templates take turns, so both splits hold
     each of them.
     """
-    random, rows, made_of = Random(SEED), {}, words()
+    random, rows = Random(SEED), {}
+    words = yaml.safe_load((CONFIGS / "word_problems.yaml").read_text(encoding="utf-8"))
     while len(rows) < TEST_ROWS + TRAIN_ROWS:
-        row = problem(made_of, made_of["templates"][len(rows) % len(made_of["templates"])], random)
+        row = problem(words, words["templates"][len(rows) % len(words["templates"])], random)
         rows.setdefault(row["question"], row)
     made = list(rows.values())
     return {"train": made[TEST_ROWS:], "test": made[:TEST_ROWS]}

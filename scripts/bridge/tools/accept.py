@@ -19,6 +19,7 @@ from typing import Any
 from bridge import hardware, model_folder
 from bridge import settings as settings_module
 from bridge.errors import UsageError, say
+from bridge.pages import page
 from bridge.runs import checkpoints, launch, metrics, record
 from bridge.settings import Settings
 from bridge.stages import data, sft
@@ -218,22 +219,10 @@ def to_hide(settings: Settings, env: Mapping[str, str]) -> dict[str, str]:
 
 def text(report: Mapping[str, Any]) -> str:
     """The page."""
-    shown = {name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in report.items()}
+    facts = {**{name: value for name, value in report.items() if name not in ("steps", "settings")}, **report["settings"]}
+    shown = {name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in facts.items()}
     if not report["gpus"]:
         shown["gpus"] = "none: ranks on CPU over gloo, where transformers generates, not vLLM"
-    shown = {**{name: value for name, value in shown.items() if name not in ("steps", "settings")}, **report["settings"]}
-    width = max(map(len, shown)) + 2
-    facts = [f"{name:<{width}}{'-' if value in (None, '') else value}" for name, value in shown.items()]
-    bandwidth, rows = [], []
-    for result in report["steps"]:
-        seen = result["seen"]
-        if isinstance(seen, list):
-            bandwidth = [f"{row['megabytes']:>11} MB {row['algbw_gb_s']:>10.2f} {row['busbw_gb_s']:>10.2f}" for row in seen]
-            seen = f"{max(row['busbw_gb_s'] for row in seen):.2f} GB/s of bus bandwidth at most"
-        rows.append((f"{result['status']:<6}{result['step']}", result["seconds"], seen))
-    logs = [line for result in report["steps"] if result["status"] == "FAIL"
-            for line in ("", f"--- end of {result['step']}", *result["log"])]
-    failed = sum(result["status"] == "FAIL" for result in report["steps"])
-    return "\n".join([f"bridge accept: {len(report['steps']) - failed} steps passed, {failed} failed", "", *facts, "",
-                      trial.table(rows), *(["", "all-reduce          algbw      busbw  (GB/s)", *bandwidth] if bandwidth else []),
-                      *logs]) + "\n"
+    rows = [(f"{result['status']:<6}{result['step']}", result["seconds"], seen if isinstance(seen := result["seen"], str) else
+             f"{max(row['busbw_gb_s'] for row in seen):.2f} GB/s of bus bandwidth at most") for result in report["steps"]]
+    return page("accept.txt", facts=shown, width=max(map(len, shown)) + 2, rows=rows, steps=report["steps"]) + "\n"

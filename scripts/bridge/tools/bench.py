@@ -1,15 +1,16 @@
-"""bridge bench [FILE.yaml]: how fast the trainings are, case by case, on the GPUs of this machine.
+"""bridge bench: how fast the trainings are, case by case, on the GPUs of this machine.
 
-Each case of configs/bench.yaml (or of the file) is a training started through the door in WORK_DIR/bench and ended after some
-steps. bench.json there has the results after each; `bridge bench --report FILE.json` makes the tables from it again.
+Each case of configs/bench.yaml is a training started through the door in WORK_DIR/bench and ended after some steps. bench.json
+there has the results after each, bench.md their tables (configs/pages/bench.md).
 """
 
 import os
 import re
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import count
+from datetime import datetime
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -19,18 +20,17 @@ import yaml
 
 from bridge import hardware, model_folder
 from bridge import settings as settings_module
-from bridge.compose import compose_checked
 from bridge.errors import UsageError, nearest, read_json, refuse, say
+from bridge.pages import page
 from bridge.runs import metrics, record
-from bridge.settings import CONFIGS, NAME, Settings
-from bridge.stages.train import NAMES, ON_CPU, OWNED
+from bridge.settings import CONFIGS, Settings
+from bridge.stages.train import ON_CPU
 from bridge.tools import trial
 
 # Dense bf16 FLOP/s, from NVIDIA's data sheets. A GPU that is not here gets no MFU of SFT rather than a guessed one.
 PEAK = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100-SXM4-40GB": 312e12}
 DEFAULT_MODEL = "random:llama-3.2-1b"
-# Phases of a PPO step in their order, as the tables have them. What is left of the step is "other".
-PHASES = ("gen", "old_log_prob", "values", "update_critic", "update_actor")
+CASES = CONFIGS / "bench.yaml"
 # Nothing is saved or validated: neither is the training's speed.
 ALWAYS = ["trainer.save_freq=-1", "trainer.test_freq=-1"]
 
@@ -53,17 +53,12 @@ class Case:
 
 def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int:
     """Measure the cases; returns 1 if one of them failed."""
-    if arguments[:1] == ["--report"] and len(arguments) == 2:
-        return report(Path(arguments[1]))
-    if len(arguments) > 1 or any(argument.startswith("-") for argument in arguments):
-        raise UsageError(f"bench takes a YAML file of cases, or --report FILE.json; got {' '.join(arguments)}.")
-    file = Path(arguments[0] if arguments else "bench.yaml")
-    places = [folder / file for folder in (CONFIGS, settings.work_dir, Path.cwd()) if (folder / file).is_file()]
-    cases = read_cases(places[0] if places else file, env.get("CASES", ""))
+    if arguments:
+        raise UsageError(f"bench takes no arguments; got {' '.join(arguments)}. CASES=, MODEL= and GPUS= apply.")
+    cases = read_cases(env.get("CASES", ""))
     gpus = hardware.visible_gpus(env)
     if not gpus and any(case.profile not in ON_CPU for case in cases):
-        raise UsageError("no GPU visible. With Apptainer pass --nv; on Slurm ask for --gpus-per-node; on CPU only cases with the "
-                         f"profiles {', '.join(ON_CPU)} run, from a file of your own.")
+        raise UsageError("no GPU visible. With Apptainer pass --nv; on Slurm ask for --gpus-per-node.")
     ranks = settings.gpus or len(gpus) or 2
     settings = settings_module.read({**env, "MODEL": env.get("MODEL") or DEFAULT_MODEL})
     bench, bench_env = trial.inside(settings.work_dir / "bench", env, MODEL=settings.model, GPUS=str(ranks))
@@ -92,47 +87,18 @@ def measure_all(cases: list[Case], settings: Settings, env: Mapping[str, str], g
         results[case.stage][case.name.partition("-")[2]] = found
         results["ratios"] = ratios(results)
         record.write_json(settings.work_dir / "bench.json", results, record.secret_values(env))
-    report(settings.work_dir / "bench.json")
+    (settings.work_dir / "bench.md").write_text(report(results) + "\n")
+    print(report(results))
     return 1 if any(by_name(results)[case.name]["status"] == "failed" for case in cases) else 0
 
 
-def read_cases(file: Path, wanted: str) -> list[Case]:
-    """The cases of a file, or those whose names are given (by comma). A UsageError with every mistake in file and names."""
-    if not file.is_file():
-        raise UsageError(f"{file}: no such file of cases.")
-    explained = "Its keys are explained in configs/bench.yaml."
-    try:
-        content = yaml.safe_load(file.read_text())
-        rows, steps = [dict(row, name=str(row.get("name"))) for row in content["cases"]], dict(content["steps"])
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        seen = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        raise UsageError(f"{file} is no file of cases ({seen}). {explained}") from error
-    cases, problems = {}, []
-    for row in rows:
-        try:
-            case = Case(**{"steps": steps.get(row["name"].split("-")[0]), **row})
-        except TypeError as error:
-            problems.append(f"{file.name}, case {row['name']}: {error}. {explained}")
-            continue
-        cases[case.name] = case
-        # The name becomes a folder, which is removed before the case is measured.
-        if not (re.match(r"(sft|ppo)-.", case.name) and NAME.fullmatch(case.name)):
-            problems.append(f"{file.name}, case {case.name}: a name is sft-LABEL or ppo-LABEL (letters, digits, '.', '_', '-').")
-        elif not (CONFIGS / "profile" / case.stage / f"{case.profile}.yaml").is_file():
-            problems.append(f"{file.name}, case {case.name}: no profile {case.profile!r} for {case.stage}.")
-        elif case.caches not in ("empty", "kept") or not isinstance(case.steps, int) or case.steps < 2:
-            problems.append(f"{file.name}, case {case.name}: caches is empty or kept, steps a number of at least 2 (the first is "
-                            f"warm-up); they are {case.caches!r} and {case.steps!r}.")
-        else:
-            # What the door would refuse of its overrides: told before the first case has taken its minutes.
-            try:
-                compose_checked(case.stage, [f"profile/{case.stage}={case.profile}"], [*ALWAYS, *case.overrides], NAMES, OWNED)
-            except UsageError as error:
-                problems += [f"case {case.name}: {problem}" for problem in error.problems]
+def read_cases(wanted: str) -> list[Case]:
+    """All cases, or those whose names are given (by comma). A UsageError for a name that none has."""
+    content = yaml.safe_load(CASES.read_text(encoding="utf-8"))
+    cases = {row["name"]: Case(**{"steps": content["steps"][row["name"].split("-")[0]], **row}) for row in content["cases"]}
     names = [name.strip() for name in wanted.split(",") if name.strip()] or list(cases)
-    problems += [f"CASES: there is no case {name!r} in {file.name}.{nearest(name, cases)} There are: {', '.join(cases)}."
-                 for name in names if name not in cases]
-    refuse(problems)
+    refuse(f"CASES: there is no case {name!r}.{nearest(name, cases)} There are: {', '.join(cases)}."
+           for name in names if name not in cases)
     return [cases[name] for name in names]
 
 
@@ -227,18 +193,17 @@ def header(settings: Settings, env: Mapping[str, str], gpus: list[hardware.Gpu])
         **{fact: machine[fact] for fact in ("git_commit", "lock_sha256")},
         "model": {"name": settings.model_dir.name, "parameters": model_folder.parameter_count(settings.model_dir)},
         "data": {part: record.sha256(settings.data_dir / f"{part}.parquet") for part in ("train", "test")},
-        "method": yaml.safe_load((CONFIGS / "bench.yaml").read_text(encoding="utf-8"))["method"],
+        "method": yaml.safe_load(CASES.read_text(encoding="utf-8"))["method"],
     }
 
 
 def earlier(file: Path, head: dict[str, Any]) -> dict[str, Any]:
     """The results of bench.json if machine, code, model and data were the same; others are kept beside it."""
     if file.is_file():
-        before = load(file)
-        if {key: before.get(key) for key in head} == head:
-            return before
-        aside = next(path for number in count(1) if not (
-            path := file.with_suffix(f".old{number if number > 1 else ''}.json")).exists())
+        with suppress(ValueError):
+            if (before := read_json(file)) and before.items() >= head.items():
+                return before
+        aside = file.with_suffix(f".till-{datetime.fromtimestamp(file.stat().st_mtime):%Y-%m-%d-%H%M%S.%f}.json")
         os.replace(file, aside)
         say(f"{file} is of another machine, commit, model or data: moved to {aside.name}")
     return {**head, "sft": {}, "ppo": {}, "ratios": {}}
@@ -251,66 +216,11 @@ def ratios(results: Mapping[str, Any]) -> dict[str, float]:
     return {name: round(rates[name] / rates[found[name]["against"]], 2) for name in rates if found[name]["against"] in rates}
 
 
-def load(file: Path) -> dict[str, Any]:
-    """The content of a bench.json; a UsageError if it is none."""
-    try:
-        results = read_json(file)
-    except ValueError as error:
-        raise UsageError(f"{file} is no benchmark's result ({error}). Move it away.") from error
-    if not isinstance(results, dict) or not results.keys() >= {"sft", "ppo", "ratios"}:
-        raise UsageError(f"{file} is no benchmark's result (it lacks sft, ppo or ratios). Move it away.")
-    return results
-
-
-def report(file: Path) -> int:
-    """Print the tables of a bench.json, and write them beside the file."""
-    if not file.is_file():
-        raise UsageError(f"{file}: no such file. `make bench` writes WORK_DIR/bench/bench.json.")
-    results = load(file)
-    file.with_suffix(".md").write_text(text := markdown(results))
-    print(text)
-    return 0
-
-
-# ---- the tables
+def report(results: Mapping[str, Any]) -> str:
+    """The tables of a bench.json."""
+    return page("bench.md", **results, cases=by_name(results))
 
 
 def by_name(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The cases of both stages by their whole names."""
     return {f"{stage}-{label}": case for stage in ("sft", "ppo") for label, case in results[stage].items()}
-
-
-def number(value: float | None, digits: int = 0) -> str:
-    """A number as the tables have it; a dash for what was not measured."""
-    return "-" if value is None else f"{value:,.{digits}f}"
-
-
-def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """A Markdown table: the first column is text, the others are numbers."""
-    return ["| " + " | ".join(row) + " |" for row in (head, ["---", *["---:"] * (len(head) - 1)], *rows)]
-
-
-def markdown(results: Mapping[str, Any]) -> str:
-    """The results as tables."""
-    machine, ratios, trained = results["machine"], results["ratios"], results["model"]
-    lines = [f"{results['gpus']} x {results['gpu'] or 'CPU rank'}, driver {machine['driver'] or '-'}, {machine['cpus']} cores, "
-             f"{trained['name']} ({trained['parameters'] / 1e9:.4g} B parameters), image {results['image'] or '-'}, "
-             f"commit {results['git_commit'] or '-'}.", ""]
-    measured = {name: case for name, case in by_name(results).items() if case["status"] == "measured"}
-    rows = [[name, number(case["seconds_per_step"], 2), number(case["tokens_per_second"]),
-             number(case["padded_tokens_per_second"]), number(ratios.get(name), 2),
-             number(case["mfu"] if "mfu" in case else case["mfu_actor"], 2), number(case.get("mfu_critic"), 2),
-             number(case["peak_memory_gib"], 1), number(case["start_seconds"]), number(case["first_step_seconds"], 1)]
-            for name, case in measured.items()]
-    lines += table(["case", "s a step", "tokens/s/GPU", "with padding", "ratio", "MFU (actor)", "MFU critic", "peak GiB",
-                    "start s", "first step s"], rows)
-    rows = []
-    for name, case in ((name, case) for name, case in measured.items() if "phases" in case):
-        step, seconds = case["phases"]["step"], [case["phases"][phase] for phase in PHASES]
-        columns = [*seconds, max(0.0, step - sum(seconds)), step]
-        rows.append([name, *(number(column, 2) for column in columns), number(case["answer_tokens"])])
-    if rows:
-        lines += ["", *table(["PPO, seconds", *PHASES, "other", "step", "answer tokens"], rows)]
-    failed = [f"{name} failed after {case['steps_made']} steps (exit status {case['exit_status']}): {case['log'][-1]}"
-              for name, case in by_name(results).items() if case["status"] == "failed"]
-    return "\n".join([*lines, *([""] + failed if failed else [])]) + "\n"

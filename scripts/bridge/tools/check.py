@@ -32,8 +32,6 @@ IMPORTS = ("torch", "vllm", "verl", "ray", "transformers", "datasets", "wandb", 
 LEAST_SHM = 1 << 30
 # NCCL opens the first; the second finds peers; both need the driver of the card (here Mellanox's, as H100 nodes have them).
 INFINIBAND = ("libibverbs.so.1", "librdmacm.so.1", "libmlx5.so.1")
-
-
 # By which bf16's outputs and gradients may be off; 8 bits are 0.2 % where nothing else is rounded.
 MOST_ERROR = 0.02
 
@@ -49,8 +47,7 @@ class Result:
 
 def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int:
     """Run all checks and report; returns 1 if any failed."""
-    unknown = [argument for argument in arguments if argument != "--json"]
-    if unknown:
+    if unknown := [argument for argument in arguments if argument != "--json"]:
         raise UsageError(f"check takes only --json; got {' '.join(unknown)}.")
     # Importing vLLM and others makes cache folders: below WORK_DIR, as in a stage.
     env = clean_environment(settings, env)
@@ -73,15 +70,9 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
 def python_environment(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
     """Python, and whether every package has the version of requirements.lock."""
     yield Result("python", "ok" if sys.version_info[:2] == (3, 11) else "FAIL", sys.version.split()[0])
-    wrong = []
-    locked = locked_versions()
-    for name, version in locked.items():
-        try:
-            installed = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            installed = "missing"
-        if installed != version:
-            wrong.append(f"{name} {installed} instead of {version}")
+    locked, installed = locked_versions(), manifest.packages()
+    wrong = [f"{name} {installed.get(name, 'missing')} instead of {version}" for name, version in locked.items()
+             if installed.get(name) != version]
     yield Result("requirements.lock", "FAIL" if wrong else "ok", "; ".join(wrong) or f"{len(locked)} packages as locked")
 
 

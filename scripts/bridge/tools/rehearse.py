@@ -11,15 +11,14 @@ import pyarrow.parquet
 
 from bridge import hardware, model_folder
 from bridge.errors import UsageError, say
+from bridge.pages import page
 from bridge.runs import checkpoints, metrics
 from bridge.settings import Settings, is_local
 from bridge.stages.eval import RESULT_FILE
 from bridge.tools import trial
 
-REPOSITORY = "rehearsal/bridge"
-
-# Numbers of ranks. More than two take the tutorial's own batches, which divide by them (profile eight).
-RANKS = (1, 2, 4, 8)
+# Only shown. A MODEL= that is a Llama wants its name.
+REPOSITORY = "rehearsal/Llama-bridge"
 
 # The stages, and what merge merges.
 STEPS = ("data", "model", "sft", "merge sft", "ppo", "merge ppo", "eval", "upload")
@@ -31,15 +30,13 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
         raise UsageError(f"rehearse takes no arguments; got {' '.join(arguments)}. MODEL=, DATA_SOURCE= and GPUS= apply.")
     gpus = hardware.visible_gpus(env)
     ranks = settings.gpus or (1 if gpus else 2)
-    problems = [] if ranks in RANKS else [f"GPUS={ranks}: the rehearsal runs on so many ranks that its batches divide by them. "
-                                          f"Possible: GPUS={', '.join(map(str, RANKS))}."]
     name = env.get("MODEL") or "tiny"
     # A relative folder is meant from where the person stands, which stays the same here.
     chain, chain_env = trial.inside(
         settings.work_dir / "rehearsal", env, MODEL=name, DATA_SOURCE=env.get("DATA_SOURCE") or "builtin",
         PROFILE=profile(name, ranks), GPUS=str(ranks), ALGO=settings.algo, HF_REPO=REPOSITORY)
     made = trial.made(chain)
-    trial.check(chain, env, made, new_model=True, problems=problems)
+    trial.check(chain, env, made, new_model=True, trained=("sft", "ppo"))
     if env.get("MODEL") and not gpus and settings.model not in ("tiny", "smollm2") and not is_local(settings.model):
         # Exported for the real run, most likely.
         raise UsageError(f"MODEL={settings.model} is too large to rehearse without a GPU. Use `make rehearse MODEL=tiny "
@@ -59,7 +56,7 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
                 say(f"the rehearsal stopped at {name}; the next one begins anew")
                 return status
             rows.append((name, time.monotonic() - started, outcome(name, chain)))
-    print(trial.table(rows))
+    print(page("stages.txt", rows=rows))
     return 0
 
 
@@ -76,12 +73,7 @@ def outcome(name: str, settings: Settings) -> str:
     if name == "model":
         return f"{settings.model_dir.name}, {model_folder.parameter_count(settings.model_dir) / 1e6:.3g} M parameters"
     if name in ("sft", "ppo"):
-        # First and last value of what the stage is to improve.
-        key, word = {"sft": ("train/loss", "loss"), "ppo": ("critic/score/mean", "reward")}[name]
-        rows = metrics.read(settings.stage_dir(name) / "metrics.jsonl")
-        values, last = [row[key] for row in rows if key in row], rows[-1].get("val/loss")
-        return (f"{len(rows)} steps, {word} {values[0]:.3f} -> {values[-1]:.3f}"
-                + (f", validation loss {last:.3f}" if last is not None else ""))
+        return metrics.course(name, metrics.read(settings.stage_dir(name) / "metrics.jsonl"))
     if name.startswith("merge "):
         merged = settings.merged_dir(name.split()[1])
         return f"{checkpoints.size(merged) / 1e6:.3g} MB, {merged}"

@@ -44,13 +44,12 @@ def own_folder(settings: Settings, name: str) -> Iterator[Path]:
         yield folder
 
 
-def check(settings: Settings, env: Mapping[str, str], removed: list[Path], new_model: bool,
-          trained: tuple[str, ...] = (), problems: Sequence[str] = ()) -> None:
+def check(settings: Settings, env: Mapping[str, str], removed: list[Path], new_model: bool, trained: Sequence[str] = ()) -> None:
     """Refuse GPUS, DATA_SOURCE and MODEL, all at once, before anything (`removed`) is removed.
 
-    new_model: whether it has yet to be made; trained: the stages whose batches all ranks share; problems: those found already.
+    new_model: whether it has yet to be made; trained: the stages whose batches all ranks share.
     """
-    problems = list(problems)
+    problems: list[str] = []
     sources = {"MODEL": settings.model_dir} if is_local(settings.model) else {}
     try:
         source = data.checked_source(settings.data_source)
@@ -86,7 +85,7 @@ def made(settings: Settings, *more: Path) -> list[Path]:
 def remove(paths: list[Path]) -> None:
     """Remove these folders. A link is removed as such: what it leads to stays.
 
-    A UsageError: a stage works in one of them, or one cannot be removed.
+    A UsageError: a stage works in one of them.
     """
     locks = [lock for path in paths if not path.is_symlink() for lock in path.glob("*/.lock")]
     for stage_dir in (lock.parent for lock in locks if not lock.parent.is_symlink()):
@@ -94,14 +93,10 @@ def remove(paths: list[Path]) -> None:
         with record.locked(stage_dir, LOCK_CURE):
             pass
     for path in paths:
-        try:
-            if path.is_symlink():
-                path.unlink()
-            elif path.exists():
-                shutil.rmtree(path)
-        except OSError as error:
-            raise UsageError(f"{path}, left by an earlier run, cannot be removed ({error.filename}: {error.strerror}). End what "
-                             "still uses it, or remove it yourself.") from error
+        if path.is_symlink():
+            path.unlink()
+        elif path.exists():
+            shutil.rmtree(path)
 
 
 def inside(folder: Path, env: Mapping[str, str], **changes: str) -> tuple[Settings, dict[str, str]]:
@@ -142,12 +137,3 @@ def last_lines(file: Path, count: int) -> list[str]:
     """The end of a log, without the intermediate states of progress bars."""
     text = file.read_bytes().decode(errors="replace") if file.is_file() else ""
     return [line.rsplit("\r", 1)[-1][:500] for line in text.rstrip().split("\n")[-count:]]
-
-
-def table(rows: list[tuple[str, float, str]]) -> str:
-    """A closing table: what, seconds, what came out; the last line sums up."""
-    total = sum(seconds for _, seconds, _ in rows)
-    width = max(11, *(len(name) + 2 for name, _, _ in rows))
-    lines = [f"{'stage':<{width}}{'seconds':>8}  what came out"]
-    lines += [f"{name:<{width}}{seconds:>8.1f}  {text}" for name, seconds, text in [*rows, ("all", total, "")]]
-    return "\n".join(line.rstrip() for line in lines)

@@ -12,7 +12,7 @@ import mmap
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import wraps
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from bridge.hardware import free_memory
 
 # Bytes at which a tensor begins, so that any kind may.
 ALIGNMENT = 64
-torch_save = torch.save
+torch_save, verls_save = torch.save, FSDPCheckpointManager.save_checkpoint
 
 
 def mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -44,6 +44,11 @@ def mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     return value
 
 
+def key(tensor: torch.Tensor) -> tuple:
+    """What is the same of the same tensor."""
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
 class HostCopy:
     """Memory for the tensors of one file, taken at the first copy and used for all that follow."""
 
@@ -52,40 +57,26 @@ class HostCopy:
 
     def of(self, tree: Any, ranks: int) -> Any | None:
         """The tree with all tensors in this memory. None where `ranks` such copies would take over half of what is free."""
-        places: dict[tuple, int] = {}
-        end = 0
-
-        def key(tensor: torch.Tensor) -> tuple:
-            # Weights that are tied are one.
-            return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
-
-        def measure(tensor: torch.Tensor) -> torch.Tensor:
-            nonlocal end
-            if tensor.numel() and key(tensor) not in places:
-                places[key(tensor)] = end
-                end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-            return tensor
-
-        copies: dict[tuple, torch.Tensor] = {}
-
-        def place(tensor: torch.Tensor) -> torch.Tensor:
-            if not tensor.numel():
-                return torch.empty_like(tensor, device="cpu")
-            if key(tensor) not in copies:
-                # A storage of its own: torch.save writes storages whole.
-                flat = torch.frombuffer(self.memory, dtype=tensor.dtype, count=tensor.numel(), offset=places[key(tensor)])
-                copies[key(tensor)] = flat.view(tensor.shape).copy_(tensor, non_blocking=True)
-            return copies[key(tensor)]
-
-        mapped(tree, measure)
-        if end > self.size:
-            if 2 * ranks * end > free_memory():
+        # Weights that are tied are one.
+        found: dict[tuple, torch.Tensor] = {}
+        mapped(tree, lambda tensor: found.setdefault(key(tensor), tensor))
+        sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in found.values()]
+        if sum(sizes) > self.size:
+            if 2 * ranks * sum(sizes) > free_memory():
                 return None
-            self.take(end)
-        copied = mapped(tree, place)
+            self.take(sum(sizes))
+        copies = {place: self.copy(tensor, end - size)
+                  for (place, tensor), size, end in zip(found.items(), sizes, accumulate(sizes), strict=True)}
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return copied
+        return mapped(tree, lambda tensor: copies[key(tensor)])
+
+    def copy(self, tensor: torch.Tensor, offset: int) -> torch.Tensor:
+        """The tensor at this place, with a storage of its own: torch.save writes storages whole."""
+        if not tensor.numel():
+            return torch.empty_like(tensor, device="cpu")
+        flat = torch.frombuffer(self.memory, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
+        return flat.view(tensor.shape).copy_(tensor, non_blocking=True)
 
     def take(self, size: int) -> None:
         """Take so many bytes; where there is a GPU, such that it writes into them by itself."""
@@ -133,27 +124,21 @@ class Writer:
         self.writing = []
 
 
-def in_background(save_checkpoint: Callable) -> Callable:
-    """verl's method with torch.save exchanged for a Writer's."""
-
-    @wraps(save_checkpoint)
-    def save(manager: FSDPCheckpointManager, local_path: str | None, *arguments, **options) -> None:
-        if not hasattr(manager, "writer"):
-            local = os.environ.get("RAY_LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or manager.world_size
-            manager.writer = Writer(int(local))
-            manager.optimizer.register_step_pre_hook(lambda *_: manager.writer.check())
-        # Without a path it is only waited.
-        manager.writer.wait()
-        on_gpu = fsdp_checkpoint_manager.is_cuda_available
-        torch.save = manager.writer.save
-        # verl would let FSDP copy the weights into ordinary memory first.
-        fsdp_checkpoint_manager.is_cuda_available = False
-        try:
-            save_checkpoint(manager, local_path, *arguments, **options)
-        finally:
-            torch.save, fsdp_checkpoint_manager.is_cuda_available = torch_save, on_gpu
-
-    return save
+def save_checkpoint(manager: FSDPCheckpointManager, local_path: str | None, *arguments, **options) -> None:
+    """verl's method with torch.save exchanged for a Writer's. Without a path it is only waited."""
+    if not hasattr(manager, "writer"):
+        local = os.environ.get("RAY_LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or manager.world_size
+        manager.writer = Writer(int(local))
+        manager.optimizer.register_step_pre_hook(lambda *_: manager.writer.check())
+    manager.writer.wait()
+    on_gpu = fsdp_checkpoint_manager.is_cuda_available
+    torch.save = manager.writer.save
+    # verl would let FSDP copy the weights into ordinary memory first.
+    fsdp_checkpoint_manager.is_cuda_available = False
+    try:
+        verls_save(manager, local_path, *arguments, **options)
+    finally:
+        torch.save, fsdp_checkpoint_manager.is_cuda_available = torch_save, on_gpu
 
 
-FSDPCheckpointManager.save_checkpoint = in_background(FSDPCheckpointManager.save_checkpoint)
+FSDPCheckpointManager.save_checkpoint = save_checkpoint

@@ -42,8 +42,7 @@ def use_gloo() -> None:
     import verl.utils.device
     import verl.utils.distributed
 
-    verl.utils.device.get_nccl_backend = lambda: "gloo"
-    verl.utils.distributed.get_nccl_backend = lambda: "gloo"
+    verl.utils.device.get_nccl_backend = verl.utils.distributed.get_nccl_backend = lambda: "gloo"
     init_process_group, all_reduce = dist.init_process_group, dist.all_reduce
 
     def init(backend=None, **options):
@@ -130,14 +129,9 @@ def answer_once() -> None:
 
 def setup() -> None:
     """Everything of the above; called in the trainer's process and, by Ray, in every worker."""
-    fill_torch_cpu()
-    use_gloo()
-    use_sdpa()
-    use_varlen_sdpa()
-    use_float32()
-    offload_without_pinning()
-    answer_once()
-    loopback.close()
+    for fill in (fill_torch_cpu, use_gloo, use_sdpa, use_varlen_sdpa, use_float32, offload_without_pinning, answer_once,
+                 loopback.close):
+        fill()
 
 
 def patch_ray_init(ranks: int) -> None:

@@ -5,13 +5,12 @@ it applies everything. On a machine without a GPU it changes nothing.
 """
 
 import gc
-import json
 import os
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 from bridge.trainers import packed_ppo
 
@@ -74,7 +73,9 @@ def make_engine(**options: Any):
     inspect_models_in_process()
     # A collection takes half a second in a process with all this imported, and each CUDA graph is recorded after one.
     freeze_gc()
-    if options.get("num_scheduler_steps", 1) > 1 and head_size(model_config()) == 64:
+    config = AutoConfig.from_pretrained(os.environ["BRIDGE_MODEL_DIR"])
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if options.get("num_scheduler_steps", 1) > 1 and head_size == 64:
         # vLLM 0.8.5 has no option for it.
         os.environ.setdefault("VLLM_FLASH_ATTN_VERSION", "2")
     engine = LLM(**{**options, "enable_prefix_caching": False})
@@ -94,22 +95,9 @@ def replace_engine() -> None:
     vllm_rollout_spmd.LLM = make_engine
 
 
-def model_config() -> dict[str, Any]:
-    """config.json of the model that is trained."""
-    return json.loads((Path(os.environ["BRIDGE_MODEL_DIR"]) / "config.json").read_text())
-
-
-def head_size(config: dict[str, Any]) -> int | None:
-    """Elements of one attention head; None where a config.json says it in another way."""
-    if "head_dim" in config:
-        return config["head_dim"]
-    heads = config.get("num_attention_heads")
-    return config["hidden_size"] // heads if heads and "hidden_size" in config else None
-
-
 def apply() -> None:
     """All of the above."""
-    fuse_layers(model_config()["model_type"])
+    fuse_layers(AutoConfig.from_pretrained(os.environ["BRIDGE_MODEL_DIR"]).model_type)
     fuse_adamw()
     packed_ppo.apply()
     expose_multi_step_model()

@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from multiprocessing import popen_fork
 from pathlib import Path
 from typing import Any
@@ -45,14 +44,9 @@ def is_requested() -> bool:
 
 def is_answered(answer: Path) -> bool:
     """Whether the trainer has ended because it was asked to. That it cannot be seen is said."""
-    seen = []
-
-    def look() -> None:
-        with suppress(FileNotFoundError):
-            seen.append(answer.stat())
-
-    Tolerance("looking for the trainer's answer").at_last(look)
-    return bool(seen)
+    seen: list[bool] = []
+    Tolerance("looking for the trainer's answer").at_last(lambda: seen.append(answer.exists()))
+    return any(seen)
 
 
 def stoppable_sft(trainer: type) -> type:
@@ -156,9 +150,6 @@ class UntilAsked:
         self.trainer.global_steps -= 1
         if not os.path.exists(f"{self.trainer.config.trainer.default_local_dir}/global_step_{self.trainer.global_steps}"):
             self.trainer._save_checkpoint()
-
-    def __len__(self) -> int:
-        return len(self.loader)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.loader, name)
