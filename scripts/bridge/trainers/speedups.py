@@ -73,11 +73,11 @@ def make_engine(**options: Any):
     inspect_models_in_process()
     # A collection takes half a second in a process with all this imported, and each CUDA graph is recorded after one.
     freeze_gc()
-    config = AutoConfig.from_pretrained(os.environ["BRIDGE_MODEL_DIR"])
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if options.get("num_scheduler_steps", 1) > 1 and head_size == 64:
-        # vLLM 0.8.5 has no option for it.
-        os.environ.setdefault("VLLM_FLASH_ATTN_VERSION", "2")
+    if options.get("num_scheduler_steps", 1) > 1:
+        config = AutoConfig.from_pretrained(os.environ["BRIDGE_MODEL_DIR"])
+        if (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) == 64:
+            # vLLM 0.8.5 has no option for it.
+            os.environ.setdefault("VLLM_FLASH_ATTN_VERSION", "2")
     engine = LLM(**{**options, "enable_prefix_caching": False})
     freeze_gc()
     if not options["enable_sleep_mode"]:
