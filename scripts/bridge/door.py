@@ -151,9 +151,15 @@ def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
             shutil.rmtree(env["RAY_TMPDIR"], ignore_errors=True)
 
     def end() -> None:
+        nonlocal status
+        newest = checkpoints.newest_complete(plan.checkpoints, plan.saved) if plan.checkpoints else None
+        step = newest.step if newest else 0
+        lacking = plan.checkpoints and checkpoints.newer_incomplete(plan.checkpoints, plan.saved, step)
+        if lacking and status in (0, STOPPED):
+            say(f"{lacking[-1].path.name}, which was saved last, is not whole: {lacking[-1].faults[0]}")
+            status = 1
         if plan.keep_log or (status == 0 and plan.record_dir.is_dir()):
-            newest = checkpoints.newest_complete(plan.checkpoints, plan.saved) if plan.checkpoints else None
-            record.write_json(plan.record_dir / "run.json", record.end(recorded, status, newest.step if newest else 0), secrets)
+            record.write_json(plan.record_dir / "run.json", record.end(recorded, status, step), secrets)
 
     Tolerance("writing run.json").at_last(end)
     if status == STOPPED:

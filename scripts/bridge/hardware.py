@@ -2,8 +2,8 @@
 
 import os
 import re
+import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,19 +126,12 @@ def cpu_count(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     return cores
 
 
-def free_memory(root: Path = Path("/")) -> int:
-    """Bytes of the host's memory that this process may still take: what the machine has, and what its cgroups (a job's) leave."""
-    free = [psutil.virtual_memory().available]
-    name = next((line[3:] for line in (root / "proc/self/cgroup").read_text().splitlines() if line.startswith("0::")), "/")
-    folder = root / "sys/fs/cgroup" / name.strip("/")
-    for group in (folder, *folder.parents):
-        # A container may show them only in part.
-        with suppress(OSError, ValueError):
-            used, cached = int((group / "memory.current").read_text()), (group / "memory.stat").read_text()
-            # Pages of files go when memory is asked for.
-            used -= int(re.search(r"^inactive_file (\d+)", cached, re.MULTILINE)[1])
-            free.append(int((group / "memory.max").read_text()) - used)
-    return min(free)
+def free_memory(env: Mapping[str, str]) -> int:
+    """Bytes of the host's memory that this process may still take: what is free, and at most half of a Slurm job's limit."""
+    # In MiB. What the job has taken of it is not seen in every container.
+    limit = int(env.get("SLURM_MEM_PER_NODE") or 0) or (
+        int(env.get("SLURM_MEM_PER_CPU") or 0) * int(env.get("SLURM_CPUS_ON_NODE") or 0))
+    return min(psutil.virtual_memory().available, limit << 19 or sys.maxsize)
 
 
 def vllm_problems(gpus: list[Gpu]) -> list[str]:

@@ -15,7 +15,6 @@ from bridge.errors import nearest, refuse
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "HUGGING_FACE_HUB_TOKEN")
-
 # What the tutorial left for the reader to replace.
 PLACEHOLDER = re.compile(r"YOU_[A-Z_]+")
 # Names become folders, run names (wandb's have at most 128 characters) and parts of a command.

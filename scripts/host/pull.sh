@@ -8,7 +8,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/read_env.sh"
 read_settings
 source=${IMAGE:-}
 cure="Give it as IMAGE=oras://HOST/NAME@sha256:... or IMAGE=docker://HOST/NAME@sha256:..."
-
 [[ $source == @(oras|docker)://?* ]] || fail "IMAGE=$source is no image in a registry. $cure"
 # A tag may be another image tomorrow, and nothing would tell.
 [[ $source =~ @sha256:[0-9a-f]{64}$ ]] ||

@@ -154,3 +154,12 @@ def test_the_trainer_sees_the_first_of_the_visible_gpus_only(monkeypatch):
     own_env, notes = {}, []
     train.limit_gpus(2, {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}, own_env, notes)
     assert own_env == {"CUDA_VISIBLE_DEVICES": "4,5"} and notes == ["CUDA_VISIBLE_DEVICES=4,5 (the first 2 of 4)"]
+
+
+def test_of_the_hosts_memory_half_of_the_jobs_limit_may_be_taken(monkeypatch):
+    monkeypatch.setattr(hardware.psutil, "virtual_memory", lambda: SimpleNamespace(available=100 << 30))
+    assert hardware.free_memory({}) == 100 << 30
+    assert hardware.free_memory({"SLURM_MEM_PER_NODE": str(64 << 10)}) == 32 << 30
+    assert hardware.free_memory({"SLURM_MEM_PER_CPU": "2048", "SLURM_CPUS_ON_NODE": "16"}) == 16 << 30
+    assert hardware.free_memory({"SLURM_MEM_PER_NODE": str(900 << 10)}) == 100 << 30
+    assert hardware.free_memory({"SLURM_MEM_PER_NODE": "0"}) == 100 << 30

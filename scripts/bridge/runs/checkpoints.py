@@ -5,7 +5,7 @@
         {model,optim,extra_state}_world_size_W_rank_R.pt   zip files, one of each a rank, of what the run saves
         huggingface/                                   config and tokenizer; weights only if hf_model is saved
         fsdp_config.json                               {"world_size": W}
-    checkpoints/global_step_N/data.pt                  state of the data loader, written after all of the above
+    checkpoints/global_step_N/data.pt                  state of the data loader, written last but for shards in the background
     checkpoints/global_step_N/checksums.json           ours: size and checksum of each file, once all are there
     checkpoints/global_step_N.set-aside                ours: was not whole when the run went on from an earlier step
 
@@ -48,7 +48,6 @@ NO_ZIP = (zipfile.BadZipFile, ValueError, RuntimeError)
 LOAD_CONTENTS = {"sft": {".": "trainer.checkpoint.load_contents"},
                  "ppo": {"actor": "actor_rollout_ref.actor.checkpoint.load_contents",
                          "critic": "critic.checkpoint.load_contents"}}
-
 # The folders of a checkpoint that hold shards -> what is saved in each, in the words of verl's save_contents.
 Contents = Mapping[str, Sequence[str]]
 
@@ -345,7 +344,7 @@ class Housekeeping(Thread):
 
     def look(self) -> None:
         """Take in what has appeared and is whole. After an OSError the next call does the rest."""
-        # data.pt is written last: before it is there, the others need not be opened.
+        # Before data.pt is there, the others need not be opened.
         new = [judged(path, step, self.wanted) for step, path in step_folders(self.folder)
                if path not in self.seen and (path / LOADER).is_file()]
         new = [checkpoint.path for checkpoint in new if checkpoint.complete]

@@ -39,7 +39,6 @@ HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
 # Share of the rows of one file that become test rows, and what they are drawn by unless SEED= says.
 TEST_SHARE, SEED = 0.1, 0
 SHOWN = 20
-
 Rows = list[dict[str, str]]
 # What a row is called before its number, and the rows with their numbers.
 Numbered = tuple[str, Iterable[tuple[int, Any]]]

@@ -13,7 +13,6 @@ from bridge.trainers.packed_settings import groups_rows
 
 # Bytes that a path to a socket may have, less those of the run's own folder and Ray's longest name below it.
 LONGEST_TMPDIR = 107 - len("/ray-12345678/ray/session_2026-01-01_00-00-00_123456_4194304/sockets/plasma_store")
-
 # Columns of the data stage's that hold what is read, as in data.lengths.
 TEXTS = ("prompt", "extra_info.answer")
 

@@ -32,7 +32,6 @@ ON_CPU = ("rehearsal", "tiny", "eight")
 BY_ROWS = ("tutorial", *ON_CPU)
 # What the users have: shown in a dry run where no GPU is visible.
 ASSUMED_MEMORY = 80
-
 # What verl's configuration asks of the environment, where only its numbers are looked at.
 NAMES = dict.fromkeys(("WORK_DIR", "BRIDGE_MODEL_DIR", "BRIDGE_STAGE_DIR", "BRIDGE_RUN_NAME", "WANDB_PROJECT"), "")
 DATA_KEYS = ("train_files", "val_files")

@@ -21,7 +21,6 @@ AGAIN = "Run `make upload` again: files that are there already are not sent twic
 OFFLINE_CURE = "It needs internet, which a login node has, for instance."
 RIGHTS_CURE = ("Your token may not write there. Use a token with write access (the hub makes one under Settings, Access Tokens), "
                "and an OWNER that is you or an organisation in which you may write.")
-
 # Weights of an earlier upload that was cut into other files: transformers would find both.
 STALE = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin",
          "pytorch_model.bin.index.json"]

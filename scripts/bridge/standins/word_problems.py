@@ -13,7 +13,6 @@ from bridge.settings import CONFIGS
 TRAIN_ROWS = 512
 TEST_ROWS = 64
 SEED = 0
-
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 FORMULA = re.compile(r"\[(\w+)([-+*/])(\w+)\]")
 

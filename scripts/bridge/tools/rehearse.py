@@ -19,7 +19,6 @@ from bridge.tools import trial
 
 # Only shown. A MODEL= that is a Llama wants its name.
 REPOSITORY = "rehearsal/Llama-bridge"
-
 # The stages, and what merge merges.
 STEPS = ("data", "model", "sft", "merge sft", "ppo", "merge ppo", "eval", "upload")
 

@@ -10,8 +10,10 @@ training (trainers.stoppable), wait for the one before. What could not be writte
 import copy
 import mmap
 import os
+import zipfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from itertools import accumulate
 from typing import Any
 
@@ -45,26 +47,30 @@ def mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
 
 
 def key(tensor: torch.Tensor) -> tuple:
-    """What is the same of the same tensor."""
+    """What is the same of the same tensor, and so of weights that are tied."""
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 class HostCopy:
     """Memory for the tensors of one file, taken at the first copy and used for all that follow."""
 
+    # Bytes that all of this process have.
+    taken = 0
+
     def __init__(self) -> None:
         self.size, self.memory = 0, None
 
     def of(self, tree: Any, ranks: int) -> Any | None:
-        """The tree with all tensors in this memory. None where `ranks` such copies would take over half of what is free."""
-        # Weights that are tied are one.
+        """The tree with all tensors in this memory. None where copies of so many ranks would take over half of what is free."""
         found: dict[tuple, torch.Tensor] = {}
         mapped(tree, lambda tensor: found.setdefault(key(tensor), tensor))
         sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in found.values()]
+        if sum(sizes) > self.size and ranks * (HostCopy.taken + 2 * sum(sizes)) <= free_memory(os.environ):
+            # A limit that is not seen (ulimit -v) ends here.
+            with suppress(OSError):
+                self.take(sum(sizes))
         if sum(sizes) > self.size:
-            if 2 * ranks * sum(sizes) > free_memory():
-                return None
-            self.take(sum(sizes))
+            return None
         copies = {place: self.copy(tensor, end - size)
                   for (place, tensor), size, end in zip(found.items(), sizes, accumulate(sizes), strict=True)}
         if torch.cuda.is_available():
@@ -80,9 +86,11 @@ class HostCopy:
 
     def take(self, size: int) -> None:
         """Take so many bytes; where there is a GPU, such that it writes into them by itself."""
-        self.size, self.memory = size, mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.size, HostCopy.taken = size, HostCopy.taken + size
         # Taken and pinned in seconds instead of tens of them. (PyTorch's own pinned memory is rounded up to a power of two.)
-        self.memory.madvise(mmap.MADV_HUGEPAGE)
+        with suppress(OSError):
+            self.memory.madvise(mmap.MADV_HUGEPAGE)
         # Processes that load data are forks: what the GPU writes to must not become theirs.
         self.memory.madvise(mmap.MADV_DONTFORK)
         if torch.cuda.is_available():
@@ -102,15 +110,17 @@ class Writer:
         copied = self.copies.setdefault(os.path.basename(file), HostCopy()).of(tree, self.ranks)
         if copied is None:
             say(f"{file}: too little memory is free for a copy, so that the training waits until it is written")
-            torch_save(tree, file)
+            self.write(tree, file)
         else:
             self.writing.append(self.pool.submit(self.write, copied, file))
 
     @staticmethod
     def write(tree: Any, file: str) -> None:
-        """Write one file, which gets its name at the end."""
-        torch_save(tree, f"{file}.partial")
-        os.replace(f"{file}.partial", file)
+        """Write one file, which gets its name once its end is on the disk, too: of that torch.save says nothing."""
+        torch_save(tree, partial := f"{file}.partial")
+        with open(partial, "rb") as stream, zipfile.ZipFile(stream):
+            os.fsync(stream.fileno())
+        os.replace(partial, file)
 
     def check(self, done: Callable[[Future], bool] = Future.done) -> None:
         """Raise what kept a file from being written, if that is known by now."""

@@ -71,6 +71,8 @@ def stoppable_sft(trainer: type) -> type:
             super().fit()
             # Without a path: what is written in the background is waited for.
             self.checkpoint_manager.save_checkpoint(None)
+            # On all nodes: they end with the first.
+            torch.distributed.barrier()
 
         def training_step(self, batch) -> dict[str, float]:
             metrics = super().training_step(batch)
