@@ -225,8 +225,8 @@ def from_hub(source: str) -> dict[str, Numbered]:
     except (ConnectionError, FileNotFoundError, ValueError, requests.exceptions.RequestException) as error:
         raise UsageError(
             f"{name} cannot be had from the Hugging Face Hub: {type(error).__name__}: {str(error).splitlines()[0]}",
-            "Fetch it where there is internet (`make data` there; the same WORK_DIR, or copy its data folder), or use "
-            "DATA_SOURCE= with a file, a folder or builtin. Of several: DATA_SOURCE=OWNER/NAME:CONFIGURATION.") from error
+            "Use a machine with internet (same WORK_DIR, or copy its data), a file or a folder with train.jsonl (DATA_SOURCE=), "
+            "or DATA_SOURCE=builtin for made-up problems. Of several: DATA_SOURCE=OWNER/NAME:CONFIGURATION.") from error
     if "train" not in found:
         raise UsageError(f"{name} has no split train; it has {', '.join(found)}. Save what you want as a file.")
     splits = SPLITS if "test" in found else ("train",)
