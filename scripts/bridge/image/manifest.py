@@ -29,7 +29,8 @@ def lock_hash() -> str:
 def packages() -> dict[str, str]:
     """Name -> version of each package of this Python, by its normalized name."""
     found = {re.sub(r"[-_.]+", "-", package.metadata["Name"]).lower(): package.version
-             for package in importlib.metadata.distributions()}
+             # Of two the one that Python finds first.
+             for package in reversed(list(importlib.metadata.distributions()))}
     return dict(sorted(found.items()))
 
 

@@ -54,8 +54,7 @@ def key(tensor: torch.Tensor) -> tuple:
 class HostCopy:
     """Memory for the tensors of one file, taken at the first copy and used for all that follow."""
 
-    # Bytes that all of this process have.
-    taken = 0
+    taken = 0  # bytes, by all of this process
 
     def __init__(self) -> None:
         self.size, self.memory = 0, None
