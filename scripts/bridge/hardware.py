@@ -128,9 +128,9 @@ def cpu_count(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 
 def free_memory(env: Mapping[str, str]) -> int:
     """Bytes of the host's memory that this process may still take: what is free, and at most half of a Slurm job's limit."""
+    node, core, cores = (int(env.get(f"SLURM_{name}") or 0) for name in ("MEM_PER_NODE", "MEM_PER_CPU", "CPUS_ON_NODE"))
     # In MiB. What the job has taken of it is not seen in every container.
-    limit = int(env.get("SLURM_MEM_PER_NODE") or 0) or (
-        int(env.get("SLURM_MEM_PER_CPU") or 0) * int(env.get("SLURM_CPUS_ON_NODE") or 0))
+    limit = node or core * cores
     return min(psutil.virtual_memory().available, limit << 19 or sys.maxsize)
 
 

@@ -1,7 +1,6 @@
 # shellcheck shell=bash disable=SC2034,SC2154 # submit.sh and this one use each other's
 # What is asked of Slurm for a stage, and what cannot be asked. Runs: host, sourced by submit.sh.
 #   source scripts/host/slurm.sh; prepare sft; "${command[@]}"
-# Each finding goes to `problems`, so that all are named at once.
 
 problems=()
 signal=${SBATCH_SIGNAL:-B:USR1@300}
@@ -50,8 +49,7 @@ limit_of() { # PARTITIONS: the time limit of a job that asks for none, of each (
 }
 
 ask_for() { # STAGE: fills options (of sbatch and srun) and drop (names that the job's call must not have), adds to problems
-    local stage=$1 partition=${SBATCH_PARTITION:-} gpus=0 asked='' share most nodes name
-    local count=1
+    local stage=$1 partition=${SBATCH_PARTITION:-} gpus=0 asked='' share most nodes name count=1
     ! is_training "$stage" && [[ $stage != check ]] || count=${NODES:-1}
     options=(--nodes="$count" --ntasks-per-node=1) drop=()
     [[ -n ${SBATCH_JOB_NAME:-} ]] || options+=(--job-name="bridge-$stage")

@@ -29,6 +29,11 @@ source "$checkout/scripts/host/slurm.sh"
 
 what=$1 && shift
 slurm=$(command -v sbatch srun sinfo) || problems+=("no Slurm here: sbatch is not on PATH. Log in where jobs are submitted.")
+# Which names it reads sbatch itself tells, unless it is a site's script around it. slurm.sh reads two more.
+[[ -z $slurm ]] || ! grep -qa SBATCH_PARTITION "${slurm%%$'\n'*}" || for name in $(compgen -e SBATCH_); do
+    [[ $name == SBATCH_@(CPUS_PER_TASK|NODELIST) ]] || grep -qaP "$name\x00" "${slurm%%$'\n'*}" || problems+=(
+        "$name=${!name}: sbatch reads no such name. Its own are in man sbatch: SBATCH_TIMELIMIT=4:00:00, SBATCH_MEM_PER_NODE=100G, ...")
+done
 [[ ${NODES:-1} =~ ^[1-9][0-9]*$ ]] || problems+=("NODES=$NODES is no number of nodes. Use NODES=1 or more.")
 [[ ${REQUEUE:-10} =~ ^[0-9]+$ ]] || problems+=("REQUEUE=$REQUEUE is no number: how often at most a job is put back, 0 for never.")
 
@@ -78,7 +83,6 @@ else # a dry run shows it all
     grep -E "^bridge: (.* is finished \(|another run works in )${dry:+|}" <<< "$said" || true
 fi
 [[ -n $dry ]] || mkdir -p "$WORK_DIR/jobs"
-for name in $(compgen -e SBATCH_); do echo "bridge: sbatch also reads $name=${!name}"; done
 [[ -n ${SBATCH_TIMELIMIT:-} ]] || echo "bridge: SBATCH_TIMELIMIT is not set, so the time limit is the partition's: $(limit_of "${SBATCH_PARTITION:-}")"
 ids=()
 for stage in "${jobs[@]}"; do

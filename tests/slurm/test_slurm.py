@@ -68,6 +68,7 @@ REFUSED = {
     "no such partition": (("STAGE=ppo", "GPUS=8", "SBATCH_PARTITION=nope"), "invalid partition specified: nope"),
     "longer than the partition allows": (("STAGE=ppo", "GPUS=8", "SBATCH_TIMELIMIT=9-0"), "Requested time limit is invalid"),
     "no time limit": (("STAGE=ppo", "GPUS=8", "SBATCH_TIMELIMIT=1h"), "SBATCH_TIMELIMIT=1h is no time limit"),
+    "a name that sbatch does not read": (("STAGE=ppo", "GPUS=8", "SBATCH_TIME=9"), "SBATCH_TIME=9: sbatch reads no such name"),
     "too short": (("STAGE=ppo", "GPUS=8", "SBATCH_TIMELIMIT=0:6:59"), "is 419 s: too short"),
     "a signal to the steps": (("STAGE=ppo", "GPUS=8", "SBATCH_SIGNAL=TERM@60"), "SBATCH_SIGNAL=TERM@60"),
     "how often": (("STAGE=ppo", "GPUS=8", "REQUEUE=always"), "REQUEUE=always"),

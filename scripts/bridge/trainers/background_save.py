@@ -25,8 +25,7 @@ from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
 from bridge.errors import say
 from bridge.hardware import free_memory
 
-# Bytes at which a tensor begins, so that any kind may.
-ALIGNMENT = 64
+ALIGNMENT = 64  # bytes
 torch_save, verls_save = torch.save, FSDPCheckpointManager.save_checkpoint
 
 

@@ -164,7 +164,6 @@ def stoppable_ppo(trainer: type) -> type:
         def fit(self) -> None:
             self.train_dataloader = UntilAsked(self)
             super().fit()
-            # As in SFT.
             for group in (self.actor_rollout_wg, *([self.critic_wg] if self.use_critic else [])):
                 group.save_checkpoint(None)
 
