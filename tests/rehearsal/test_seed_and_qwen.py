@@ -69,6 +69,8 @@ def test_a_qwen_trains_with_sft_packed_and_with_a_kl_penalty_in_ppos_reward(work
     rows = trained(work_dir, "ppo", "algorithm.use_kl_in_reward=True", "actor_rollout_ref.actor.optim.lr=1e-3",
                    RUN="qwen", MODEL=str(qwen))
     assert [row["actor/reward_kl_penalty_coeff"] for row in rows] == [0.001, 0.001]
-    assert abs(rows[0]["actor/reward_kl_penalty"]) < 1e-3 < abs(rows[1]["actor/reward_kl_penalty"])
+    # Nothing at first. Then a mean over a few drawn tokens, which may come out near nothing.
+    first, second = (abs(row["actor/reward_kl_penalty"]) for row in rows)
+    assert first < 1e-6 < second
     # The penalty is in what is learned from, and not in the score.
     assert rows[1]["critic/rewards/mean"] != rows[1]["critic/score/mean"]
