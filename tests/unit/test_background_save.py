@@ -42,18 +42,13 @@ print(torch.equal(found["rng"][0], wanted["rng"][0]))
 """) == "True"
 
 
-def test_tied_weights_are_copied_once_and_no_file_has_what_another_has():
-    assert run_python(COPIES + """
-copy = HostCopy().of(tree, 1)["model"]
-assert copy["embedding"].data_ptr() == copy["head"].data_ptr()
-print(copy["turned"].untyped_storage().nbytes() == wide.nbytes)
-""") == "True"
-
-
-def test_a_copy_stays_as_it_was_until_the_next_which_takes_its_memory():
+def test_tied_weights_are_copied_once_and_a_copy_stays_until_the_next_takes_its_memory():
     assert run_python(COPIES + """
 memory = HostCopy()
 first = memory.of(tree, 1)
+assert first["model"]["embedding"].data_ptr() == first["model"]["head"].data_ptr()
+# No file has what another tensor has.
+assert first["model"]["turned"].untyped_storage().nbytes() == wide.nbytes
 before = saved(first)
 tied.zero_()
 assert saved(first) == before

@@ -60,8 +60,8 @@ def test_rows_longer_than_a_limit_are_refused_with_the_limit_that_fits(tmp_path)
         fits = result.stderr.partition(f"Use data.{key}=")[2].partition(",")[0]
         result = bridge(stage, "--dry-run", f"data.{key}={fits}", *more, **env)
         assert result.returncode == 0, result.stderr
-        # One less does not.
-        assert bridge(stage, "--dry-run", f"data.{key}={int(fits) - 1}", *more, **env).returncode == 2
+    # One less does not.
+    assert bridge(stage, "--dry-run", f"data.{key}={int(fits) - 1}", *more, **env).returncode == 2
     # Cut off, as the small profiles have it: said, since an answer's end may be what is cut.
     assert "1 of 100 are longer; data.max_length=" in bridge("sft", "--dry-run", **env).stderr
 
