@@ -46,7 +46,7 @@ if [[ $what != submit ]]; then
     exec srun "${options[@]}" "$([[ $what == shell ]] && echo --pty || echo --label)" "$checkout/scripts/host/container.sh" "$what" "$@"
 fi
 
-dry='' arguments=()
+dry='' arguments=() ids=()
 for argument; do if [[ $argument == --dry-run ]]; then dry=1; else arguments+=("$argument"); fi; done
 [[ -z $stage || -z $chain ]] || problems+=("STAGE=$stage and CHAIN=$chain: give one of them.")
 [[ -n $stage$chain ]] || problems+=("Which stage? make submit STAGE=ppo GPUS=8, or CHAIN=sft,merge:sft,ppo,merge:ppo")
@@ -83,8 +83,8 @@ else # a dry run shows it all
     grep -E "^bridge: (.* is finished \(|another run works in )${dry:+|}" <<< "$said" || true
 fi
 [[ -n $dry ]] || mkdir -p "$WORK_DIR/jobs"
+for name in $(compgen -e SBATCH_); do echo "bridge: sbatch also reads $name=${!name}"; done
 [[ -n ${SBATCH_TIMELIMIT:-} ]] || echo "bridge: SBATCH_TIMELIMIT is not set, so the time limit is the partition's: $(limit_of "${SBATCH_PARTITION:-}")"
-ids=()
 for stage in "${jobs[@]}"; do
     after=(--parsable)
     [[ ${#ids[@]} == 0 ]] || after+=("--dependency=afterok:${ids[-1]}" --kill-on-invalid-dep=yes)
