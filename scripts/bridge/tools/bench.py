@@ -200,7 +200,7 @@ def header(settings: Settings, env: Mapping[str, str], gpus: list[hardware.Gpu])
 def earlier(file: Path, head: dict[str, Any]) -> dict[str, Any]:
     """The results of bench.json if machine, code, model and data were the same; others are kept beside it."""
     if file.is_file():
-        with suppress(ValueError):
+        with suppress(ValueError, AttributeError):
             if (before := read_json(file)) and before.items() >= head.items():
                 return before
         aside = file.with_suffix(f".till-{datetime.fromtimestamp(file.stat().st_mtime):%Y-%m-%d-%H%M%S.%f}.json")
