@@ -43,7 +43,7 @@ oci)
     store=''
     [[ $tool != buildah ]] || store=$(buildah info --format '{{index .store "GraphRoot"}}')
     [[ $tool != podman ]] || store=$(podman info --format '{{.Store.GraphRoot}}')
-    [[ ! -d $store ]] || need_space 33 "$store" "Remove what you do not need ($tool images --all), or move the store to a larger disk."
+    [[ ! -d $store ]] || need_space 20 "$store" "Remove what you do not need ($tool images --all), or move the store to a larger disk."
     [[ $image == "$name" || $image == *.tar ]] || fail "IMAGE=$image: the build is called $name; IMAGE=FILE.tar stores it too."
     ;;
 *) fail "build.sh takes sif or oci, not '$what'." ;;

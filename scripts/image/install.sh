@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Install what the image holds, all of it below /opt. Runs: build, as root (Containerfile and apptainer.def call it).
-#   install.sh dependencies [WHEEL]         Debian's packages, Python's of requirements.lock, flash-attn
+#   install.sh torch                        Debian's packages; of requirements.lock torch and NVIDIA's libraries, half of its size
+#   install.sh dependencies [WHEEL]         the rest of it, and flash-attn
 #   install.sh bridge                       our own program and configurations, which change more often
 #   install.sh manifest COMMIT BASE [WHEEL] what is in the image and what it was made of: /opt/bridge/manifest.json
 # Each part ends by proving itself. WHEEL is NAME@sha256:... of a wheel of flash-attn instead of the release's. A build may
@@ -19,7 +20,16 @@ flash_attn_wheel=flash_attn-2.7.4.post1+cu12torch2.6cxx11abiFALSE-cp311-cp311-li
 flash_attn_wheel+=@sha256:58853b28a5a926cae14402bfd8d4d93a45ebf8f9e79533f37ab09d0d77a99c05
 
 uv() {
-    UV_CACHE_DIR=/opt/uv/cache UV_COMPILE_BYTECODE=1 UV_SYSTEM_CERTS=1 VIRTUAL_ENV=/opt/venv /opt/uv/bin/uv "$@"
+    UV_CACHE_DIR=/opt/uv/cache UV_SYSTEM_CERTS=1 VIRTUAL_ENV=/opt/venv /opt/uv/bin/uv "$@"
+}
+
+install_uv() { # for one step: no layer keeps it
+    local bundle=/etc/ssl/certs/ca-certificates.crt file
+    for file in /mnt/inputs/certificates.crt /run/secrets/certificates.crt; do [[ ! -s $file ]] || bundle=$file; done
+    export SSL_CERT_FILE=$bundle PIP_CERT=$bundle
+    python3.11 -m venv /opt/uv
+    /opt/uv/bin/pip install --quiet --no-cache-dir --disable-pip-version-check --no-deps --require-hashes \
+        -r /opt/bridge/requirements-uv.lock
 }
 
 debian_packages() {
@@ -36,19 +46,20 @@ debian_packages() {
     rm -rf /var/lib/apt/lists/* /var/log/* /var/cache/ldconfig/aux-cache /var/cache/debconf/*-old /etc/*-
 }
 
-python_packages() { # [WHEEL]
-    local bundle=/etc/ssl/certs/ca-certificates.crt file wheel=${1:-$flash_attn_wheel} folder=$flash_attn_release
-    for file in /mnt/inputs/certificates.crt /run/secrets/certificates.crt; do [[ ! -s $file ]] || bundle=$file; done
-    [[ -z ${1:-} ]] || folder=file:///mnt/inputs
-    export SSL_CERT_FILE=$bundle PIP_CERT=$bundle
-    python3.11 -m venv /opt/uv
-    /opt/uv/bin/pip install --quiet --no-cache-dir --disable-pip-version-check --no-deps --require-hashes \
-        -r /opt/bridge/requirements-uv.lock
+torch_packages() {
     uv venv --quiet --python /usr/bin/python3.11 /opt/venv
+    awk '/^[a-z]/ { chosen = /^(torch==|nvidia-)/ } chosen' /opt/bridge/requirements.lock |
+        uv pip install --no-deps --require-hashes -r -
+    # cuSOLVER for several GPUs in one process: nothing loads it.
+    rm "$site/nvidia/cusolver/lib/libcusolverMg.so.11"
+}
+
+python_packages() { # [WHEEL]
+    local wheel=${1:-$flash_attn_wheel} folder=$flash_attn_release
+    [[ -z ${1:-} ]] || folder=file:///mnt/inputs
     # One package of the lock is source, in plain Python: what builds it is pinned too.
     uv pip install --no-deps --require-hashes --build-constraints /opt/bridge/requirements.lock -r /opt/bridge/requirements.lock
-    uv pip install --no-deps --require-hashes -r - <<< "flash-attn @ $folder/${wheel%@*} --hash=${wheel#*@}"
-    rm -rf /opt/uv
+    uv pip install --compile-bytecode --no-deps --require-hashes -r - <<< "flash-attn @ $folder/${wheel%@*} --hash=${wheel#*@}"
 }
 
 leave_out() { # what nothing loads; docs/image.md has the sizes
@@ -57,8 +68,7 @@ leave_out() { # what nothing loads; docs/image.md has the sizes
     for name in cupy cupy_backends cupyx llguidance llvmlite triton uvloop xformers xgrammar; do
         find "$site/$name" -name '*.so' -exec strip --strip-debug {} +
     done
-    # Ray's Java half, and cuSOLVER for several GPUs in one process.
-    rm -rf "$site/ray/jars" "$site/nvidia/cusolver/lib/libcusolverMg.so.11"
+    rm -rf "$site/ray/jars"
     # When the wheel's file was written: no two builds would be the same.
     rm -f "$site"/flash_attn-*.dist-info/uv_cache.json
     sed -i '/uv_cache\.json/d' "$site"/flash_attn-*.dist-info/RECORD
@@ -84,9 +94,16 @@ PYTHON
 }
 
 case ${1:-} in
-dependencies)
+torch)
     debian_packages
+    install_uv
+    torch_packages
+    rm -rf /opt/uv
+    ;;
+dependencies)
+    install_uv
     python_packages "${2:-}"
+    rm -rf /opt/uv
     leave_out
     prove_dependencies
     ;;
@@ -113,7 +130,7 @@ manifest)
     echo "proved: $(wc -l < /opt/bridge/manifest.json) lines of manifest"
     ;;
 *)
-    sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
     exit 2
     ;;
 esac
