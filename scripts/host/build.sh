@@ -39,11 +39,11 @@ oci)
     tool=$(first_of buildah podman docker)
     [[ -n $tool ]] || fail "no buildah, podman or docker on PATH. Install one, or make image with Apptainer."
     image=${IMAGE:-$name}
-    # The working container, two copies of its layer on the way, and the layer. Docker's store may be on another machine.
+    # 21.9 GiB were seen, while it takes the larger layer. Docker's store may be on another machine.
     store=''
     [[ $tool != buildah ]] || store=$(buildah info --format '{{index .store "GraphRoot"}}')
     [[ $tool != podman ]] || store=$(podman info --format '{{.Store.GraphRoot}}')
-    [[ ! -d $store ]] || need_space 20 "$store" "Remove what you do not need ($tool images --all), or move the store to a larger disk."
+    [[ ! -d $store ]] || need_space 23 "$store" "Remove what you do not need ($tool images --all), or move the store to a larger disk."
     [[ $image == "$name" || $image == *.tar ]] || fail "IMAGE=$image: the build is called $name; IMAGE=FILE.tar stores it too."
     ;;
 *) fail "build.sh takes sif or oci, not '$what'." ;;

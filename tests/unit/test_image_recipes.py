@@ -45,23 +45,24 @@ def test_both_recipes_start_from_the_same_image_by_digest(recipes):
 
 def test_both_recipes_run_the_same_install_steps(recipes):
     steps = [re.findall(r"install\.sh (\w+)", "\n".join(recipe.install)) for recipe in recipes]
-    assert steps[0] == steps[1] == ["dependencies", "bridge", "manifest"]
+    assert steps[0] == steps[1] == ["torch", "dependencies", "bridge", "manifest"]
 
 
 def test_both_recipes_hand_the_steps_the_same_arguments():
     # Of the base its name where build.sh gives one, else what FROM and From: say, which ends in a digest.
     handed = [re.findall(r'install\.sh (\w+)((?: "\S+")*)$', text.replace("${base:-{{ BASE }}}", "${BASE_NAME}").replace(
         "{{ ", "${").replace(" }}", "}"), re.MULTILINE) for text in (OCI, SIF)]
-    assert handed[0] == handed[1] == [("dependencies", ' "${FLASH_ATTN_WHEEL}"'), ("bridge", ""),
+    assert handed[0] == handed[1] == [("torch", ""), ("dependencies", ' "${FLASH_ATTN_WHEEL}"'), ("bridge", ""),
                                       ("manifest", ' "${COMMIT}" "${BASE_NAME}" "${FLASH_ATTN_WHEEL}"')]
     assert "ARG BASE_NAME=${BASE}\n" in OCI and '    base="{{ BASE_NAME }}"\n' in SIF
 
 
-def test_a_new_commit_or_an_edit_of_the_program_leaves_the_slow_layer_alone():
+def test_a_new_commit_or_an_edit_of_the_program_leaves_the_slow_layers_alone():
     slow = OCI.index("install.sh dependencies")
     copied = [word for line in re.findall(r"^COPY (.*) \S+$", OCI[:slow], re.MULTILINE) for word in line.split()]
     assert copied == ["requirements.lock", "requirements-uv.lock", "scripts/image/install.sh"]
     assert re.findall(r"^ARG (\w+)", OCI[:slow], re.MULTILINE) == ["BASE", "FLASH_ATTN_WHEEL"]
+    assert OCI.index("install.sh torch") < OCI.index("ARG FLASH_ATTN_WHEEL")
     assert OCI.index("ARG COMMIT") > OCI.index("install.sh bridge")
 
 
