@@ -26,6 +26,7 @@ sft: ## Supervised fine-tuning
 ppo: ## Reinforcement learning with PPO
 merge: ## Turn the newest checkpoint into a Hugging Face model
 eval: ## Accuracy on GSM8K of the base, the SFT and the PPO model
+follow: ## Watch a training, also of another node: RUN=, STAGE=
 upload: ## Publish the merged model, privately unless PUBLIC=1
 rehearse: ## The whole chain in small, without a GPU
 bench: ## Measure how fast the profiles are; CASES=name,name picks some
@@ -46,7 +47,7 @@ lint: venv ## Run the linters
 help: ## Show this menu
 	@awk -F ':.*## ' '/^##@/ {print "\n" substr($$0, 5)} /^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
 
-STAGES := check shell data model sft ppo merge eval upload rehearse bench accept
+STAGES := check shell data model sft ppo merge eval upload rehearse bench accept follow
 ONE_NODE = $(if $(and $(filter shell,$@),$(filter-out 1,$(NODES))),echo "bridge: NODES=$$NODES: a shell is on one node" >&2; )
 $(STAGES):
 	@$(ONE_NODE)scripts/host/$(if $(filter shell1,$@$(SLURM))$(filter-out check,$(filter check%,$@$(NODES))),submit.sh,container.sh) $@ $(ARGS)

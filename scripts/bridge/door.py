@@ -17,11 +17,14 @@ from bridge.stages.table import STAGES
 
 # Exit status of a training that saved and ended before its end because it was asked to: to be tried again later.
 STOPPED = os.EX_TEMPFAIL
+# Lines of its log that are shown of a training that failed.
+TAIL = 20
 # Not stages of the chain: they run in the door's own process and leave no record.
 TOOLS = {
     "check": "test this environment (--json)",
     "rehearse": "the whole chain, small, on this machine",
     "bench": "how fast the trainings are (CASES=)",
+    "follow": "watch a training of another terminal or node (RUN=, STAGE=)",
     "accept": "the acceptance test of a GPU node, about ten minutes",
     "join": "take part in a training over several nodes (make submit NODES=2 starts it)",
 }
@@ -101,7 +104,7 @@ def run_stage(name: str, env: Mapping[str, str], overrides: list[str], dry_run: 
 
 def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
     """Run what was planned, keeping the record; returns the exit status."""
-    from bridge.runs import checkpoints, failure, hang, launch, record
+    from bridge.runs import checkpoints, failure, hang, launch, progress, record
     from bridge.runs.metrics import Metrics
     from bridge.trainers import nodes, stoppable
 
@@ -109,7 +112,7 @@ def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
     recorded = record.begin(plan, env)
     log = plan.record_dir / "log.txt" if plan.keep_log else None
     request, answer = plan.record_dir / stoppable.REQUEST, plan.record_dir / stoppable.ANSWER
-    metrics = housekeeping = None
+    metrics = housekeeping = display = None
     env = {**env, **plan.env}
     if "RAY_TMPDIR" in plan.env:
         env["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-", dir=plan.env["RAY_TMPDIR"])
@@ -122,6 +125,8 @@ def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
             say(done)
         metrics = Metrics(plan.record_dir / "metrics.jsonl", plan.resume_step)
         housekeeping = checkpoints.Housekeeping(plan.checkpoints, plan.saved, plan.keep)
+        display = progress.Display(name, plan.record_dir, lambda: (recorded, metrics.before + metrics.rows))
+        say(f"what the trainer itself says is in {log}")
         answer.unlink(missing_ok=True)
         # One that was left over, and not one that came since this run has the folder.
         if request.exists() and request.stat().st_mtime < (plan.record_dir / ".lock").stat().st_mtime:
@@ -135,7 +140,7 @@ def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
     # From here on no error of the file system ends the run.
     try:
         watch = hang.Watch(plan.hang_seconds, metrics, log) if plan.checkpoints else None
-        status = launch.run(plan.command, env, log, metrics, secrets, watch or (lambda: False))
+        status = launch.run(plan.command, env, log, metrics, secrets, watch or (lambda: False), display)
         if status == 0 and watch and watch.hung:
             status = hang.HUNG
         elif status == 0 and stoppable.is_answered(answer):
@@ -165,9 +170,11 @@ def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
     if status == STOPPED:
         say(f"{name} was asked to stop ({request}) and did: the same command continues it")
     elif status:
-        why = failure.reason(log, start) if log and status < 128 and status != hang.HUNG else None
-        if why:
-            say(why)
+        if log and status < 128 and status != hang.HUNG:
+            if display:
+                say("the last lines of the log:\n" + "\n".join(f"    {line}" for line in failure.last_lines(log, TAIL)))
+            if why := failure.reason(log, start):
+                say(why)
         ended = {hang.HUNG: "hung"}.get(status, "was ended by a signal" if status > 128 else "failed")
         say(f"{name} {ended} (exit status {status})"
             + ("; the same command continues it from its newest checkpoint, if any" if ended != "failed"

@@ -23,6 +23,7 @@ class Plan:
     saved: Mapping[str, tuple[str, ...]] | None = None  # what a checkpoint there holds, as in checkpoints.contents
     keep: int | None = None  # how many complete checkpoints stay; None keeps all
     steps_per_epoch: int = 0  # optimizer steps (SFT) or rollout batches (PPO) in one pass over the data
+    steps: int = 0  # of the whole training
     hang_seconds: int | None = None  # as in runs.hang.Watch
 
     def show(self) -> None:

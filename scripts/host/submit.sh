@@ -96,5 +96,5 @@ for stage in "${jobs[@]}"; do
         fail "$stage was not taken (see above). ${ids[*]+Cancelled: ${ids[*]}}"
     fi
     ids+=("${id%%;*}")
-    echo "bridge: $stage is job ${ids[-1]}. Follow it: tail -F $WORK_DIR/jobs/${ids[-1]}{,.0}.log; squeue -j ${ids[-1]}; end it: scancel ${ids[-1]}"
+    echo "bridge: $stage is job ${ids[-1]}. Follow it: make follow RUN=${RUN:-default}, or tail -F $WORK_DIR/jobs/${ids[-1]}{,.0}.log; squeue -j ${ids[-1]}; end it: scancel ${ids[-1]}"
 done

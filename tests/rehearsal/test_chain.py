@@ -8,6 +8,7 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+import pandas
 import psutil
 import pytest
 from huggingface_hub import ModelCard
@@ -15,6 +16,7 @@ from huggingface_hub import ModelCard
 from bridge.runs import checkpoints, metrics, record
 from bridge.stages import merge
 from bridge.tools.rehearse import REPOSITORY, STEPS
+from bridge.trainers import stoppable
 from door import SHELL, bridge, left_running, newest_checkpoint
 from listeners import listeners_by_stage, rows_of_the_page
 from standin_hub import StandInHub
@@ -75,6 +77,9 @@ def test_sft_learns(rehearsal):
     losses = [row["train/loss"] for row in rows]
     assert losses[0] > LOSS_FALLS_BY * losses[-1]
     assert losses[0] > LOSS_FALLS_BY * rows[-1]["val/loss"]
+    # What verl's SFT does not tell: each rank has half of the tokens.
+    assert all(row["perf/throughput"] == pytest.approx(row["perf/total_num_tokens"] / row["perf/time_per_step"] / 2)
+               for row in rows)
 
 
 def test_ppo_measures_rewards_and_updates_actor_and_critic(rehearsal):
@@ -85,6 +90,15 @@ def test_ppo_measures_rewards_and_updates_actor_and_critic(rehearsal):
         assert 0 <= row["critic/score/mean"] <= 1
         assert row["actor/grad_norm"] > 0 and row["critic/grad_norm"] > 0
         assert row["actor/lr"] == pytest.approx(1e-6) and row["critic/lr"] == pytest.approx(1e-5)
+
+
+def test_the_answers_to_the_same_problems_are_kept_at_a_validation(rehearsal):
+    folder = rehearsal.stage("ppo")
+    [file] = (folder / stoppable.SAMPLES).iterdir()
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert file.name == "2.jsonl" and 0 < len(rows) <= stoppable.SAMPLED
+    asked = pandas.read_parquet(rehearsal.folder / "data" / "gsm8k" / "test.parquet")["extra_info"]
+    assert [row["question"] in given["input"] for row, given in zip(asked, rows, strict=False)] == [True] * len(rows)
 
 
 def test_ppo_starts_from_the_merged_sft_model(rehearsal):

@@ -81,7 +81,7 @@ MAY_DIFFER = {
             "bridge.packed_tokens_per_gpu"},
     "ppo": {"data.train_files", "data.val_files", "actor_rollout_ref.model.path", "critic.model.path",
             "critic.model.tokenizer_path", "reward_model.model.input_tokenizer", "trainer.default_local_dir",
-            "trainer.experiment_name", "trainer.resume_mode", "ray_init.num_cpus"},
+            "trainer.experiment_name", "trainer.resume_mode", "ray_init.num_cpus", "trainer.validation_data_dir"},
 }
 VERL_NAME = {"sft": "sft_trainer", "ppo": "ppo_trainer"}
 NAMES = {"WORK_DIR": "/w", "BRIDGE_MODEL_DIR": "/m", "BRIDGE_STAGE_DIR": "/s", "BRIDGE_RUN_NAME": "r", "WANDB_PROJECT": "p"}

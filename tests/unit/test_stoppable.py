@@ -1,5 +1,7 @@
 """The batches of a PPO that was stopped and goes on, and what counts as asked and answered. The trainers: tests/rehearsal."""
 
+import ast
+
 import pytest
 
 from bridge.errors import Tolerance
@@ -75,3 +77,45 @@ def test_an_answer_that_cannot_be_seen_is_said(tmp_path, monkeypatch, capsys):
     assert not stoppable.is_answered(tmp_path / ("stopped" * 50))
     said = capsys.readouterr().err
     assert "looking for the trainer's answer failed: " in said and "was given up" in said
+
+
+# What verl's own trainer writes of a validation of 30 problems, of which the second step has other answers.
+SAMPLES = """
+import json, os, sys
+from pathlib import Path
+from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+from bridge.trainers import stoppable
+stoppable.SAMPLES_BYTES = int(os.environ["BYTES"])
+trainer = object.__new__(stoppable.stoppable_ppo(RayPPOTrainer))
+folder = Path(os.environ["FOLDER"])
+for trainer.global_steps in (10, 20):
+    trainer._dump_generations(
+        inputs=[f"problem {row}" for row in range(30)], outputs=[f"{trainer.global_steps} {row}" for row in range(30)],
+        scores=[row % 2 for row in range(30)], reward_extra_infos_dict={"acc": list(range(30)), "some": [1] * 25},
+        dump_path=folder)
+found = {file.name: [json.loads(line) for line in file.read_text().splitlines()] for file in sorted(folder.glob("*"))}
+print({name: (len(rows), rows[19]) for name, rows in found.items()})
+"""
+
+
+def samples(monkeypatch, stage_dir, folder, size: int) -> dict:
+    for name, value in (("BRIDGE_STAGE_DIR", stage_dir), ("FOLDER", folder), ("BYTES", size)):
+        monkeypatch.setenv(name, str(value))
+    return ast.literal_eval(run_python(SAMPLES))
+
+
+def test_of_each_validation_the_answers_to_the_same_20_problems_are_kept(tmp_path, monkeypatch):
+    found = samples(monkeypatch, tmp_path, tmp_path / stoppable.SAMPLES, 10**6)
+    assert found == {f"{step}.jsonl": (20, {"input": "problem 19", "output": f"{step} 19", "score": 1, "step": step, "acc": 19})
+                     for step in (10, 20)}
+
+
+def test_no_more_are_kept_once_they_are_too_large_and_all_in_a_folder_of_the_users(tmp_path, monkeypatch):
+    assert list(samples(monkeypatch, tmp_path, tmp_path / stoppable.SAMPLES, 100)) == ["10.jsonl"]
+    (tmp_path / "own").mkdir()
+    assert [rows for rows, _ in samples(monkeypatch, tmp_path, tmp_path / "own", 100).values()] == [30, 30]
+
+
+def test_samples_that_cannot_be_written_end_no_training(tmp_path, monkeypatch):
+    (tmp_path / stoppable.SAMPLES).write_text("a file where the folder should be")
+    assert samples(monkeypatch, tmp_path, tmp_path / stoppable.SAMPLES, 10**6) == {}

@@ -26,3 +26,9 @@ def reason(log: Path, start: int) -> str | None:
         elif place and (found := EXCEPTION.match(line)) and not any(word in found[1] for word in CARRIERS):
             return f"{found[1][:300]} ({place})"
     return None
+
+
+def last_lines(file: Path, count: int) -> list[str]:
+    """The end of a log, without the intermediate states of progress bars."""
+    text = file.read_bytes().decode(errors="replace") if file.is_file() else ""
+    return [line.rsplit("\r", 1)[-1][:500] for line in text.rstrip().split("\n")[-count:]]

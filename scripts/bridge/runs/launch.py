@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import psutil
 
 from bridge.errors import Tolerance, say
 from bridge.runs import metrics
+from bridge.runs.progress import Display
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 # verl's SFT ranks and Ray's daemons need a moment to stop by themselves.
@@ -24,11 +26,11 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def run(command: list[str], env: Mapping[str, str], log: Path | None, metrics_file: metrics.Metrics | None,
-        secrets: list[str], until: Callable[[], bool] = lambda: False) -> int:
-    """Run a command to its end, with this whole environment; its output is shown and appended to the log.
+        secrets: list[str], until: Callable[[], bool] = lambda: False, display: Display | None = None) -> int:
+    """Run a command to its end, with this whole environment; its output is appended to the log, and shown.
 
-    metrics_file gets what verl's console lines say; secrets are replaced by *** should the program print them. `until` is asked
-    some times a second; once true, the child is sent SIGTERM, and that it ends so is no failure.
+    display is shown instead, where there is one; metrics_file gets what verl's console lines say; secrets are replaced by ***
+    should the program print them. `until` is asked some times a second; once true, the child is sent SIGTERM, and that it ends so is no failure.
 
     Returns the exit status; 0 where `until` ended it, 128 + N if the child (or this program) was ended by signal N.
     """
@@ -56,7 +58,8 @@ def run(command: list[str], env: Mapping[str, str], log: Path | None, metrics_fi
     before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
               if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN}
     try:
-        copy_output(child, log_file, metrics_file, secrets, is_ending)
+        with display or nullcontext():
+            copy_output(child, log_file, metrics_file, secrets, is_ending, display)
         if received:
             say(f"{signal.Signals(received[0]).name} received: passed on to the {Path(command[0]).name} process")
         try:
@@ -86,8 +89,10 @@ def end_with_parent(number: int = signal.SIGTERM) -> None:
     LIBC.prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
 
 
-def copy_output(child: subprocess.Popen, log_file, metrics_file, secrets, is_ending: Callable[[], bool]) -> None:
-    """Copy the child's output to stdout and the log until it ends, line by line (a progress bar's \\r ends a line too).
+def copy_output(child: subprocess.Popen, log_file, metrics_file, secrets, is_ending: Callable[[], bool],
+                display: Display | None) -> None:
+    """Copy the child's output to the log and the display (stdout where there is none) until it ends, line by line (a progress
+    bar's \\r ends a line too).
 
     A log or metrics that cannot be written (a quota) end no training: that is said, and tried again with the next line.
     """
@@ -99,6 +104,8 @@ def copy_output(child: subprocess.Popen, log_file, metrics_file, secrets, is_end
         for secret in hidden:
             data = data.replace(secret, b"***")
         logging(partial(metrics.write_all, log_file, data))
+        if display:
+            return display.output(data.decode(errors="replace"))
         try:
             sys.stdout.buffer.write(data)
             sys.stdout.buffer.flush()
@@ -123,6 +130,8 @@ def copy_output(child: subprocess.Popen, log_file, metrics_file, secrets, is_end
             # No end of line in sight: show it rather than hold it back.
             emit(pending)
             pending = b""
+        if display:
+            display.update()
         if stop_at is None and is_ending():
             stop_at = time.monotonic() + GRACE_SECONDS
         if stop_at and time.monotonic() > stop_at:

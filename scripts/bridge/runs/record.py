@@ -32,6 +32,7 @@ from bridge.settings import CONFIGS, ROOT, SECRETS
 # the machine: all that configs/memory/ sets.
 MAY_DIFFER = ("trainer.project_name", "trainer.experiment_name", "trainer.logger", "trainer.resume_mode",
               "trainer.resume_from_path", "trainer.default_hdfs_dir", "ray_init.num_cpus", "trainer.max_ckpt_to_keep",
+              "trainer.validation_data_dir", "trainer.rollout_data_dir",
               "trainer.max_actor_ckpt_to_keep", "trainer.max_critic_ckpt_to_keep",
               *(key for parts in checkpoints.LOAD_CONTENTS.values() for key in parts.values()))
 
@@ -121,7 +122,9 @@ def git_commit() -> str | None:
 def machine(env: Mapping[str, str]) -> dict[str, Any]:
     """Where and with what a run was made."""
     return {
-        "host": socket.gethostname(), "job": env.get("SLURM_JOB_ID"), "python": platform.python_version(),
+        "host": socket.gethostname(), "job": env.get("SLURM_JOB_ID"),
+        # Seconds since 1970: of scripts/host/job.sh, or of a newer Slurm itself.
+        "job_end": env.get("BRIDGE_JOB_END") or env.get("SLURM_JOB_END_TIME"), "python": platform.python_version(),
         "driver": hardware.driver_version(), "gpus": [gpu.name for gpu in hardware.visible_gpus(env)],
         "kernel": platform.release(), "cpus": hardware.cpu_count(), "memory_gib": psutil.virtual_memory().total >> 30,
         "git_commit": git_commit(), "lock_sha256": sha256(ROOT / "requirements.lock"),
@@ -143,7 +146,7 @@ def begin(plan: Plan, env: Mapping[str, str]) -> dict[str, Any]:
     before = read(plan.record_dir) if plan.resume_step else None
     attempt = {"started": now(), "from_step": plan.resume_step, "command": plan.command, "environment": plan.env,
                **machine(env)}
-    return {"status": "running", "last_step": plan.resume_step, "config": plan.config, "inputs": plan.inputs,
+    return {"status": "running", "last_step": plan.resume_step, "steps": plan.steps, "config": plan.config, "inputs": plan.inputs,
             "work_dir": plan.env.get("WORK_DIR"), "attempts": [*(before["attempts"] if before else []), attempt]}
 
 

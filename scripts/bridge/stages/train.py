@@ -132,7 +132,8 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
         checkpoints=stage_dir / "checkpoints", saved=checkpoints.contents(stage, config), keep=settings.keep,
         hang_seconds=settings.hang_seconds,
         # The last, smaller batch of an epoch is dropped.
-        steps_per_epoch=rows[0] // config["data"]["train_batch_size"])
+        steps_per_epoch=(in_one := rows[0] // config["data"]["train_batch_size"]),
+        steps=config["trainer"]["total_training_steps"] or in_one * config["trainer"]["total_epochs"])
     newest, finished = check_continuation(stage, settings, made, overrides)
     if finished:
         return Plan(**{**vars(made), "notes": [], "finished": finished})
@@ -355,12 +356,10 @@ def check_continuation(stage: str, settings: Settings, planned: Plan,
             raise UsageError(f"{folder} holds checkpoints but no run.json beside it says what they were made "
                              "with. Give this run another name (RUN=NAME), or move them away.")
         return None, None
-    trainer = planned.config["trainer"]
-    total = trainer["total_training_steps"] or planned.steps_per_epoch * trainer["total_epochs"]
     reached = newest.step if newest else 0
     # A run that was ended between its last save and its end is finished too: verl would train and save one step more.
     # One whose last checkpoint was damaged or removed since is not.
-    done = reached >= total or (recorded["status"] == "finished" and reached >= recorded["last_step"])
+    done = reached >= planned.steps or (recorded["status"] == "finished" and reached >= recorded["last_step"])
     if not found and not done:
         # Nothing to continue: a run that failed before its first checkpoint may be started with other settings.
         return None, None

@@ -20,7 +20,7 @@ from bridge import hardware, model_folder
 from bridge import settings as settings_module
 from bridge.errors import UsageError, say
 from bridge.pages import page
-from bridge.runs import checkpoints, launch, metrics, record
+from bridge.runs import checkpoints, failure, launch, metrics, record
 from bridge.settings import Settings
 from bridge.stages import data, sft
 from bridge.tools import trial
@@ -54,7 +54,7 @@ class Acceptance:
         try:
             result = {"status": "ok", "seen": work(log)}
         except StepFailed as error:
-            result = {"status": "FAIL", "seen": str(error), "log": trial.last_lines(log, 40)}
+            result = {"status": "FAIL", "seen": str(error), "log": failure.last_lines(log, 40)}
         self.results.append({"step": name, **result, "seconds": round(time.monotonic() - started, 1)})
         self.keep(self.results)
 
@@ -68,7 +68,7 @@ class Acceptance:
     def check(self, log: Path) -> str:
         """bridge check, whose own lines tell what is wrong."""
         status = trial.stage("check", self.env, log=log)
-        seen = "; ".join(" ".join(line.split()) for line in trial.last_lines(log, 100) if line.startswith(("warn", "FAIL")))
+        seen = "; ".join(" ".join(line.split()) for line in failure.last_lines(log, 100) if line.startswith(("warn", "FAIL")))
         if status == 1 and seen:
             raise StepFailed(seen)
         self.command(status)

@@ -22,7 +22,7 @@ from bridge import hardware, model_folder
 from bridge import settings as settings_module
 from bridge.errors import UsageError, nearest, read_json, refuse, say
 from bridge.pages import page
-from bridge.runs import metrics, record
+from bridge.runs import failure, metrics, record
 from bridge.settings import CONFIGS, Settings
 from bridge.stages.train import ON_CPU
 from bridge.tools import trial
@@ -125,7 +125,7 @@ def measure(case: Case, settings: Settings, env: Mapping[str, str], gpus: list[h
     status = trial.stage(case.stage, {**env, "RUN": case.name, "PROFILE": case.profile}, [*ALWAYS, *case.overrides], log, enough)
     rows = metrics.read(stage_dir / "metrics.jsonl")
     if status or len(rows) < case.steps:
-        return {**result, "status": "failed", "exit_status": status, "steps_made": len(rows), "log": trial.last_lines(log, 40)}
+        return {**result, "status": "failed", "exit_status": status, "steps_made": len(rows), "log": failure.last_lines(log, 40)}
     rows, config = rows[:case.steps], record.read(stage_dir)["config"]
     figures = ppo_figures(rows, config, settings.gpus) if case.stage == "ppo" else sft_figures(
         rows, config, settings.gpus, tokens_per_row(settings.model_dir, config["data"]),

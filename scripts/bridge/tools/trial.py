@@ -131,9 +131,3 @@ def inputs(settings: Settings, own: Settings, env: Mapping[str, str], borrow_dat
     missing = [name for name, folder in (("data", own.data_dir), ("model", own.model_dir))
                if not (folder / "run.json").is_file()]
     return next((status for name in missing if (status := stage(name, env))), 0)
-
-
-def last_lines(file: Path, count: int) -> list[str]:
-    """The end of a log, without the intermediate states of progress bars."""
-    text = file.read_bytes().decode(errors="replace") if file.is_file() else ""
-    return [line.rsplit("\r", 1)[-1][:500] for line in text.rstrip().split("\n")[-count:]]

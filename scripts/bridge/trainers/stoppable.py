@@ -10,6 +10,7 @@ import faulthandler
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from multiprocessing import popen_fork
 from pathlib import Path
@@ -19,6 +20,8 @@ from bridge.errors import Tolerance
 
 # In the folder of the stage: asked by whoever may write there, answered by the trainer.
 REQUEST, ANSWER = "stop-requested", "stopped"
+# In the same folder: PPO's answers at each validation, in verl's form; to how many problems, and how much it may become.
+SAMPLES, SAMPLED, SAMPLES_BYTES = "samples", 20, 200 * 10**6
 # Asks a process where it is.
 STACKS = signal.SIGUSR2
 
@@ -75,12 +78,20 @@ def stoppable_sft(trainer: type) -> type:
             torch.distributed.barrier()
 
         def training_step(self, batch) -> dict[str, float]:
+            began = time.perf_counter()
             metrics = super().training_step(batch)
+            seconds, ranks = time.perf_counter() - began, torch.distributed.get_world_size()
             self.steps += 1
             # One rank looks for all: others might see the file a step later, and wait for each other.
-            rank = torch.distributed.get_rank()
-            asked = torch.tensor(int(rank == 0 and is_requested()), device=self.config.trainer.device)
-            torch.distributed.broadcast(asked, src=0)
+            asked = torch.distributed.get_rank() == 0 and is_requested()
+            gathered = torch.tensor([int(batch["attention_mask"].sum()), int(asked)], device=self.config.trainer.device)
+            torch.distributed.all_reduce(gathered)
+            tokens, asked = gathered.tolist()
+            # As verl's PPO calls them; its SFT tells neither.
+            metrics |= {"perf/total_num_tokens": tokens, "perf/time_per_step": seconds,
+                        "perf/throughput": tokens / seconds / ranks}
+            if torch.cuda.is_available():
+                metrics["perf/max_memory_reserved_gb"] = torch.cuda.max_memory_reserved() / 2**30
             if asked and (step := self.resume_global_step + self.steps) < self.total_training_steps:
                 # First, since verl validates before it saves, and who asks may not have the time.
                 self.save_checkpoint(step)
@@ -166,6 +177,18 @@ def stoppable_ppo(trainer: type) -> type:
             super().fit()
             for group in (self.actor_rollout_wg, *([self.critic_wg] if self.use_critic else [])):
                 group.save_checkpoint(None)
+
+        def _dump_generations(self, inputs, outputs, scores, reward_extra_infos_dict, dump_path) -> None:
+            """The same problems of each validation in the stage's own folder; all in one that the user has named."""
+            rows, folder = len(inputs), Path(dump_path)
+            if folder == stage_dir() / SAMPLES:
+                if sum(file.stat().st_size for file in folder.glob("*")) > SAMPLES_BYTES:
+                    return
+                rows = min(rows, SAMPLED)
+            extra = {key: values[:rows] for key, values in reward_extra_infos_dict.items() if len(values) == len(inputs)}
+            # A full disk ends no training.
+            Tolerance("writing samples")(lambda: super(StoppablePPOTrainer, self)._dump_generations(
+                inputs[:rows], outputs[:rows], scores[:rows], extra, dump_path))
 
     return StoppablePPOTrainer
 

@@ -1,0 +1,47 @@
+"""Watch a training of another terminal or node, from the files of its run alone:   bridge follow   (RUN=, STAGE=)"""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from bridge.errors import UsageError, say
+from bridge.runs import metrics, progress, record
+from bridge.settings import Settings
+
+
+def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int:
+    """Show it until it has ended; returns 0 then, whatever its own status."""
+    if arguments:
+        raise UsageError(f"follow takes no arguments; got {' '.join(arguments)}. RUN= and STAGE= say what is followed.")
+    folder = chosen(settings)
+    file, known = folder / "metrics.jsonl", [None, []]
+
+    def look() -> tuple[dict, list[dict]]:
+        changed = file.stat().st_mtime_ns if file.is_file() else None
+        if changed != known[0]:
+            known[:] = changed, metrics.read(file)
+        return record.read(folder), known[1]
+
+    with progress.Display(folder.name, folder, look) as display:
+        # The newest line that was there before is shown as well.
+        display.seen = display.state(look()[1][:-1])
+        while record.read(folder)["status"] == "running":
+            display.update()
+            time.sleep(progress.REFRESH)
+    recorded = record.read(folder)
+    say(f"{folder.name} of run {settings.run!r}: {recorded['status']}; the log is {folder / 'log.txt'}")
+    return 0
+
+
+def chosen(settings: Settings) -> Path:
+    """The folder of the training that STAGE= names, or of the one that was begun last."""
+    if settings.stage not in (None, *progress.METRICS):
+        raise UsageError(f"STAGE={settings.stage}: only trainings are followed. Use STAGE={' or STAGE='.join(progress.METRICS)}.")
+    names = [settings.stage] if settings.stage else [*progress.METRICS]
+    begun = [folder for name in names if (folder := settings.stage_dir(name)).joinpath("run.json").is_file()]
+    if not begun:
+        there = sorted({file.parts[-3] for name in progress.METRICS
+                        for file in settings.work_dir.glob(f"runs/*/{name}/run.json")})
+        raise UsageError(f"run {settings.run!r} has no {' and no '.join(names)} that has begun (WORK_DIR={settings.work_dir}). "
+                         f"Runs there: {', '.join(there) or 'none'}. RUN= and STAGE= say what is followed.")
+    return max(begun, key=lambda folder: record.read(folder)["attempts"][-1]["started"])
