@@ -30,7 +30,8 @@ def run(command: list[str], env: Mapping[str, str], log: Path | None, metrics_fi
     """Run a command to its end, with this whole environment; its output is appended to the log, and shown.
 
     display is shown instead, where there is one; metrics_file gets what verl's console lines say; secrets are replaced by ***
-    should the program print them. `until` is asked some times a second; once true, the child is sent SIGTERM, and that it ends so is no failure.
+    should the program print them. `until` is asked some times a second; once true, the child is sent SIGTERM, and that it ends
+    so is no failure.
 
     Returns the exit status; 0 where `until` ended it, 128 + N if the child (or this program) was ended by signal N.
     """
