@@ -53,10 +53,13 @@ def fields(stage: str, recorded: Mapping[str, Any], rows: Sequence[Mapping[str, 
         if (quiet := now - (own[-1]["time"] if own else began)) > QUIET:
             found["no step for"] = duration(quiet)
 
+    known = {}
+    for row in rows:
+        known |= row
+
     def latest(key: str) -> float | None:
-        begin = key.removesuffix("*")
-        return next((value for row in reversed(rows) for name, value in row.items()
-                     if name == key or begin != key and name.startswith(begin)), None)
+        names = [name for name in known if name.startswith(key[:-1])] if key.endswith("*") else [key]
+        return known.get(next(iter(names), ""))
 
     if rate := latest("perf/throughput"):
         trainer = recorded["config"]["trainer"]
