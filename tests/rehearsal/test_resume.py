@@ -1,13 +1,16 @@
 """Runs of verl's real trainers that are interrupted or asked to stop go on where they were saved, and end where one ends that ran
 through. PPO that is asked to stop: test_learning.py."""
 
+import json
 import signal
 import subprocess
 from pathlib import Path
 
+import pandas
 import pytest
 
 from bridge.runs import checkpoints, metrics, record
+from bridge.trainers import stoppable
 from door import asked_to_stop, bridge, goes_on_to_its_end, left_running, newest_checkpoint, stopped_after
 
 pytestmark = pytest.mark.long
@@ -82,7 +85,9 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
 
 def test_an_interrupted_ppo_goes_on_without_repeating_or_skipping_a_step(work_dir):
     (work_dir / "reward.py").write_text(REWARD)
-    arguments = ["trainer.total_training_steps=3", f"custom_reward_function.path={work_dir / 'reward.py'}"]
+    pandas.read_parquet(work_dir / "data" / "gsm8k" / "test.parquet")[:24].to_parquet(work_dir / "few.parquet")
+    arguments = ["trainer.total_training_steps=3", f"custom_reward_function.path={work_dir / 'reward.py'}",
+                 "trainer.test_freq=2", f"data.val_files={work_dir / 'few.parquet'}"]
     assert stopped_after(1, work_dir, "ppo", *arguments, **settings_of(work_dir, RUN="ppo")) == 128 + signal.SIGTERM
     assert left_running(work_dir) == [], "Ray's daemons must end with the run"
     folder = work_dir / "runs" / "ppo" / "ppo"
@@ -97,6 +102,18 @@ def test_an_interrupted_ppo_goes_on_without_repeating_or_skipping_a_step(work_di
         # What is learned from: better and worse answers than the critic expected.
         assert row["critic/advantages/min"] < 0 < row["critic/advantages/max"] and row["actor/pg_loss"] != 0
     assert len({row["critic/score/mean"] for row in rows}) == 3
+    # The answers to the first 20 of 24 problems, at the second step and at the end.
+    kept = {file.stem: [json.loads(line) for line in file.read_text().splitlines()]
+            for file in (folder / stoppable.SAMPLES).iterdir()}
+    [first, last] = kept["2"], kept["3"]
+    assert [row["input"] for row in first] == [row["input"] for row in last] and len(kept) == 2
+    asked = pandas.read_parquet(work_dir / "few.parquet")["extra_info"][:stoppable.SAMPLED]
+    assert [row["question"] in given["input"] for row, given in zip(asked, first, strict=True)] == [True] * stoppable.SAMPLED
+    assert all(given["score"] == pytest.approx(len(set(given["output"])) / max(1, len(given["output"]))) for given in last)
+    # What a log of Slurm's gets: one line a step, and none of the trainer's own words.
+    lines = [line for line in result.stdout.splitlines() if line.startswith("ppo step ")]
+    assert lines[-1].startswith("ppo step 3/3, ") and ", reward 0." in lines[-1] and ", validation 0." in lines[-1]
+    assert "pid=" not in result.stdout and "TaskRunner" in (folder / "log.txt").read_text()
     # The oldest went when a third was whole.
     assert [checkpoint.step for checkpoint in record.saved_checkpoints(folder, "ppo")] == [2, 3]
     again = run(work_dir, "ppo", *arguments, RUN="ppo")
@@ -108,7 +125,8 @@ def test_a_failing_trainers_exit_status_is_passed_on_and_recorded(work_dir):
     assert result.returncode == 1
     folder = work_dir / "runs" / "fails" / "sft"
     assert record.read(folder)["status"] == "failed" and record.read(folder)["attempts"][-1]["exit_status"] == 1
-    # The cause and its place, above the log's path.
+    # The end of what the trainer said, then the cause and its place, above the log's path.
+    assert "bridge: the last lines of the log:\n    " in result.stderr and "NotImplementedError" not in result.stdout
     *_, why, where = result.stderr.splitlines()
     assert "is larger than self.max_length=8 (sft_dataset.py, line " in why and "NotImplementedError" in why
     assert where.endswith(f"the log is {folder / 'log.txt'}")
