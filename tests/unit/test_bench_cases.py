@@ -41,22 +41,17 @@ def test_ppos_figures_are_verls_own_without_the_first_step():
     assert figures["allocated_gib"] == 0.7677497863769531
 
 
-def test_sfts_figures_come_from_the_times_of_the_lines_and_the_progress_bar():
-    rows = captured("sft", [50.0, 52.0, 53.0, 54.5])
-    log = (CAPTURED / "sft.log").read_text()
-    figures = bench.sft_figures(rows, SFT, 2, 80.0, 135552, 1e9, log)
+def test_sfts_figures_come_from_the_times_of_the_lines_and_their_tokens():
+    rows = [{**row, "perf/total_num_tokens": tokens, "perf/time_per_step": 2.2404}
+            for row, tokens in zip(captured("sft", [50.0, 52.0, 53.0, 54.5]), (9999, 1270, 1280, 1290), strict=True)]
+    figures = bench.sft_figures(rows, SFT, 2, 135552, 1e9)
     assert figures["seconds_of_each_step"] == [2.0, 1.0, 1.5] and figures["seconds_per_step"] == 1.5
-    assert figures["first_step_seconds"] == 2.24
+    assert figures["first_step_seconds"] == 2.24 and figures["row_tokens"] == 80
     assert figures["tokens_per_second"] == pytest.approx(16 * 80 / 1.5 / 2, abs=0.06)
     assert figures["padded_tokens_per_second"] == pytest.approx(16 * 256 / 1.5 / 2, abs=0.06)
     assert figures["mfu"] == pytest.approx(6 * 135552 * 16 * 80 / 1.5 / 2 / 1e9, rel=1e-3)
     # A GPU that the table of peaks does not know.
-    assert bench.sft_figures(rows, SFT, 2, 80.0, 135552, None, log)["mfu"] is None
-
-
-def test_a_step_faster_than_a_second_is_read_from_the_bar_too():
-    log = "Epoch 1/1:   3%|x         | 1/32 [00:00<00:07,  4.00it/s]"
-    assert bench.sft_figures(captured("sft", [1.0, 2.0, 3.0, 4.0]), SFT, 1, 80.0, 1, None, log)["first_step_seconds"] == 0.25
+    assert bench.sft_figures(rows, SFT, 2, 135552, None)["mfu"] is None
 
 
 def test_the_cases_that_come_with_it_are_whole_and_each_tuned_one_is_compared_with_the_tutorial():
@@ -131,7 +126,7 @@ def test_peak_memory_is_the_most_of_any_of_the_gpus_used(monkeypatch, tmp_path):
     monkeypatch.setattr(bench.trial, "stage", stage)
     monkeypatch.setattr(bench.trial, "remove", lambda _paths: None)
     monkeypatch.setattr(bench.record, "read", lambda _folder: {"config": {}})
-    monkeypatch.setattr(bench, "ppo_figures", lambda *_: {"first_step_seconds": None})
+    monkeypatch.setattr(bench, "ppo_figures", lambda *_: {"first_step_seconds": 1.0})
     assert measured(2) == 30
     shutil.rmtree(tmp_path / "runs")
     assert measured(0) is None

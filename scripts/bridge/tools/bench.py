@@ -5,12 +5,12 @@ there has the results after each, bench.md their tables (configs/pages/bench.md)
 """
 
 import os
-import re
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -128,11 +128,8 @@ def measure(case: Case, settings: Settings, env: Mapping[str, str], gpus: list[h
         return {**result, "status": "failed", "exit_status": status, "steps_made": len(rows), "log": failure.last_lines(log, 40)}
     rows, config = rows[:case.steps], record.read(stage_dir)["config"]
     figures = ppo_figures(rows, config, settings.gpus) if case.stage == "ppo" else sft_figures(
-        rows, config, settings.gpus, tokens_per_row(settings.model_dir, config["data"]),
-        model_folder.parameter_count(settings.model_dir), PEAK.get(gpus[0].name) if gpus else None,
-        log.read_text(errors="replace"))
-    first = figures["first_step_seconds"]
-    figures["start_seconds"] = None if first is None else round(rows[0]["time"] - started - first, 2)
+        rows, config, settings.gpus, model_folder.parameter_count(settings.model_dir), PEAK.get(gpus[0].name) if gpus else None)
+    figures["start_seconds"] = round(rows[0]["time"] - started - figures["first_step_seconds"], 2)
     return {**result, "status": "measured", **figures, "peak_memory_gib": round(max(used) / 2**30, 2) if used else None}
 
 
@@ -153,15 +150,13 @@ def ppo_figures(rows: list[dict], config: Mapping[str, Any], gpus: int) -> dict[
     }
 
 
-def sft_figures(rows: list[dict], config: Mapping[str, Any], gpus: int, row_tokens: float, parameters: int, peak: float | None,
-                log: str) -> dict[str, Any]:
-    """Figures of an SFT run from its lines of metrics and the first state of its progress bar."""
-    batch = config["data"]["train_batch_size"]
-    figures = speed([row["time"] - before["time"] for before, row in zip(rows, rows[1:], strict=False)], row_tokens * batch,
-                    batch * config["data"]["max_length"], gpus)
-    bar = re.search(r"Epoch 1/[^\r\n]* 1/\d+ \[\S+, +([\d.]+)(s/it|it/s)", log)
-    first = bar and (float(bar[1]) if bar[2] == "s/it" else 1 / float(bar[1]))
-    return {**figures, "first_step_seconds": first and round(first, 3), "row_tokens": round(row_tokens, 1),
+def sft_figures(rows: list[dict], config: Mapping[str, Any], gpus: int, parameters: int, peak: float | None) -> dict[str, Any]:
+    """Figures of an SFT run from its lines of metrics, the first left out."""
+    data, tokens = config["data"], fmean(row["perf/total_num_tokens"] for row in rows[1:])
+    figures = speed([row["time"] - before["time"] for before, row in pairwise(rows)], tokens,
+                    data["train_batch_size"] * data["max_length"], gpus)
+    return {**figures, "first_step_seconds": round(rows[0]["perf/time_per_step"], 3),
+            "row_tokens": round(tokens / data["train_batch_size"], 1),
             "mfu": peak and 6 * parameters * figures["tokens_per_second"] / peak}
 
 
@@ -171,15 +166,6 @@ def speed(seconds: list[float], tokens: float, positions: int, gpus: int) -> dic
     return {"seconds_per_step": round(mean, 3), "seconds_of_each_step": [round(value, 3) for value in seconds],
             "tokens_per_step": round(tokens, 1), "tokens_per_second": round(tokens / mean / gpus, 1),
             "padded_tokens_per_second": round(positions / mean / gpus, 1)}
-
-
-def tokens_per_row(model_dir: Path, data: Mapping[str, Any]) -> float:
-    """Mean number of tokens that a training row has in verl's SFT dataset with this configuration, without padding."""
-    from transformers import AutoTokenizer
-    from verl.utils.dataset.sft_dataset import SFTDataset
-
-    rows = SFTDataset(data["train_files"], AutoTokenizer.from_pretrained(model_dir), data)
-    return fmean(int(rows[index]["attention_mask"].sum()) for index in range(len(rows)))
 
 
 def header(settings: Settings, env: Mapping[str, str], gpus: list[hardware.Gpu]) -> dict[str, Any]:
