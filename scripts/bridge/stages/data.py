@@ -126,13 +126,9 @@ def ground_truth(answer: str) -> str:
 
 
 def checked_row(row: object, question: str, answer: str, form: str) -> dict[str, str]:
-    """The question and the answer of a row, or of a line of JSON; further keys are left out.
+    """The question and the answer of a row, or of a line of JSON, by their keys; further keys are left out.
 
-    Args:
-        question, answer: the keys of both.
-        form: "number": the answer ends in `#### NUMBER`, or is a number; "text": whatever it is.
-
-    A ValueError gives the reason if the row is not so.
+    form: "number": the answer ends in `#### NUMBER`, or is a number; "text": whatever it is. A ValueError says why a row is not so.
     """
     try:
         row = json.loads(row.decode()) if isinstance(row, bytes) else row
@@ -306,9 +302,8 @@ def write(splits: dict[str, Rows], folder: Path, *form: str) -> dict[str, Path]:
 def lengths(files: tuple[Path, ...], columns: tuple[str, ...], model_dir: Path, _digest: str) -> list[list[int]]:
     """Tokens of the prompt, and of the answer with its end, of each row, as verl counts them: [[prompt ...], [answer ...]].
 
-    Args:
-        columns: of the prompt (a text, or a list of messages) and of the answer; "a.b" is field b of the struct a.
-        _digest: of the files, which may have been made anew.
+    columns: of the prompt (a text, or a list of messages) and of the answer; "a.b" is field b of the struct a. _digest: of the
+    files, which may have been made anew.
     """
     from transformers import AutoTokenizer
 
