@@ -128,7 +128,7 @@ def ground_truth(answer: str) -> str:
 def checked_row(row: object, question: str, answer: str, form: str) -> dict[str, str]:
     """The question and the answer of a row, or of a line of JSON, by their keys; further keys are left out.
 
-    form: "number": the answer ends in `#### NUMBER`, or is a number; "text": whatever it is. A ValueError says why a row is not so.
+    form: "number": the answer ends in `#### NUMBER`, or is a number; "text": whatever it is. A ValueError says what is wrong.
     """
     try:
         row = json.loads(row.decode()) if isinstance(row, bytes) else row
@@ -344,21 +344,20 @@ def length_problems(section: Mapping[str, Any], found: list[list[int]], notes: l
 def main(arguments: list[str] | None = None) -> None:
     """What the stage runs: the source, the folder of both parquet files; then the columns, the form and the seed, as in plan."""
     source, output, *more = sys.argv[1:] if arguments is None else arguments
-    question, answer, form, seed = more or ("question", "answer", "number", str(SEED))
-    source, said = checked_source(source), []
+    source, said, gsm8k = checked_source(source), [], ("question", "answer", "number")
+    *columns, seed = more or (*gsm8k, str(SEED))
+    if not is_own(source):
+        columns = gsm8k
     if source == "builtin":
         splits = problems()
     else:
-        gsm8k = source == "hub"
         found = from_files(Path(source)) if os.path.isabs(source) else from_hub(source)
-        splits = checked_splits(found, (lambda row: checked_row(row, "question", "answer", "number")) if gsm8k else
-                                lambda row: checked_row(row, question, answer, form))
-        if not gsm8k:
-            splits, said = without_repetitions(splits)
-            splits = drawn(splits["all"], int(seed)) if "all" in splits else splits
+        splits = checked_splits(found, lambda row: checked_row(row, *columns))
+    if is_own(source):
+        splits, said = without_repetitions(splits)
+        splits = drawn(splits["all"], int(seed)) if "all" in splits else splits
     origin = {"hub": f"{GSM8K} on the hub", "builtin": "builtin problems"}.get(source, source)
-    form = form if is_own(source) else "number"
-    for split, file in write(splits, Path(output), form, Path(source).name).items():
+    for split, file in write(splits, Path(output), columns[-1], Path(source).name).items():
         print(f"{file}: {len(splits[split])} rows from {origin}")
     for line in said:
         print(line)

@@ -9,6 +9,7 @@ import contextlib
 import os
 import runpy
 import sys
+from functools import partial
 from operator import attrgetter
 
 from bridge.trainers import loopback
@@ -93,7 +94,7 @@ def use_varlen_sdpa() -> None:
     AttentionInterface.register("sdpa", varlen_sdpa)
 
 
-def use_float32() -> None:
+def use_plain_float32() -> None:
     """Compute in float32: verl asks FSDP2 and autocast for bf16, ten times as slow on a CPU that has no instructions for it.
 
     Without gradient checkpointing FSDP2 cannot: it gathers float32 weights into the memory that backward has remembered.
@@ -101,17 +102,11 @@ def use_float32() -> None:
     import torch
     from torch.distributed import fsdp
 
-    policy = fsdp.MixedPrecisionPolicy
-    fsdp.MixedPrecisionPolicy = lambda **options: policy(**{**options, "param_dtype": torch.float32})
+    precision, offload = fsdp.MixedPrecisionPolicy, fsdp.CPUOffloadPolicy
+    fsdp.MixedPrecisionPolicy = lambda **options: precision(**{**options, "param_dtype": torch.float32})
+    # Of offloaded weights, as those of the reference model: pinned memory is for copies to a GPU.
+    fsdp.CPUOffloadPolicy = lambda **_options: offload(pin_memory=False)
     torch.autocast = lambda *_args, **_options: contextlib.nullcontext()
-
-
-def offload_without_pinning() -> None:
-    """Keep offloaded weights, as those of the reference model, in ordinary memory: pinned memory is for copies to a GPU."""
-    from torch.distributed import fsdp
-
-    policy = fsdp.CPUOffloadPolicy
-    fsdp.CPUOffloadPolicy = lambda **_options: policy(pin_memory=False)
 
 
 def answer_once() -> None:
@@ -129,24 +124,17 @@ def answer_once() -> None:
 
 def setup() -> None:
     """Everything of the above; called in the trainer's process and, by Ray, in every worker."""
-    for fill in (fill_torch_cpu, use_gloo, use_sdpa, use_varlen_sdpa, use_float32, offload_without_pinning, answer_once,
-                 loopback.close):
+    for fill in (fill_torch_cpu, use_gloo, use_sdpa, use_varlen_sdpa, use_plain_float32, answer_once, loopback.close):
         fill()
 
 
 def patch_ray_init(ranks: int) -> None:
-    """Let Ray place `ranks` workers, one per pretended GPU, and call setup() in each of them."""
+    """Let Ray place `ranks` workers, one per pretended GPU. (That setup() is called in each, loopback.close_ray sees to.)"""
     import ray
 
     # As many as are pretended, or Ray refuses; and CUDA sees none of that number, should there be a GPU that was hidden.
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(["-1"] * ranks)
-    ray_init = ray.init
-
-    def init(*args, runtime_env=None, **options):
-        runtime_env = dict(runtime_env or {}, worker_process_setup_hook="bridge.trainers.on_cpu.setup")
-        return ray_init(*args, runtime_env=runtime_env, num_gpus=ranks, resources={"cpu": ranks}, **options)
-
-    ray.init = init
+    ray.init = partial(ray.init, num_gpus=ranks, resources={"cpu": ranks})
 
 
 def main() -> None:
