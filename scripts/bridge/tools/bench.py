@@ -24,7 +24,7 @@ from bridge.errors import UsageError, nearest, read_json, refuse, say
 from bridge.pages import page
 from bridge.runs import failure, metrics, record
 from bridge.settings import CONFIGS, Settings
-from bridge.stages.train import ON_CPU
+from bridge.stages import data, sft, train
 from bridge.tools import trial
 
 # Dense bf16 FLOP/s, from NVIDIA's data sheets. A GPU that is not here gets no MFU of SFT rather than a guessed one.
@@ -57,7 +57,7 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
         raise UsageError(f"bench takes no arguments; got {' '.join(arguments)}. CASES=, MODEL= and GPUS= apply.")
     cases = read_cases(env.get("CASES", ""))
     gpus = hardware.visible_gpus(env)
-    if not gpus and any(case.profile not in ON_CPU for case in cases):
+    if not gpus and any(case.profile not in train.ON_CPU for case in cases):
         raise UsageError("no GPU visible. With Apptainer pass --nv; on Slurm ask for --gpus-per-node.")
     ranks = settings.gpus or len(gpus) or 2
     settings = settings_module.read({**env, "MODEL": env.get("MODEL") or DEFAULT_MODEL})
@@ -128,7 +128,7 @@ def measure(case: Case, settings: Settings, env: Mapping[str, str], gpus: list[h
         return {**result, "status": "failed", "exit_status": status, "steps_made": len(rows), "log": failure.last_lines(log, 40)}
     rows, config = rows[:case.steps], record.read(stage_dir)["config"]
     figures = ppo_figures(rows, config, settings.gpus) if case.stage == "ppo" else sft_figures(
-        rows, config, settings.gpus, tokens_per_row(settings.model_dir, config["data"]),
+        rows, config, settings.gpus, tokens_per_row(settings.model_dir, config),
         model_folder.parameter_count(settings.model_dir), PEAK.get(gpus[0].name) if gpus else None,
         log.read_text(errors="replace"))
     first = figures["first_step_seconds"]
@@ -140,8 +140,8 @@ def ppo_figures(rows: list[dict], config: Mapping[str, Any], gpus: int) -> dict[
     """Figures of a PPO run from its lines of metrics, the first left out."""
     measured = rows[1:]
     means = {key: fmean(row[key] for row in measured) for key in measured[0] if all(key in row for row in measured)}
-    data, answers = config["data"], config["actor_rollout_ref"]["rollout"]["n"]
-    positions = data["train_batch_size"] * answers * (data["max_prompt_length"] + data["max_response_length"])
+    given, answers = config["data"], config["actor_rollout_ref"]["rollout"]["n"]
+    positions = given["train_batch_size"] * answers * (given["max_prompt_length"] + given["max_response_length"])
     return {
         **speed([row["timing_s/step"] for row in measured], means["perf/total_num_tokens"], positions, gpus),
         "first_step_seconds": round(rows[0]["timing_s/step"], 3),
@@ -173,13 +173,10 @@ def speed(seconds: list[float], tokens: float, positions: int, gpus: int) -> dic
             "padded_tokens_per_second": round(positions / mean / gpus, 1)}
 
 
-def tokens_per_row(model_dir: Path, data: Mapping[str, Any]) -> float:
+def tokens_per_row(model_dir: Path, config: Mapping[str, Any]) -> float:
     """Mean number of tokens that a training row has in verl's SFT dataset with this configuration, without padding."""
-    from transformers import AutoTokenizer
-    from verl.utils.dataset.sft_dataset import SFTDataset
-
-    rows = SFTDataset(data["train_files"], AutoTokenizer.from_pretrained(model_dir), data)
-    return fmean(int(rows[index]["attention_mask"].sum()) for index in range(len(rows)))
+    found = data.lengths(tuple(train.data_files(config, "train_files")), sft.TEXTS, model_dir, "")
+    return fmean(min(sum(row), config["data"]["max_length"]) for row in zip(*found, strict=True))
 
 
 def header(settings: Settings, env: Mapping[str, str], gpus: list[hardware.Gpu]) -> dict[str, Any]:

@@ -128,23 +128,18 @@ def setup() -> None:
         fill()
 
 
-def patch_ray_init(ranks: int) -> None:
-    """Let Ray place `ranks` workers, one per pretended GPU. (That setup() is called in each, loopback.close_ray sees to.)"""
-    import ray
-
-    # As many as are pretended, or Ray refuses; and CUDA sees none of that number, should there be a GPU that was hidden.
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(["-1"] * ranks)
-    ray.init = partial(ray.init, num_gpus=ranks, resources={"cpu": ranks})
-
-
 def main() -> None:
     """Set up, then become verl's module (sys.argv[1]) with the rest of the arguments."""
-    module = sys.argv[1]
-    setup()
-    if ranks := os.environ.get("BRIDGE_CPU_RANKS"):
-        patch_ray_init(int(ranks))
     sys.argv = sys.argv[1:]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    setup()
+    if ranks := int(os.environ.get("BRIDGE_CPU_RANKS", "0")):
+        import ray
+
+        # As many as are pretended, or Ray refuses; and CUDA sees none of that number, should there be a GPU that was hidden.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(["-1"] * ranks)
+        # A worker for each of them. (That setup() is called there, loopback.close_ray sees to.)
+        ray.init = partial(ray.init, num_gpus=ranks, resources={"cpu": ranks})
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":
