@@ -61,19 +61,13 @@ def use_gloo() -> None:
 
 def use_sdpa() -> None:
     """Load models with PyTorch's attention: verl asks for flash_attention_2, which needs a GPU."""
-    import transformers
-
-    for owner in (transformers.AutoConfig, transformers.AutoModelForCausalLM,
-                  transformers.AutoModelForTokenClassification):
-        def load(*args, _load=owner.from_pretrained, **options):
-            if options.get("attn_implementation") == "flash_attention_2":
-                options["attn_implementation"] = "sdpa"
-            return _load(*args, **options)
-
-        owner.from_pretrained = load
-    # Where flash-attn is installed (the image), verl would take its Triton cross entropy. verl's own spelling.
     import verl.utils.torch_functional
+    from transformers import PreTrainedModel
 
+    # Where transformers looks whether a model can have it.
+    instead = classmethod(lambda model, config, **_options: model._check_and_enable_sdpa(config))
+    PreTrainedModel._check_and_enable_flash_attn_2 = instead
+    # Where flash-attn is installed (the image), verl would take its Triton cross entropy. verl's own spelling.
     verl.utils.torch_functional.FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE = False
 
 
