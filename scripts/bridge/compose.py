@@ -39,13 +39,9 @@ def quote(value: str) -> str:
 
 
 def compose(name: str, overrides: list[str], env: Mapping[str, str], folder: Path = CONFIGS) -> dict[str, Any]:
-    """Compose configs/NAME.yaml over verl's tree, resolved.
+    """Compose NAME.yaml of this folder over verl's tree, resolved.
 
-    Args:
-        name: "sft" or "ppo".
-        overrides: in Hydra's grammar; the last one wins.
-        env: what the interpolations need (WORK_DIR, BRIDGE_*).
-        folder: where NAME.yaml is.
+    overrides: in Hydra's grammar; the last one wins. env: what the interpolations need (WORK_DIR, BRIDGE_*).
     """
     with patch.dict(os.environ, env), initialize_config_dir(str(folder), version_base=None):
         config = hydra_compose(name, overrides=[f"hydra.searchpath=[{quote(f'file://{verl_config_dir()}')}]", *overrides])

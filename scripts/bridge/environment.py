@@ -1,7 +1,6 @@
 """Where a stage works and with which variables: WORK_DIR, the caches below it, what is taken out of the environment."""
 
 import fcntl
-import hashlib
 import os
 import resource
 import shutil
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from bridge.errors import say
+from bridge.errors import say, sha256
 from bridge.settings import CONFIGS, ROOT, Settings
 
 # A WORK_DIR with less than this (bytes) cannot even keep a log.
@@ -72,7 +71,7 @@ def clean_environment(settings: Settings, env: Mapping[str, str]) -> dict[str, s
     hf_home = Path(cleaned.get("HF_HOME") or Path(cleaned.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface")
     cache = settings.work_dir / "cache"
     # What was compiled for one set of packages is never taken with another.
-    compiled = cache / "compiled" / hashlib.sha256((ROOT / "requirements.lock").read_bytes()).hexdigest()[:12]
+    compiled = cache / "compiled" / sha256(ROOT / "requirements.lock")[:12]
     variables = yaml.safe_load((CONFIGS / "environment.yaml").read_text(encoding="utf-8"))
     cleaned.update({name: value.format(cache=cache, compiled=compiled) for name, value in variables.items()})
     # As the driver counts GPUs, and so the door. CUDA's own order is by speed, another one where cards are mixed.

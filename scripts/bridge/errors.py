@@ -1,6 +1,7 @@
 """What a user can mend: said without a traceback, all at once, exit status 2."""
 
 import errno
+import hashlib
 import json
 import os
 import sys
@@ -134,6 +135,12 @@ def read_json(file: Path) -> Any:
             return json.loads(file.read_text(encoding="utf-8"))
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def sha256(file: Path) -> str:
+    """Hash of a file, read in pieces."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_whole(file: Path, text: str) -> None:

@@ -4,6 +4,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,11 +61,9 @@ def mig_devices(handle) -> list | None:
         return None
     parts = []
     for index in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
-        try:
+        # There may be fewer parts than there could be.
+        with suppress(pynvml.NVMLError_NotFound):
             parts.append(pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, index))
-        except pynvml.NVMLError_NotFound:
-            # Fewer parts than there could be.
-            continue
     return parts
 
 

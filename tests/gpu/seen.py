@@ -75,7 +75,7 @@ def apply() -> None:
         for name in names:
             counted(module, name)
     exposed = SimpleNamespace(model=MultiStepModelRunner.model.fget)
-    counted(exposed, "model", "expose_multi_step_model")
+    counted(exposed, "model", "multi_step_model")
     MultiStepModelRunner.model = property(exposed.model)
 
 

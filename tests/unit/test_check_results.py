@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import test_attention
+import torch
 
 from bridge import hardware, settings
+from bridge.errors import sha256
 from bridge.image import manifest
 from bridge.tools import check
 
@@ -25,7 +27,8 @@ def some_settings(tmp_path):
 
 @pytest.fixture
 def in_an_image(monkeypatch):
-    made = {"recipe_commit": "abc", "requirements_lock_sha256": manifest.lock_hash(), "debian": {"tini": "0.19.0"}, "python": {}}
+    made = {"recipe_commit": "abc", "requirements_lock_sha256": sha256(settings.ROOT / "requirements.lock"),
+            "debian": {"tini": "0.19.0"}, "python": {}}
     monkeypatch.setattr(manifest, "read", lambda: made)
     return made
 
@@ -97,14 +100,6 @@ def test_a_module_from_outside_the_environment_is_named(monkeypatch, some_settin
     assert status == "FAIL" and "stranger (/home/somebody/stranger.py)" in seen
 
 
-def test_another_cuda_than_the_lock_has_fails(monkeypatch):
-    import torch
-
-    assert check.cuda_build() == ("ok", "12.4")
-    monkeypatch.setattr(torch.version, "cuda", "12.6")
-    assert check.cuda_build() == ("FAIL", "12.6")
-
-
 def flash_attn(monkeypatch, kernel):
     """A flash-attn of our own, on a machine with a GPU of our own."""
     module = types.SimpleNamespace(flash_attn_func=kernel, flash_attn_varlen_func=kernel)
@@ -156,9 +151,14 @@ def loaded_nccl(monkeypatch, tmp_path):
 
     monkeypatch.setattr(check.ctypes, "CDLL", Library)
     monkeypatch.setattr(check, "Path", lambda path: maps if path == "/proc/self/maps" else Path(path))
-    monkeypatch.setattr(check, "cuda_build", lambda: ("ok", "12.4"))
     monkeypatch.setitem(check.sys.modules, "vllm.utils", types.SimpleNamespace(find_nccl_library=lambda: str(files["vllm"])))
     return versions, maps
+
+
+def test_another_cuda_than_the_lock_has_fails(loaded_nccl, some_settings, monkeypatch):
+    assert statuses(check.nccl(some_settings, {}))["cuda of torch"] == ("ok", "12.4")
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    assert statuses(check.nccl(some_settings, {}))["cuda of torch"] == ("FAIL", "12.6")
 
 
 @pytest.mark.parametrize("owner", ["torch", "vllm"])

@@ -10,7 +10,7 @@ from torch.distributed import device_mesh, fsdp, init_process_group
 from bridge.trainers import on_cpu
 
 on_cpu.fill_torch_cpu()
-on_cpu.offload_without_pinning()
+on_cpu.use_plain_float32()
 init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
 model = torch.nn.Linear(4, 4)
 # As verl shards the reference model of a KL loss.

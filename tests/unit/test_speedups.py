@@ -44,7 +44,7 @@ def test_verl_reaches_the_weights_behind_vllms_multi_step_runner():
     assert run_python("""
 from types import SimpleNamespace
 from bridge.trainers import speedups
-speedups.expose_multi_step_model()
+speedups.replace_engine()
 from vllm.worker.multi_step_model_runner import MultiStepModelRunner
 runner = object.__new__(MultiStepModelRunner)
 runner._base_model_runner = SimpleNamespace(model="weights")

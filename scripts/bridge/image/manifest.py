@@ -3,7 +3,6 @@
     python -m bridge.image.manifest COMMIT BASE FLASH_ATTN_WHEEL > /opt/bridge/manifest.json
 """
 
-import hashlib
 import importlib.metadata
 import json
 import re
@@ -11,6 +10,7 @@ import subprocess
 import sys
 from typing import Any
 
+from bridge.errors import sha256
 from bridge.settings import ROOT
 
 FILE = ROOT / "manifest.json"
@@ -19,11 +19,6 @@ FILE = ROOT / "manifest.json"
 def read() -> dict[str, Any] | None:
     """The manifest of the image that this runs in, None outside of one."""
     return json.loads(FILE.read_text()) if FILE.is_file() else None
-
-
-def lock_hash() -> str:
-    """sha256 of requirements.lock."""
-    return hashlib.sha256((ROOT / "requirements.lock").read_bytes()).hexdigest()
 
 
 def packages() -> dict[str, str]:
@@ -45,7 +40,7 @@ def make(commit: str, base: str, flash_attn_wheel: str) -> dict[str, Any]:
         "recipe_commit": commit or None,
         "base": base,
         "flash_attn_wheel": flash_attn_wheel,
-        "requirements_lock_sha256": lock_hash(),
+        "requirements_lock_sha256": sha256(ROOT / "requirements.lock"),
         "debian": dict(sorted(line.split() for line in debian.splitlines())),
         "python": packages(),
     }

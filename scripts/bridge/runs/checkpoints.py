@@ -83,14 +83,6 @@ def contents(stage: str, config: Mapping[str, Any]) -> dict[str, tuple[str, ...]
     return found
 
 
-def content_problems(stage: str, config: Mapping[str, Any]) -> list[str]:
-    """Checkpoints that could be neither merged nor continued from, as verl would save them without a word."""
-    known = (*ALL, "hf_model")
-    return [f"save_contents=[{', '.join(kinds)}] of {part if stage == 'ppo' else stage}: it has to name model, and no other "
-            f"words than {', '.join(known)}."
-            for part, kinds in contents(stage, config).items() if "model" not in kinds or set(kinds) - set(known)]
-
-
 def mergeable(stage: str) -> dict[str, tuple[str, ...]]:
     """What merging needs of a checkpoint: less than continuing."""
     return {"actor" if stage == "ppo" else ".": ("model",)}

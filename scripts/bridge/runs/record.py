@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import platform
@@ -13,7 +12,6 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ import yaml
 
 from bridge import hardware
 from bridge.compose import flatten
-from bridge.errors import UsageError, read_json, say, write_whole
+from bridge.errors import UsageError, read_json, say, sha256, write_whole
 from bridge.image import manifest
 from bridge.plan import Plan
 from bridge.runs import checkpoints
@@ -35,15 +33,6 @@ MAY_DIFFER = ("trainer.project_name", "trainer.experiment_name", "trainer.logger
               "trainer.validation_data_dir", "trainer.rollout_data_dir",
               "trainer.max_actor_ckpt_to_keep", "trainer.max_critic_ckpt_to_keep",
               *(key for parts in checkpoints.LOAD_CONTENTS.values() for key in parts.values()))
-
-
-@cache
-def of_the_machine() -> frozenset[str]:
-    """Last words of the keys that a preset of configs/memory/ sets: verl takes some of them over elsewhere."""
-    return frozenset(key.rpartition(".")[2] for file in CONFIGS.glob("memory/*/*.yaml")
-                     for key in flatten(yaml.safe_load(file.read_text())))
-
-
 # Modules that records name -> the names they have now. A run that was begun before goes on.
 RENAMED_MODULES = {"bridge.speedups": "bridge.trainers.speedups"}
 # What begin() writes into a record, and of which kind it is.
@@ -93,12 +82,6 @@ def masked(value: Any, hidden: Mapping[str, str]) -> Any:
 def secret_values(env: Mapping[str, str]) -> list[str]:
     """The secrets in an environment, to be masked wherever text is kept."""
     return [env[name] for name in SECRETS if env.get(name)]
-
-
-def sha256(file: Path) -> str:
-    """Hash of a file, read in pieces."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def now() -> str:
@@ -178,13 +161,16 @@ def difference(record: Mapping[str, Any], plan: Plan) -> list[str]:
     A WORK_DIR that was moved is no difference.
     """
     config, inputs = moved(record, plan.env["WORK_DIR"])
+    # Last words of the keys that a preset sets: verl takes some of them over elsewhere.
+    of_the_machine = {key.rpartition(".")[2] for file in CONFIGS.glob("memory/*/*.yaml")
+                      for key in flatten(yaml.safe_load(file.read_text()))}
     # What an older version did not record is not compared.
     now = {name: value for name, value in plan.inputs.items() if name in inputs}
     lines = []
     for old, new in ((config, plan.config), (inputs, now)):
         old, new = flatten(old), flatten(new)
         lines += [f"{key}: {old.get(key)} -> {new.get(key)}" for key in sorted(old.keys() | new.keys())
-                  if key not in MAY_DIFFER and key.rpartition(".")[2] not in of_the_machine() and old.get(key) != new.get(key)]
+                  if key not in MAY_DIFFER and key.rpartition(".")[2] not in of_the_machine and old.get(key) != new.get(key)]
     return lines
 
 

@@ -15,24 +15,21 @@ def wandb_server(env: Mapping[str, str]) -> str:
     return env.get("WANDB_BASE_URL") or "https://api.wandb.ai"
 
 
-def go_offline_without_login(env: Mapping[str, str], own_env: dict[str, str], notes: list[str]) -> None:
-    """Let W&B be offline where it has no key, unless the user has said what it shall do."""
-    netrc = Path(env.get("NETRC") or Path.home() / ".netrc")
+def go_offline(config: Mapping[str, Any], env: Mapping[str, str], own_env: dict[str, str], notes: list[str],
+               dry_run: bool) -> None:
+    """Let W&B be offline where it has no key, unless the user has said what it shall do, and where its server does not answer:
+    it would try for 90 s, and then end one rank of all.
+    """
+    netrc, server = Path(env.get("NETRC") or Path.home() / ".netrc"), wandb_server(env)
     # `wandb login` leaves its key there.
-    has_login = netrc.is_file() and wandb_server(env).split("//")[-1].split("/")[0] in netrc.read_text()
+    has_login = netrc.is_file() and server.split("//")[-1].split("/")[0] in netrc.read_text()
     if not (env.get("WANDB_API_KEY") or has_login) and env.get("WANDB_MODE") is None:
         own_env["WANDB_MODE"] = "offline"
         notes.append(f"no WANDB_API_KEY and no wandb login: metrics stay in {own_env['WANDB_DIR']} "
                      "(send them later with `wandb sync`, in `make shell`)")
-
-
-def go_offline_without_server(config: Mapping[str, Any], env: Mapping[str, str], own_env: dict[str, str], notes: list[str],
-                              dry_run: bool) -> None:
-    """Let W&B be offline where its server does not answer: it would try for 90 s, and then end one rank of all."""
-    if "WANDB_MODE" in own_env or env.get("WANDB_MODE") in NOT_SENT or "wandb" not in config["trainer"]["logger"]:
+    elif env.get("WANDB_MODE") in NOT_SENT or "wandb" not in config["trainer"]["logger"]:
         return
-    server = wandb_server(env)
-    if dry_run:
+    elif dry_run:
         notes.append(f"W&B: {server} is asked at the start; if it does not answer, this run is offline")
     elif reason := connection_problem(server):
         own_env["WANDB_MODE"] = "offline"

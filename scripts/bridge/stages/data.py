@@ -126,13 +126,9 @@ def ground_truth(answer: str) -> str:
 
 
 def checked_row(row: object, question: str, answer: str, form: str) -> dict[str, str]:
-    """The question and the answer of a row, or of a line of JSON; further keys are left out.
+    """The question and the answer of a row, or of a line of JSON, by their keys; further keys are left out.
 
-    Args:
-        question, answer: the keys of both.
-        form: "number": the answer ends in `#### NUMBER`, or is a number; "text": whatever it is.
-
-    A ValueError gives the reason if the row is not so.
+    form: "number": the answer ends in `#### NUMBER`, or is a number; "text": whatever it is. A ValueError says what is wrong.
     """
     try:
         row = json.loads(row.decode()) if isinstance(row, bytes) else row
@@ -306,9 +302,8 @@ def write(splits: dict[str, Rows], folder: Path, *form: str) -> dict[str, Path]:
 def lengths(files: tuple[Path, ...], columns: tuple[str, ...], model_dir: Path, _digest: str) -> list[list[int]]:
     """Tokens of the prompt, and of the answer with its end, of each row, as verl counts them: [[prompt ...], [answer ...]].
 
-    Args:
-        columns: of the prompt (a text, or a list of messages) and of the answer; "a.b" is field b of the struct a.
-        _digest: of the files, which may have been made anew.
+    columns: of the prompt (a text, or a list of messages) and of the answer; "a.b" is field b of the struct a. _digest: of the
+    files, which may have been made anew.
     """
     from transformers import AutoTokenizer
 
@@ -349,21 +344,20 @@ def length_problems(section: Mapping[str, Any], found: list[list[int]], notes: l
 def main(arguments: list[str] | None = None) -> None:
     """What the stage runs: the source, the folder of both parquet files; then the columns, the form and the seed, as in plan."""
     source, output, *more = sys.argv[1:] if arguments is None else arguments
-    question, answer, form, seed = more or ("question", "answer", "number", str(SEED))
-    source, said = checked_source(source), []
+    source, said, gsm8k = checked_source(source), [], ("question", "answer", "number")
+    *columns, seed = more or (*gsm8k, str(SEED))
+    if not is_own(source):
+        columns = gsm8k
     if source == "builtin":
         splits = problems()
     else:
-        gsm8k = source == "hub"
         found = from_files(Path(source)) if os.path.isabs(source) else from_hub(source)
-        splits = checked_splits(found, (lambda row: checked_row(row, "question", "answer", "number")) if gsm8k else
-                                lambda row: checked_row(row, question, answer, form))
-        if not gsm8k:
-            splits, said = without_repetitions(splits)
-            splits = drawn(splits["all"], int(seed)) if "all" in splits else splits
+        splits = checked_splits(found, lambda row: checked_row(row, *columns))
+    if is_own(source):
+        splits, said = without_repetitions(splits)
+        splits = drawn(splits["all"], int(seed)) if "all" in splits else splits
     origin = {"hub": f"{GSM8K} on the hub", "builtin": "builtin problems"}.get(source, source)
-    form = form if is_own(source) else "number"
-    for split, file in write(splits, Path(output), form, Path(source).name).items():
+    for split, file in write(splits, Path(output), columns[-1], Path(source).name).items():
         print(f"{file}: {len(splits[split])} rows from {origin}")
     for line in said:
         print(line)

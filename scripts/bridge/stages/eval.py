@@ -41,10 +41,6 @@ class Answer(NamedTuple):
     cut_off: bool
 
 
-# What makes answers: (model folder, prompts as token ids, most tokens of an answer) -> one answer a prompt.
-Generator = Callable[[Path, list[list[int]], int], list[Answer]]
-
-
 # ---- in the door
 
 def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
@@ -168,7 +164,8 @@ def generate_with_transformers(folder: Path, prompts: list[list[int]], max_token
     return answers
 
 
-GENERATORS: dict[str, Generator] = {"vllm": generate_with_vllm, "transformers": generate_with_transformers}
+# (Model folder, prompts as token ids, most tokens of an answer) -> one answer a prompt.
+GENERATORS = {"vllm": generate_with_vllm, "transformers": generate_with_transformers}
 
 
 # ---- scores
@@ -208,8 +205,8 @@ def interval(scores: Sequence[float]) -> tuple[float, float]:
     return tuple(map(float, stats.t.interval(CONFIDENCE, max(1, len(scores) - 1), sum(scores) / len(scores), spread)))
 
 
-def evaluate(name: str, folder: Path, data: Path, rows: int, limits: Mapping[str, Any], generate: Generator) -> list[dict]:
-    """Ask one model the first so many problems; returns a row for each answer.
+def evaluate(name: str, folder: Path, data: Path, rows: int, limits: Mapping[str, Any], generate: Callable) -> list[dict]:
+    """Ask one model the first so many problems; returns a row for each answer. generate: of GENERATORS.
 
     limits: max_prompt_length, max_response_length (tokens) and truncation, in verl's words; reward: file, function, arguments.
     """
@@ -228,9 +225,8 @@ def evaluate(name: str, folder: Path, data: Path, rows: int, limits: Mapping[str
         text = tokenizer.decode(answer.tokens, skip_special_tokens=True)
         truth = problem["reward_model"]["ground_truth"]
         scores = {"score": reward.score(judge, problem, text, **options)} if judge else score(text, problem["data_source"], truth)
-        answers.append({"model": name, "index": problem["index"], "prompt": tokenizer.decode(prompt), "response": text,
-                        **scores, "ground_truth": truth,
-                        "response_tokens": len(answer.tokens), "cut_off": answer.cut_off})
+        answers.append({"model": name, "index": problem["index"], "prompt": tokenizer.decode(prompt), "response": text, **scores,
+                        "ground_truth": truth, "response_tokens": len(answer.tokens), "cut_off": answer.cut_off})
     return answers
 
 

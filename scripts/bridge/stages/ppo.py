@@ -127,11 +127,7 @@ def columns(config: Mapping[str, Any]) -> list[str]:
 
 
 def divisibility(config: Mapping[str, Any], world: int, heads: int | None) -> list[str]:
-    """Which numbers do not divide at this number of GPUs (verl floors some of them in silence).
-
-    Args:
-        heads: attention heads of the model; None if not known.
-    """
+    """Which numbers do not divide at this number of GPUs (verl floors some in silence). heads: None if they are not known."""
     actor, critic, rollout = config["actor_rollout_ref"]["actor"], config["critic"], config["actor_rollout_ref"]["rollout"]
     batch, tp, answers = config["data"]["train_batch_size"], rollout["tensor_model_parallel_size"], rollout["n"]
     # verl counts both batches in prompts, and multiplies them by the answers to each before it divides.

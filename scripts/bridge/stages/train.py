@@ -5,7 +5,6 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pyarrow.parquet
@@ -62,7 +61,6 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
         **({} if settings.seed is None else {"BRIDGE_SEED": str(settings.seed)}),
         **trainer.environment(env),
     }
-    tracking.go_offline_without_login(env, own_env, notes)
     tp = [f"actor_rollout_ref.rollout.tensor_model_parallel_size={settings.tp}"] if stage == "ppo" and settings.tp else []
     own = [f"profile/{stage}={settings.profile}", *([f"device/{stage}=cpu"] if on_cpu else []),
            *([f"algo={settings.algo}"] if stage == "ppo" and settings.algo != "ppo" else []), *tp,
@@ -88,8 +86,7 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
         # The rest is checked without them, so that all mistakes are named at once.
         problems += error.problems
         config, overrides = compose(stage, own, own_env), []
-    problems += whole_run_problems(config) + trainer.setting_problems(config, overrides)
-    problems += checkpoints.content_problems(stage, config)
+    problems += whole_run_problems(stage, config) + trainer.setting_problems(config, overrides)
     rows = data_problems(config, trainer.columns(config), problems)
     name_problem = None if from_sft else model.name_problem(settings.model)
     cure = ("INIT=sft starts from the merged result of the sft stage: run `make sft` and `make merge STAGE=sft` first, or use "
@@ -114,7 +111,9 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
     if rows:
         problems += step_problems(config, rows[0]) + trainer.validation_problems(config, world, rows[1])
         if data.is_own(data.recorded_source(settings.data_dir)) and not model_problems:
-            problems += length_problems(trainer, config, model_dir, notes)
+            files = tuple(file for key in DATA_KEYS for file in data_files(config, key))
+            lengths = data.lengths(files, trainer.TEXTS, model_dir, " ".join(map(record.sha256, files)))
+            problems += data.length_problems(config["data"], lengths, notes)
         if stage == "ppo":
             problems += reward_problems(settings, config, notes)
     refuse(problems)
@@ -145,7 +144,7 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
         notes += [f"{checkpoint.path.name} is incomplete ({checkpoint.faults[0]}): it will be set aside"
                   for checkpoint in checkpoints.newer_incomplete(made.checkpoints, made.saved, newest.step)]
         notes.append(f"continuing from {newest.path} (step {newest.step})")
-    tracking.go_offline_without_server(config, env, own_env, notes, dry_run)
+    tracking.go_offline(config, env, own_env, notes, dry_run)
     if stage == "ppo":
         resume.append(f"ray_init.num_cpus={trainer.cpus(config, gpus, hardware.cpu_count())}")
         if on_cpu:
@@ -246,7 +245,7 @@ def interface_problems(env: Mapping[str, str], folder: Path = Path("/sys/class/n
             "it out (then it is lo, which is as fast within a node)."]
 
 
-def whole_run_problems(config: Mapping[str, Any]) -> list[str]:
+def whole_run_problems(stage: str, config: Mapping[str, Any]) -> list[str]:
     """What verl would take, and then train or save something else."""
     problems = [f"{key}={rank}: only whole models are trained here. verl's merger drops LoRA's adapters, so that the merged "
                 f"model would be the untouched base, and vLLM's multi-step engine does not take them. Use {key}=0."
@@ -254,6 +253,10 @@ def whole_run_problems(config: Mapping[str, Any]) -> list[str]:
     problems += [f"{key}={old}: this module is called {new} now. Use {key}={new}."
                  for key, value in flatten(config).items() if key.endswith("external_lib")
                  for old, new in record.RENAMED_MODULES.items() if value == old]
+    known = (*checkpoints.ALL, "hf_model")
+    problems += [f"save_contents=[{', '.join(kinds)}] of {part if stage == 'ppo' else stage}: it has to name model, and no other "
+                 f"words than {', '.join(known)}." for part, kinds in checkpoints.contents(stage, config).items()
+                 if "model" not in kinds or set(kinds) - set(known)]
     if "console" not in config["trainer"]["logger"]:
         problems.append(f"trainer.logger={config['trainer']['logger']}: metrics and progress are read from what verl prints. Use "
                         "[console], or [console,wandb].")
@@ -299,23 +302,13 @@ def data_problems(config: Mapping[str, Any], columns: list[str], problems: list[
                     raise
                 problems.append(f"{path} is no parquet file ({error}). Run `make data` again.")
                 continue
-            schema = parquet.schema_arrow
-            present = {*schema.names, *(f"{field.name}.{part.name}" for field in schema
-                                        if pyarrow.types.is_struct(field.type) for part in field.type)}
+            names = parquet.schema_arrow.names
+            present = {*names, *parquet.schema_arrow.empty_table().flatten().column_names}
             if missing := [column for column in columns if column not in present]:
-                problems.append(f"{path} has no column {', '.join(missing)} (it has "
-                                f"{', '.join(schema.names)}). Make it with `make data`.")
+                problems.append(f"{path} has no column {', '.join(missing)} (it has {', '.join(names)}). "
+                                "Make it with `make data`.")
             counts[key] += parquet.metadata.num_rows
-    if len(problems) > before:
-        return None
-    return tuple(counts.values())
-
-
-def length_problems(trainer: ModuleType, config: Mapping[str, Any], model_dir: Path, notes: list[str]) -> list[str]:
-    """Rows of one's own data that are longer than verl takes."""
-    files = tuple(file for key in DATA_KEYS for file in data_files(config, key))
-    found = data.lengths(files, trainer.TEXTS, model_dir, " ".join(map(record.sha256, files)))
-    return data.length_problems(config["data"], found, notes)
+    return None if len(problems) > before else tuple(counts.values())
 
 
 def reward_problems(settings: Settings, config: Mapping[str, Any], notes: list[str]) -> list[str]:

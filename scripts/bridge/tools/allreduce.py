@@ -8,10 +8,10 @@ NVIDIA's nccl-tests count it: comparable between numbers of GPUs, and 0 for one.
 
 import json
 import os
-import time
 
 import torch
 import torch.distributed as dist
+from torch.utils.benchmark import Timer
 
 
 def main() -> None:
@@ -24,27 +24,14 @@ def main() -> None:
     ranks = dist.get_world_size()
     for megabytes in (1, 16, 256, 1024) if on_gpu else (1, 4, 16):
         tensor = torch.zeros(megabytes * 10**6 // 4, device=device)
-        seconds = timed(tensor, repeats=20 if on_gpu else 3)
+        # It first warms up with two, and waits for the GPU before and after.
+        timer = Timer("dist.all_reduce(tensor)", globals={"dist": dist, "tensor": tensor})
+        seconds = timer.timeit(20 if on_gpu else 3).mean
         if dist.get_rank() == 0:
             algbw = megabytes / 1e3 / seconds
             print(json.dumps({"megabytes": megabytes, "seconds": seconds, "algbw_gb_s": round(algbw, 3),
                               "busbw_gb_s": round(algbw * 2 * (ranks - 1) / ranks, 3)}), flush=True)
     dist.destroy_process_group()
-
-
-def timed(tensor: torch.Tensor, repeats: int) -> float:
-    """Seconds of one all-reduce (float32, sum), the mean of some after as many to warm up."""
-    for _ in range(2):
-        if tensor.is_cuda:
-            torch.cuda.synchronize()
-        dist.barrier()
-        started = time.perf_counter()
-        for _ in range(repeats):
-            dist.all_reduce(tensor)
-        if tensor.is_cuda:
-            torch.cuda.synchronize()
-        elapsed = time.perf_counter() - started
-    return elapsed / repeats
 
 
 if __name__ == "__main__":

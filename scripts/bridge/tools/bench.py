@@ -137,8 +137,8 @@ def ppo_figures(rows: list[dict], config: Mapping[str, Any], gpus: int) -> dict[
     """Figures of a PPO run from its lines of metrics, the first left out."""
     measured = rows[1:]
     means = {key: fmean(row[key] for row in measured) for key in measured[0] if all(key in row for row in measured)}
-    data, answers = config["data"], config["actor_rollout_ref"]["rollout"]["n"]
-    positions = data["train_batch_size"] * answers * (data["max_prompt_length"] + data["max_response_length"])
+    given, answers = config["data"], config["actor_rollout_ref"]["rollout"]["n"]
+    positions = given["train_batch_size"] * answers * (given["max_prompt_length"] + given["max_response_length"])
     return {
         **speed([row["timing_s/step"] for row in measured], means["perf/total_num_tokens"], positions, gpus),
         "first_step_seconds": round(rows[0]["timing_s/step"], 3),

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from bridge import hardware
 from bridge.environment import LEAST_FREE, clean_environment, lock_problems, work_dir_problems
-from bridge.errors import UsageError
+from bridge.errors import UsageError, sha256
 from bridge.image import manifest
 from bridge.runs import tracking
 from bridge.settings import ROOT, Settings
@@ -81,7 +81,7 @@ def image(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
     made = manifest.read()
     if made is None:
         yield Result("image", "warn", "not in an image: this is a virtual environment")
-    elif made["requirements_lock_sha256"] != manifest.lock_hash():
+    elif made["requirements_lock_sha256"] != sha256(ROOT / "requirements.lock"):
         yield Result("image", "FAIL", f"{ROOT / 'requirements.lock'} is not the one that the image was built from")
     else:
         yield Result("image", "ok", f"recipe {made['recipe_commit']}, {len(made['debian'])} Debian packages")
@@ -156,9 +156,12 @@ def imports(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
 
 def nccl(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
     """The NCCL that torch and vLLM really load; torch.cuda.nccl.version() is a compile-time constant and not asked."""
-    wanted = locked_versions()["nvidia-nccl-cu12"]
-    yield Result("cuda of torch", *cuda_build())
+    import torch
     from vllm.utils import find_nccl_library
+
+    # The lock's CUDA runtime says which one torch has to be built for.
+    wanted, cuda = (locked_versions()[name] for name in ("nvidia-nccl-cu12", "nvidia-cuda-runtime-cu12"))
+    yield Result("cuda of torch", "ok" if torch.version.cuda == cuda.rpartition(".")[0] else "FAIL", str(torch.version.cuda))
 
     # torch has loaded its library by now: it is the one in this process's memory map.
     mapped = sorted(set(re.findall(r"\S*/libnccl\.so\S*", Path("/proc/self/maps").read_text())))
@@ -169,14 +172,6 @@ def nccl(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
         yield Result(f"nccl of {owner}", "ok" if found == wanted else "FAIL", f"{found} ({path})")
     if not mapped:
         yield Result("nccl of torch", "FAIL", "torch has loaded no libnccl")
-
-
-def cuda_build() -> tuple[str, str]:
-    """Status and CUDA version that torch was built for; the lock's CUDA runtime says which it has to be."""
-    import torch
-
-    wanted = locked_versions()["nvidia-cuda-runtime-cu12"].rpartition(".")[0]
-    return ("ok" if torch.version.cuda == wanted else "FAIL"), str(torch.version.cuda)
 
 
 def flash_attention(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:

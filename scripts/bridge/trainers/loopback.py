@@ -70,10 +70,11 @@ def close_ray() -> None:
     from ray._private import utils
 
     ray_init = ray.init
+    # on_cpu's calls close(), too.
+    hook = "bridge.trainers.on_cpu.setup" if "BRIDGE_CPU_RANKS" in os.environ else "bridge.trainers.loopback.close"
 
     def init(*args, runtime_env=None, **options):
-        # A hook that is there (on_cpu's) calls it itself.
-        runtime_env = {"worker_process_setup_hook": "bridge.trainers.loopback.close", **(runtime_env or {})}
+        runtime_env = {"worker_process_setup_hook": hook, **(runtime_env or {})}
         # "local": not the cluster that a RAY_ADDRESS in the environment names.
         return ray_init(*args, address="local", runtime_env=runtime_env, include_dashboard=False, _node_ip_address=address(),
                         **options)

@@ -9,6 +9,7 @@ import contextlib
 import os
 import runpy
 import sys
+from functools import partial
 from operator import attrgetter
 
 from bridge.trainers import loopback
@@ -60,19 +61,13 @@ def use_gloo() -> None:
 
 def use_sdpa() -> None:
     """Load models with PyTorch's attention: verl asks for flash_attention_2, which needs a GPU."""
-    import transformers
-
-    for owner in (transformers.AutoConfig, transformers.AutoModelForCausalLM,
-                  transformers.AutoModelForTokenClassification):
-        def load(*args, _load=owner.from_pretrained, **options):
-            if options.get("attn_implementation") == "flash_attention_2":
-                options["attn_implementation"] = "sdpa"
-            return _load(*args, **options)
-
-        owner.from_pretrained = load
-    # Where flash-attn is installed (the image), verl would take its Triton cross entropy. verl's own spelling.
     import verl.utils.torch_functional
+    from transformers import PreTrainedModel
 
+    # Where transformers looks whether a model can have it.
+    instead = classmethod(lambda model, config, **_options: model._check_and_enable_sdpa(config))
+    PreTrainedModel._check_and_enable_flash_attn_2 = instead
+    # Where flash-attn is installed (the image), verl would take its Triton cross entropy. verl's own spelling.
     verl.utils.torch_functional.FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE = False
 
 
@@ -93,7 +88,7 @@ def use_varlen_sdpa() -> None:
     AttentionInterface.register("sdpa", varlen_sdpa)
 
 
-def use_float32() -> None:
+def use_plain_float32() -> None:
     """Compute in float32: verl asks FSDP2 and autocast for bf16, ten times as slow on a CPU that has no instructions for it.
 
     Without gradient checkpointing FSDP2 cannot: it gathers float32 weights into the memory that backward has remembered.
@@ -101,17 +96,11 @@ def use_float32() -> None:
     import torch
     from torch.distributed import fsdp
 
-    policy = fsdp.MixedPrecisionPolicy
-    fsdp.MixedPrecisionPolicy = lambda **options: policy(**{**options, "param_dtype": torch.float32})
+    precision, offload = fsdp.MixedPrecisionPolicy, fsdp.CPUOffloadPolicy
+    fsdp.MixedPrecisionPolicy = lambda **options: precision(**{**options, "param_dtype": torch.float32})
+    # Of offloaded weights, as those of the reference model: pinned memory is for copies to a GPU.
+    fsdp.CPUOffloadPolicy = lambda **_options: offload(pin_memory=False)
     torch.autocast = lambda *_args, **_options: contextlib.nullcontext()
-
-
-def offload_without_pinning() -> None:
-    """Keep offloaded weights, as those of the reference model, in ordinary memory: pinned memory is for copies to a GPU."""
-    from torch.distributed import fsdp
-
-    policy = fsdp.CPUOffloadPolicy
-    fsdp.CPUOffloadPolicy = lambda **_options: policy(pin_memory=False)
 
 
 def answer_once() -> None:
@@ -129,34 +118,22 @@ def answer_once() -> None:
 
 def setup() -> None:
     """Everything of the above; called in the trainer's process and, by Ray, in every worker."""
-    for fill in (fill_torch_cpu, use_gloo, use_sdpa, use_varlen_sdpa, use_float32, offload_without_pinning, answer_once,
-                 loopback.close):
+    for fill in (fill_torch_cpu, use_gloo, use_sdpa, use_varlen_sdpa, use_plain_float32, answer_once, loopback.close):
         fill()
-
-
-def patch_ray_init(ranks: int) -> None:
-    """Let Ray place `ranks` workers, one per pretended GPU, and call setup() in each of them."""
-    import ray
-
-    # As many as are pretended, or Ray refuses; and CUDA sees none of that number, should there be a GPU that was hidden.
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(["-1"] * ranks)
-    ray_init = ray.init
-
-    def init(*args, runtime_env=None, **options):
-        runtime_env = dict(runtime_env or {}, worker_process_setup_hook="bridge.trainers.on_cpu.setup")
-        return ray_init(*args, runtime_env=runtime_env, num_gpus=ranks, resources={"cpu": ranks}, **options)
-
-    ray.init = init
 
 
 def main() -> None:
     """Set up, then become verl's module (sys.argv[1]) with the rest of the arguments."""
-    module = sys.argv[1]
-    setup()
-    if ranks := os.environ.get("BRIDGE_CPU_RANKS"):
-        patch_ray_init(int(ranks))
     sys.argv = sys.argv[1:]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    setup()
+    if ranks := int(os.environ.get("BRIDGE_CPU_RANKS", "0")):
+        import ray
+
+        # As many as are pretended, or Ray refuses; and CUDA sees none of that number, should there be a GPU that was hidden.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(["-1"] * ranks)
+        # A worker for each of them. (That setup() is called there, loopback.close_ray sees to.)
+        ray.init = partial(ray.init, num_gpus=ranks, resources={"cpu": ranks})
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

@@ -55,11 +55,8 @@ def row_weights(loss_mask: torch.Tensor, group_rows: int) -> torch.Tensor:
 def pack_rows(batch: TensorDict, weights: torch.Tensor, rows: list[int]) -> dict[str, Any]:
     """Lay rows of a padded batch end to end, on the host.
 
-    Args:
-        batch: verl's input_ids, attention_mask, position_ids and loss_mask, [rows, max_length] each.
-        weights: of a response token of each row of the batch.
-
-    Returns what packing.pack returns, with the logits of the loss's tokens, and their weights [responses].
+    batch: verl's input_ids, attention_mask, position_ids and loss_mask, [rows, max_length] each. weights: of a response token of
+    each row of the batch. Returns what packing.pack returns, with the logits of the loss's tokens, and their weights [responses].
     """
     loss_mask = batch["loss_mask"][rows].bool()
     loss_mask[:, -1] = False

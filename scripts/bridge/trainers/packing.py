@@ -10,14 +10,12 @@ import torch.nn.functional as F
 def pack(batch: Mapping[str, torch.Tensor], logits_mask: torch.Tensor) -> dict[str, Any]:
     """Lay all rows of a batch end to end.
 
-    Args:
-        batch: input_ids, attention_mask and position_ids, [rows, length] each.
-        logits_mask: [rows, length], bool: the tokens whose logits are wanted, each for the prediction of the next one.
+    batch: input_ids, attention_mask and position_ids, [rows, length] each. logits_mask: [rows, length], bool: the tokens whose
+    logits are wanted, each for the prediction of the next one.
 
-    Returns:
-        input_ids, position_ids [tokens] (the positions start anew in each row); cu_seqlens [rows + 1], int32: where rows
-        begin and end; max_seqlen: the longest row's tokens; logits_to_keep [predictions]: by number; labels [predictions]: the
-        next token of the same row.
+    Returns input_ids, position_ids [tokens] (the positions start anew in each row); cu_seqlens [rows + 1], int32: where rows
+    begin and end; max_seqlen: the longest row's tokens; logits_to_keep [predictions]: by number; labels [predictions]: the next
+    token of the same row.
     """
     valid = batch["attention_mask"].bool()
     lengths = valid.sum(1)

@@ -38,13 +38,6 @@ def fuse_adamw() -> None:
     torch.optim.AdamW = FusedAdamW
 
 
-def expose_multi_step_model() -> None:
-    """Give vLLM's multi-step model runner the attribute through which verl hands over the weights: `model`."""
-    from vllm.worker.multi_step_model_runner import MultiStepModelRunner
-
-    MultiStepModelRunner.model = property(lambda runner: runner._base_model_runner.model)
-
-
 def inspect_models_in_process() -> None:
     """Let vLLM look at a model's class in this process, which needs it anyway.
 
@@ -91,8 +84,11 @@ def make_engine(**options: Any):
 def replace_engine() -> None:
     """Let verl's rollout make its engine by make_engine."""
     from verl.workers.rollout.vllm_rollout import vllm_rollout_spmd
+    from vllm.worker.multi_step_model_runner import MultiStepModelRunner
 
     vllm_rollout_spmd.LLM = make_engine
+    # verl hands over the weights through this attribute of a runner, which the multi-step one lacks.
+    MultiStepModelRunner.model = property(lambda runner: runner._base_model_runner.model)
 
 
 def apply() -> None:
@@ -100,7 +96,6 @@ def apply() -> None:
     fuse_layers(AutoConfig.from_pretrained(os.environ["BRIDGE_MODEL_DIR"]).model_type)
     fuse_adamw()
     packed_ppo.apply()
-    expose_multi_step_model()
     replace_engine()
     # Importing it does it.
     import_module("bridge.trainers.background_save")
