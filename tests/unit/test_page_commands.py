@@ -13,7 +13,7 @@ from bridge.stages import reward
 from bridge.stages.table import STAGES
 from door import ROOT, SHELL, bridge
 
-PAGES = [ROOT / name for name in ("README.md", "README.ja.md")] + sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [ROOT / name for name in ("README.md", "README.ja.md", "CONTRIBUTING.md")] + sorted((ROOT / "docs").rglob("*.md"))
 HOST = ROOT / "scripts" / "host"
 # A word before it may start it: srun, say.
 COMMAND = re.compile(r"(?<![\w/.-])(?:make|bridge|apptainer run) [^#;]*")

@@ -4,6 +4,8 @@ import json
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
@@ -15,7 +17,7 @@ from door import ROOT, SHELL, recorded
 DOCS = ROOT / "docs"
 RESULTS = DOCS / "benchmarks"
 READMES = [ROOT / "README.md", ROOT / "README.ja.md"]
-PAGES = [*READMES, *DOCS.rglob("*.md")]
+PAGES = [*READMES, ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")]
 every_page = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
 both_readmes = pytest.mark.parametrize("page", READMES, ids=[page.name for page in READMES])
 
@@ -188,6 +190,27 @@ def test_every_path_command_and_setting_that_a_page_names_is_there(page):
     named = {name for call in re.findall(r"`(make [^`]+|[A-Z_]+=[^`]*)`", text)
              for name in re.findall(r"(?:^| )([A-Z][A-Z_]+)=", call)}
     assert {name for name in named - names if not name.startswith(families)} == set()
+
+
+def is_defined(name: str, text: str) -> bool:
+    """Whether a program or script defines this: a function, a class, a value."""
+    return re.search(rf"^ *(?:(?:def|class) {name}\b|{name}\(\)|(?:\S+ )?{name}\b[^(\n]*=)", text, re.MULTILINE) is not None
+
+
+def test_what_the_picture_of_the_program_names_is_there():
+    page = (DOCS / "architecture.md").read_text()
+    answers = [cell for _, cell in cells(page, "| question |")]
+    assert len(answers) >= 20
+    for answer in answers:
+        for part in answer.split("; "):
+            file, *names = re.findall(r"`([^`]+)`", part)
+            assert (ROOT / file).exists(), file
+            assert all(is_defined(name, (ROOT / file).read_text()) for name in names), part
+    assert not is_defined("no_such_name", (ROOT / "scripts/bridge/door.py").read_text())
+    assert all((ROOT / path).exists() for room, _ in cells(page, "| room |") for path in re.findall(r"`([^`]+)`", room))
+    (verl,) = map(Path, find_spec("verl").submodule_search_locations)
+    modules = {name.replace(".", "/") for name in re.findall(r"\bverl\.([a-z_]+(?:\.[a-z_]+)*)", page)}
+    assert len(modules) > 2 and all((verl / name).is_dir() or (verl / f"{name}.py").is_file() for name in modules), modules
 
 
 @both_readmes
