@@ -6,9 +6,12 @@ import re
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from signal import SIGKILL
 
 import pytest
 
+from bridge.door import STOPPED
+from bridge.runs import hang
 from door import ROOT
 
 PAGE, JAPANESE = (ROOT / "docs" / name for name in ("troubleshooting.md", "troubleshooting.ja.md"))
@@ -24,6 +27,7 @@ THEIRS = {
     "Error while ... shared memory segment": "nvidia/nccl/lib/libnccl.so.2",
     "No available memory for the cache blocks.": "vllm/worker/worker.py",
     "is larger than the maximum number of tokens that can be stored in KV cache": "vllm/worker/worker.py",
+    "sequence_length=... is larger than ...max_length=...": "verl/utils/torch_functional.py",
     "Task was killed due to the node running low on memory.": "ray/core/src/ray/raylet/raylet",
     "The object store is using ... instead of /dev/shm because /dev/shm has only ...": "ray/_private/services.py",
     "You can sync this run to the cloud by running:": "wandb/sdk/wandb_run.py",
@@ -107,6 +111,13 @@ def test_a_message_of_what_is_installed_is_in_it(message):
     with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as binary:
         # A hole is printf's.
         assert all(binary.find(part.strip().encode()) >= 0 for part in message.split("...") if part)
+
+
+def test_the_exit_statuses_are_the_programs():
+    # 2 and 137 are not its own: a mistake of usage, and SIGKILL.
+    found = re.findall(r"^\| (\d+) \| (.*) \|$", PAGE.read_text(), re.MULTILINE)
+    assert [int(status) for status, _ in found] == [2, STOPPED, hang.HUNG, 128 + SIGKILL]
+    assert "asked to" in found[1][1] and "hung" in found[2][1]
 
 
 def test_a_message_is_ours_or_somebody_elses():
