@@ -30,5 +30,8 @@ def reason(log: Path, start: int) -> str | None:
 
 def last_lines(file: Path, count: int) -> list[str]:
     """The end of a log, without the intermediate states of progress bars."""
-    text = file.read_bytes().decode(errors="replace") if file.is_file() else ""
+    try:
+        text = file.read_bytes().decode(errors="replace") if file.is_file() else ""
+    except OSError as error:
+        return [f"the log cannot be read: {error}"]
     return [line.rsplit("\r", 1)[-1][:500] for line in text.rstrip().split("\n")[-count:]]

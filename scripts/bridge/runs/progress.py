@@ -4,7 +4,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from bridge.errors import Tolerance
 from bridge.runs import checkpoints
 
 # Seconds between two looks at a run, and at its checkpoints, whose folder may be on a slow disk.
@@ -77,11 +77,6 @@ def duration(seconds: float) -> str:
     return str(timedelta(seconds=round(max(0, seconds))))
 
 
-def newest_saved(folder: Path) -> int:
-    """Step of the newest checkpoint that the door has seen whole; 0 if there is none."""
-    return max((step for step, path in checkpoints.step_folders(folder) if (path / checkpoints.CHECKSUMS).is_file()), default=0)
-
-
 class Display:
     """Shows a training: on a terminal one block that changes, elsewhere a line a step. That it cannot be shown ends nothing.
 
@@ -95,6 +90,7 @@ class Display:
         if self.console.is_terminal and not self.console.is_dumb_terminal:
             self.live = Live(console=self.console, auto_refresh=False)
         self.looked = self.looked_for_saves = 0.0
+        self.looking = Tolerance("looking for checkpoints")
         self.seen, self.saved, self.told, self.lost = None, 0, set[str](), False
 
     def __enter__(self) -> "Display":
@@ -127,9 +123,8 @@ class Display:
             return
         self.looked, (recorded, rows) = now, self.look()
         if now - self.looked_for_saves > CHECKPOINTS or at_once:
-            # What a disk does not say now, it says later.
-            with suppress(OSError):
-                self.looked_for_saves, self.saved = now, newest_saved(self.stage_dir / "checkpoints")
+            self.looked_for_saves = now
+            self.looking(self.look_for_saves)
         if self.live:
             shown = fields(self.stage, recorded, rows, self.saved, time.time())
             return self.attempt(lambda: self.live.update(self.block(recorded, shown), refresh=True))
@@ -139,6 +134,11 @@ class Display:
             text = ", ".join(f"{word} {value}" for word, value in shown.items())
             self.attempt(lambda text=text: print(f"{self.stage} {text}", flush=True))
         self.seen = self.state(rows)
+
+    def look_for_saves(self) -> None:
+        """Take in the newest checkpoint that the door has seen whole."""
+        self.saved = max((step for step, path in checkpoints.step_folders(self.stage_dir / "checkpoints")
+                          if (path / checkpoints.CHECKSUMS).is_file()), default=0)
 
     def block(self, recorded: Mapping[str, Any], shown: Mapping[str, str]) -> Panel:
         """What a terminal shows."""
