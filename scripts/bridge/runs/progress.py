@@ -66,7 +66,8 @@ def fields(stage: str, recorded: Mapping[str, Any], rows: Sequence[Mapping[str, 
         # verl's is that of one GPU.
         found["tokens/s"] = f"{rate * trainer['n_gpus_per_node'] * trainer['nnodes']:,.0f}"
     found |= {word: f"{value:{form}}" for word, key, form in METRICS[stage] if (value := latest(key)) is not None}
-    if memory := latest("perf/max_memory_reserved_gb"):
+    # Without a GPU verl's PPO tells the machine's.
+    if attempt["gpus"] and (memory := latest("perf/max_memory_reserved_gb")):
         found["GPU memory"] = f"{memory:.1f} GB"
     found["checkpoint"] = str(saved or "none")
     return found
@@ -149,7 +150,7 @@ class Display:
         for place in range(0, len(cells), columns):
             table.add_row(*cells[place:place + columns])
         if total:
-            whole.add_row(ProgressBar(total=int(total), completed=int(step)))
+            whole.add_row(ProgressBar(int(total), int(step), complete_style="cyan", finished_style="green"))
         whole.add_row(table)
         trainer = recorded["config"]["trainer"]
         where = f"{trainer['n_gpus_per_node'] * trainer['nnodes']} x {next(iter(recorded['attempts'][-1]['gpus']), 'CPU rank')}"
