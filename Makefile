@@ -31,6 +31,7 @@ upload: ## Publish the merged model, privately unless PUBLIC=1
 rehearse: ## The whole chain in small, without a GPU
 bench: ## Measure how fast the profiles are; CASES=name,name picks some
 accept: ## Try out this node with all its GPUs: a page and a JSON
+report: ## How runs went, on one page: RUN=a,b
 
 submit: ## Hand a stage to Slurm: STAGE=ppo GPUS=8, or CHAIN=sft,merge:sft,ppo. make shell SLURM=1: a shell on a node
 	@scripts/host/submit.sh submit $(ARGS)
@@ -47,7 +48,7 @@ lint: venv ## Run the linters
 help: ## Show this menu
 	@awk -F ':.*## ' '/^##@/ {print "\n" substr($$0, 5)} /^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
 
-STAGES := check shell data model sft ppo merge eval upload rehearse bench accept follow
+STAGES := check shell data model sft ppo merge eval upload rehearse bench accept follow report
 ONE_NODE = $(if $(and $(filter shell,$@),$(filter-out 1,$(NODES))),echo "bridge: NODES=$$NODES: a shell is on one node" >&2; )
 $(STAGES):
 	@$(ONE_NODE)scripts/host/$(if $(filter shell1,$@$(SLURM))$(filter-out check,$(filter check%,$@$(NODES))),submit.sh,container.sh) $@ $(ARGS)

@@ -25,7 +25,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     folders = [path for path in asked_for(config) if path.is_dir()]
     # What only one can use: the store of images, all cores, the GPU, the file that --table writes.
     if not folders and len(files) == 1 or config.getoption("table", False) or any(
-            path.is_relative_to(TESTS / ring) for path in (*files, *folders) for ring in ("eight", "gpu", "image")):
+            path.is_relative_to(TESTS / ring) for path in (*files, *folders) for ring in ("eight", "gpu", "image", "report")):
         return 0
     return min(MOST_PROCESSES, len(os.sched_getaffinity(0)))
 

@@ -26,6 +26,7 @@ TOOLS = {
     "bench": "how fast the trainings are (CASES=)",
     "follow": "watch a training of another terminal or node (RUN=, STAGE=)",
     "accept": "the acceptance test of a GPU node, about ten minutes",
+    "report": "how runs went, on one page (RUN=a,b)",
     "join": "take part in a training over several nodes (make submit NODES=2 starts it)",
 }
 
@@ -45,7 +46,8 @@ def run(argv: list[str], env: Mapping[str, str]) -> int:
     if name not in known:
         raise UsageError(f"{name!r} is no stage. Stages: {', '.join(known)}.{nearest(name, known)}")
     if name in TOOLS:
-        return import_module(f"bridge.tools.{name}").run(settings_module.read(env), env, arguments)
+        return import_module(f"bridge.tools.{name}").run(
+            settings_module.read(env, several_runs=name == "report"), env, arguments)
     overrides = [argument for argument in arguments if argument != "--dry-run"]
     return run_stage(name, env, overrides, dry_run="--dry-run" in arguments)
 

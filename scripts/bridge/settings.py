@@ -120,8 +120,11 @@ def profiles() -> list[str]:
     return sorted({file.stem for file in CONFIGS.glob("profile/*/*.yaml")})
 
 
-def read(env: Mapping[str, str]) -> Settings:
-    """Read and check the settings; an empty value counts as not given. A UsageError names every mistake found."""
+def read(env: Mapping[str, str], several_runs: bool = False) -> Settings:
+    """Read and check the settings; an empty value counts as not given. A UsageError names every mistake found.
+
+    several_runs: RUN= is a list by comma.
+    """
     problems: list[str] = []
 
     def given(name: str, default: str | None = None) -> str | None:
@@ -148,10 +151,9 @@ def read(env: Mapping[str, str]) -> Settings:
         return int(value)
 
     run = given("RUN", "default")
-    if not NAME.fullmatch(run) or "global_step_" in run:
-        # verl looks for "global_step_" in the whole path of a checkpoint.
-        problems.append(f"RUN={run!r} is not a run's name. Use letters, digits, '.', '_' and '-', at most 100 "
-                        "of them, e.g. RUN=lr-2e-6.")
+    # verl looks for "global_step_" in the whole path of a checkpoint.
+    problems += [f"RUN={name!r} is not a run's name. Use letters, digits, '.', '_' and '-', at most 100 of them: RUN=lr-2e-6."
+                 for name in (run.split(",") if several_runs else [run]) if not NAME.fullmatch(name) or "global_step_" in name]
     keep = given("KEEP", "2")
     if keep != "all" and (not NUMBER.fullmatch(keep) or int(keep) < 2):
         problems.append(f"KEEP={keep!r}: use a number of checkpoints of at least 2 (while one is written the "

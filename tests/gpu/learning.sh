@@ -7,7 +7,7 @@
 #   ... tests/gpu/learning.sh ppo PROFILE-SEED [STEPS]  one of them, where there are more GPUs (CUDA_VISIBLE_DEVICES gives it one)
 #   ... tests/gpu/learning.sh sft PROFILE-SEED          SFT to compare the profiles with, likewise: two orders of the rows
 # A log for each in WORK_DIR/learning. The curves, later and elsewhere:
-#   .venv/bin/python tests/gpu/curves.py tutorial-1 tuned-1 tutorial-2 tuned-2     (STAGE=sft for those of SFT)
+#   WORK_DIR=/folder make report RUN=tutorial-1,tutorial-2,tuned-1,tuned-2
 #
 # The chain's epochs and learning rates are larger than the tutorial's, which are made for a model ten times as large: with
 # those one answer of 500 is right after SFT, and PPO has next to nothing to learn from. The critic has four steps to find out

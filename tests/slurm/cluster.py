@@ -5,12 +5,10 @@ seen by other programs, two such clusters do not meet, and all of it is gone whe
 root. Each node says that it has 16 cores and 8 GPUs, which are terminals: enough for Slurm to count.
 """
 
-import fcntl
 import os
 import re
 import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -18,6 +16,7 @@ from pathlib import Path
 
 import psutil
 
+from debian import NotHere, unpack
 from door import SHELL
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
@@ -92,27 +91,6 @@ wait
 """
 
 
-class NotHere(Exception):
-    """Why there can be no such cluster on this machine."""
-
-
-def unpack(folder: Path) -> Path:
-    """Debian's packages of Slurm, not installed: they would be services of this machine."""
-    archives, root = folder / "archives", folder / "root"
-    (archives / "partial").mkdir(parents=True)
-    # apt-get refuses where another one reads the lists, as when two such clusters are made at once.
-    alone = open(Path(tempfile.gettempdir()) / "bridge-tests-apt-get", "w")  # noqa: SIM115 - held till the end of this function
-    fcntl.flock(alone, fcntl.LOCK_EX)
-    options = ["-qq", "-y", "--no-install-recommends", "--download-only", "-o", f"Dir::Cache::archives={archives}"]
-    for command in (["update"], ["install", *PACKAGES]):
-        fetched = subprocess.run(["apt-get", *options, *command], capture_output=True, text=True, check=False)
-        if fetched.returncode:
-            raise NotHere(f"apt-get {' '.join(command)}: {fetched.stderr[-300:]}")
-    for archive in archives.glob("*.deb"):
-        subprocess.run(["dpkg", "-x", archive, root], check=True)
-    return root
-
-
 class Cluster:
     """The daemons, and Slurm's commands as a person on the login node has them: `bin` belongs on PATH."""
 
@@ -122,7 +100,7 @@ class Cluster:
             raise NotHere("needs root: namespaces, and a Slurm of its own")
         if not shutil.which("apt-get"):
             raise NotHere("no apt-get: Slurm is taken from Debian's packages")
-        root = Path("/") if shutil.which("slurmctld") and shutil.which("munged") else unpack(folder)
+        root = Path("/") if shutil.which("slurmctld") and shutil.which("munged") else unpack(folder, PACKAGES)
         path = f"{root}/usr/bin:{root}/usr/sbin:{os.environ['PATH']}"
         # By their own names, as which Debian would have installed them: they ask what they are called.
         for name in ("slurmctld", "slurmd", "slurmstepd"):

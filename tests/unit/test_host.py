@@ -36,7 +36,7 @@ Path(os.environ["FAKE_RECORD"]).write_text(json.dumps({{
 """
 TARGETS = ("help", "venv", "lock", "data", "model", "sft", "ppo", "merge", "upload", "check", "rehearse", "test", "lint",
            "image", "oci", "shell", "bench", "accept", "eval",
-           "pull", "submit", "follow")
+           "pull", "submit", "follow", "report")
 
 
 class Host:
