@@ -4,9 +4,8 @@
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const main = document.getElementById("main"), nav = document.getElementById("nav");
-for (const stage of ["sft", "ppo", "eval"]) {
-  data.stages = { ...data.stages, [stage]: Object.fromEntries(data.facts.filter(([name]) => name === stage).map(([, run, facts]) => [run, facts])) };
-}
+data.stages = { sft: {}, ppo: {}, eval: {} };
+for (const [stage, run, recorded] of data.records) data.stages[stage][run] = recorded;
 const STAGES = ["sft", "ppo"].filter(stage => Object.keys(data.stages[stage]).length);
 const TITLE = { sft: "SFT", ppo: "PPO", eval: "Evaluation", base: "base", ckpt: "checkpoint" };
 const COLOURS = 6;
@@ -16,7 +15,8 @@ const LEAST_SHARE = 0.05, LEAST_PHASE = 0.005;
 
 // The charts that are always shown: title, metric.
 const CHARTS = {
-  sft: [["Loss", /^train\/loss$/], ["Validation loss", /^val\/loss$/], ["Seconds per step", /^timing_s\/step$/]],
+  sft: [["Loss", /^train\/loss$/], ["Validation loss", /^val\/loss$/], ["Tokens/s per GPU", /^perf\/throughput$/],
+    ["Seconds per step", /^timing_s\/step$/]],
   ppo: [["Reward", /^critic\/score\/mean$/], ["Accuracy in validation", /^val-core\//], ["Answer length, tokens", /^response_length\/mean$/],
     ["KL", /^actor\/(ppo_kl|kl_loss|reward_kl_penalty)$/], ["Entropy", /^actor\/entropy$/], ["Actor's loss", /^actor\/pg_loss$/],
     ["Critic's loss", /^critic\/vf_loss$/], ["Tokens/s per GPU", /^perf\/throughput$/], ["Seconds per step", /^timing_s\/step$/]],
@@ -56,7 +56,7 @@ function section(id, title, called, ...children) {
 function table(head, rows, stack = false, classes = []) {
   const cell = (tag, content, place) => {
     const number = content && typeof content === "object" && "n" in content && !(content instanceof Node);
-    return el(tag, { class: number ? "n" : null, "data-name": tag === "td" ? nameOf(head[place]) : null }, number ? content.n : content);
+    return el(tag, { class: number ? "n" : tag === "td" && place ? "text" : null, "data-name": tag === "td" ? nameOf(head[place]) : null }, number ? content.n : content);
   };
   return el("div", { class: "wide" }, el("table", { class: stack ? "stack" : null },
     el("thead", {}, el("tr", {}, head.map((content, place) => cell("th", content, place)))),
@@ -81,15 +81,18 @@ const colour = number => getComputedStyle(document.documentElement).getPropertyV
 
 // ---- what the runs are
 
-// {setting: value} of a run's stage, as it reads with any WORK_DIR and any name.
+// Nested settings as {"a.b.c": value}.
+function flat(settings, above = "") {
+  if (settings === null || typeof settings !== "object" || Array.isArray(settings)) return { [above]: settings };
+  return Object.assign({}, ...Object.entries(settings).map(([key, value]) => flat(value, above ? `${above}.${key}` : key)));
+}
+
+// What a run's stage was told, as it reads with any WORK_DIR and any name; without names and housekeeping.
 function settingsOf(stage, run) {
-  // Of all runs but the first there is what differs from that one.
-  const of = name => (data.settings[stage].find(([other]) => other === name) || [name, {}])[1];
-  const found = { ...of(data.settings[stage][0][0]), ...of(run) }, facts = data.stages[stage][run], plain = {};
-  for (const [key, value] of Object.entries(found)) {
+  const { config, inputs, work_dir: workDir } = data.stages[stage][run], plain = {};
+  for (const [key, value] of Object.entries({ ...(config ? flat(config) : {}), ...(inputs ? flat(inputs, "inputs") : {}) })) {
     if (data.housekeeping.includes(key)) continue;
-    let shown = text(value);
-    if (facts.work_dir) shown = shown.split(facts.work_dir).join("WORK_DIR");
+    const shown = workDir ? text(value).split(workDir).join("WORK_DIR") : text(value);
     plain[key] = shown.split(`/runs/${run}/`).join("/runs/RUN/");
   }
   return plain;
@@ -405,8 +408,8 @@ function showList(list, run, a, b, words, places) {
     else button.remove();
   };
   const button = el("button", { onclick: more });
-  list.replaceChildren(el("h3", {}, `${run}, ${TITLE[a] || a}${a === b ? "" : ` \u2192 ${TITLE[b]}`}: ${words}, ${places.length} of ${data.scores[run][a].filter(score => score !== null).length}`),
-    listed.length < places.length ? el("p", { class: "soft" }, `${places.length - listed.length} of them are counted only: this page has no room for their texts.`) : null, items, button);
+  list.replaceChildren(...[el("h3", {}, `${run}, ${TITLE[a] || a}${a === b ? "" : ` \u2192 ${TITLE[b]}`}: ${words}, ${places.length} of ${data.scores[run][a].filter(score => score !== null).length}`),
+    listed.length < places.length ? el("p", { class: "soft" }, `${places.length - listed.length} of them are counted only: this page has no room for their texts.`) : null, items, button].filter(Boolean));
   more();
   // Where it is not beside the numbers.
   if (list.getBoundingClientRect().top > innerHeight / 2) list.scrollIntoView();
@@ -483,10 +486,11 @@ function showEnvironment() {
   for (const stage of ["sft", "ppo", "eval"]) {
     const runs = runsOf(stage).filter(run => Object.keys(data.stages[stage][run].facts).length);
     if (!runs.length) continue;
-    const facts = runs.map(run => data.stages[stage][run].facts), keys = [...new Set(facts.flatMap(Object.keys))];
+    const facts = runs.map(run => data.stages[stage][run].facts), last = ["command", "environment"];
+    const keys = [...new Set(facts.flatMap(Object.keys))].sort((a, b) => last.indexOf(a) - last.indexOf(b));
     const shown = value => Array.isArray(value) ? counted(value) : value && typeof value === "object" ? JSON.stringify(value) : value ?? "\u2013";
     made.append(el("details", { open: stage === "ppo" ? "" : null }, el("summary", {}, `${TITLE[stage]}, last attempt`),
-      table(["", ...runs], keys.map(key => [names[key] || key.replace(/_/g, " "), ...facts.map(its => key === "command" || key === "environment" ? el("code", {}, shown(its[key])) : shown(its[key]))]))));
+      table(["", ...runs], keys.map(key => [names[key] || key.replace(/_/g, " "), ...facts.map(its => key === "command" ? el("code", {}, (its[key] || []).join(" ")) : key === "environment" ? el("code", {}, Object.entries(its[key] || {}).map(([name, value]) => `${name}=${value}\n`)) : shown(its[key]))]))));
   }
 }
 
@@ -507,7 +511,7 @@ function showLeftOut() {
   }
   const total = Math.max(0, ...Object.values(data.scores).flatMap(its => Object.values(its).map(scores => scores.length)));
   if (data.problems.length < total) lines.push(`${total - data.problems.length} of ${total} problems are counted, but their texts are left out; unchanged ones first.`);
-  section("left-out", "What is not on this page", "Left out", el("ul", {}, lines.map(line => el("li", {}, line))),
+  section("left-out", "What is not on this page", "Left out", lines.length ? el("ul", {}, lines.map(line => el("li", {}, line))) : el("p", {}, "Nothing of these runs is missing."),
     el("p", { class: "soft" }, `Texts that are too long say how much was left out.`));
 }
 

@@ -55,7 +55,7 @@ def test_the_curves_and_the_times_are_those_of_the_metrics(tmp_path):
     accuracy, testing = (curves[key]["a"] for key in ("val-core/openai/gsm8k/reward/mean@1", "timing_s/testing"))
     assert [value is None for value in accuracy] == [step % 5 != 0 for step in range(1, 11)]
     assert testing == [9.0 if step % 5 == 0 else 0 for step in range(1, 11)]
-    [[_, _, sft], [_, _, ppo], [_, _, its]] = data["facts"]
+    [[_, _, sft], [_, _, ppo], [_, _, its]] = data["records"]
     assert sft["status"] == ppo["status"] == "finished" and ppo["course"].startswith("10 steps, reward ")
     assert ppo["facts"]["gpus"] == ["NVIDIA H200"] * 2 and ppo["attempts"] == [
         [ppo["facts"]["started"], ppo["facts"]["ended"]]]
@@ -131,7 +131,7 @@ def test_the_page_of_large_runs_stays_small_and_keeps_what_changed(tmp_path, cou
     of_all = [[its[model][place] for its in data["scores"].values() for model in its] for place in range(problems)]
     changed = [len({*its[:3]}) > 1 or any(len({*its[at:at + 3]}) > 1 for at in range(0, len(its), 3)) for its in of_all]
     assert changed == sorted(changed, reverse=True) and 0 < len(data["problems"]) <= problems
-    assert len(data["samples"]) == 3 * count and len(data["facts"]) == 3 * count and len(data["settings"]["ppo"]) == count
+    assert len(data["samples"]) == 3 * count and len(data["records"]) == 3 * count
 
 
 def test_long_texts_say_what_they_lack(tmp_path):
@@ -157,15 +157,16 @@ def test_runs_that_lack_parts_are_shown_with_what_they_have(tmp_path):
     (tmp_path / "runs/bare/sft").mkdir(parents=True)
     (tmp_path / "runs/bare/sft/metrics.jsonl").write_text('{"step": 1, "train/loss": 2.5}\n{"step": 2, "trai')
     data = data_of(page_of(tmp_path, "killed", "asked", "old", "bare"))
-    assert [(stage, run, its["status"]) for stage, run, its in data["facts"]] == [
+    assert [(stage, run, its.get("status")) for stage, run, its in data["records"]] == [
         ("sft", "old", "failed"), ("sft", "bare", None), ("ppo", "killed", "running"), ("eval", "asked", "finished")]
     assert dict(data["curves"]["sft"])["train/loss"] == {"bare": [2.5]}
 
 
-def test_settings_are_flat_and_hold_the_seed(tmp_path):
-    training(tmp_path / "runs/a", "ppo", 2, seed=7)
-    [[name, settings]] = data_of(page_of(tmp_path, "a"))["settings"]["ppo"]
-    assert (name, settings["data.seed"], settings["inputs.seed"], settings["algorithm.adv_estimator"]) == ("a", 7, 7, "gae")
+def test_what_a_run_was_told_is_there_and_long_texts_of_it_are_cut(tmp_path):
+    training(tmp_path / "runs/a", "ppo", 2, seed=7, config={"data.chat_template": "x" * 2000})
+    [[*_, told]] = data_of(page_of(tmp_path, "a"))["records"]
+    assert told["config"]["data"]["seed"] == told["inputs"]["seed"] == 7 and told["config"]["algorithm"]["adv_estimator"] == "gae"
+    assert told["config"]["data"]["chat_template"] == "x" * 1000 + " [... cut]"
 
 
 def test_a_folder_that_was_moved_is_read_where_it_lies(tmp_path):

@@ -15,7 +15,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from bridge.compose import flatten
 from bridge.environment import work_dir_problems
 from bridge.errors import UsageError, nearest, read_json, refuse, write_whole
 from bridge.pages import page
@@ -24,7 +23,7 @@ from bridge.settings import CONFIGS, Settings
 from bridge.stages.eval import ANSWERS_FILE, RESULT_FILE
 
 # Bytes of the page and of its parts, SFT's and PPO's each; the answers have what is left.
-LIMIT, CURVES, SETTINGS, SAMPLES, FACTS = 2_000_000, 450_000, 60_000, 200_000, 100_000
+LIMIT, CURVES, RECORDS, SAMPLES = 2_000_000, 400_000, 400_000, 200_000
 # No chart shows more runs, and no file has a longer name.
 MOST_RUNS, LONGEST_NAME = 12, 240
 # What each run left, of one stage.
@@ -124,15 +123,6 @@ def curves(runs: Runs, points: int) -> list[list]:
         for name, at in its.items()}] for key, its in sorted(found.items()))]
 
 
-def settings_of(runs: Runs, most: int) -> list[list]:
-    """[run, {setting: value}]: what the first run was told, flat, and of the others what differs from that."""
-    told = {name: flatten({**(its["recorded"].get("config") or {}), "inputs": its["recorded"].get("inputs")})
-            for name, its in runs.items()}
-    first = next(iter(told.values()), {})
-    return [[name, {key: cut(its.get(key, "\u2013"), most) for key in {**first, **its}
-                    if its is first or its.get(key) != first.get(key)}] for name, its in told.items()]
-
-
 def samples_of(runs: Runs, size: tuple[int, int]) -> list[list]:
     """[run, problem, how many answers, those shown as [step, text, score]] for each problem that PPO's validations kept."""
     (most, chars), kept = size, defaultdict(list)
@@ -149,14 +139,16 @@ def problems_of(asked: Mapping[tuple, Mapping[str, dict]], most: int) -> list[li
         for problem, found in asked.items()]
 
 
-def facts_of(stages: Mapping[str, Runs], most: int) -> list[list]:
-    """[stage, run, what run.json and eval.json say]: of so many attempts the times, of the last one all."""
-    return [[stage, name, {
-        "status": its["recorded"].get("status"), "work_dir": its["recorded"].get("work_dir"), "models": its["models"],
-        "course": metrics.course(stage, its["rows"]),
-        "attempts": [[one.get("started"), one.get("ended")] for one in its["recorded"].get("attempts", [])[-most:]],
-        "facts": {key: cut(value, 1500) for one in its["recorded"].get("attempts", [])[-1:] for key, value in one.items()
-                  if key != "configs_sha256"}}] for stage, runs in stages.items() for name, its in runs.items()]
+def records_of(stages: Mapping[str, Runs], most: int) -> list[list]:
+    """[stage, run, run.json with what came out]: all of its last attempt, of so many the times; long texts are cut."""
+    made = []
+    for stage, name, its in ((stage, name, its) for stage, runs in stages.items() for name, its in runs.items()):
+        attempts = its["recorded"].get("attempts", [])
+        made.append([stage, name, {
+            **its["recorded"], "attempts": [[one.get("started"), one.get("ended")] for one in attempts[-most:]],
+            "facts": {key: value for one in attempts[-1:] for key, value in one.items() if key != "configs_sha256"},
+            "models": its["models"], "course": metrics.course(stage, its["rows"])}])
+    return record.masked(made, {r"(?s)\A(.{1000}).+": r"\1 [... cut]"})
 
 
 def whole(names: list[str], stages: Mapping[str, Runs]) -> str:
@@ -169,11 +161,10 @@ def whole(names: list[str], stages: Mapping[str, Runs]) -> str:
              for problem, found in asked.items()}
     asked = {problem: asked[problem] for problem in sorted(asked, key=alike.get)}
     data = {"made": record.now(), "runs": names, "housekeeping": record.MAY_DIFFER,
-            "curves": {}, "settings": {}, "scores": {}, "facts": fitting(FACTS, (1000, 20, 3), partial(facts_of, stages)),
+            "curves": {}, "scores": {}, "records": fitting(RECORDS, (1000, 20, 3), partial(records_of, stages)),
             "samples": fitting(SAMPLES, ((50, 1500), (50, 500), (12, 500), (12, 150)), partial(samples_of, stages["ppo"]))}
     for stage in ("sft", "ppo"):
         data["curves"][stage] = fitting(CURVES, (500, 300, 200, 150, 100, 50, 10), partial(curves, stages[stage]))
-        data["settings"][stage] = fitting(SETTINGS, (200, 50), partial(settings_of, stages[stage]))
     for name, model in dict.fromkeys((name, row["model"]) for name, row in each(stages["eval"], "answers")):
         data["scores"].setdefault(name, {})[model] = [found.get(name, {}).get(model, {}).get("score") for found in asked.values()]
     files = {"style": "report.css", "script": "report.js", "library": "uPlot.iife.min.js", "library_style": "uPlot.min.css"}
