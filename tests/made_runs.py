@@ -116,3 +116,30 @@ def full(work_dir: Path, names: dict[str, int], steps: int, problems: int, lengt
         samples(folder, [*range(0, steps + 1, max(1, steps // 8))], length=max(20, length // 4))
         shares = {"base": 0.1, "sft": 0.3, "ppo": 0.5}
         evaluation(folder, {model: scores(chance, problems, share) for model, share in shares.items()}, length)
+
+
+# What no text of a run may do to a page, and what is no text in UTF-8.
+NASTY = "</script><script>document.title='out'</script><!--<script><b>bold</b> \u2028 \ud800 & \x00 {{ 7*7 }} {% if %} 計算"
+
+
+def nasty(folder: Path) -> None:
+    """An evaluation whose answers are such texts, also as another program may have written them."""
+    evaluation(folder, {"base": [0, 1], "ppo": [1, 1]}, text=NASTY.replace("\ud800", ""))
+    answers = folder / "eval" / "answers.jsonl"
+    rows = [{**json.loads(line), "extracted": NASTY} for line in answers.read_text().split("\n") if line]
+    answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def odd(work_dir: Path) -> None:
+    """Runs that lack parts: killed and never evaluated; evaluated alone; of an older version before its first step; no record."""
+    runs = work_dir / "runs"
+    training(runs / "killed", "ppo", 3, status="running")
+    killed = runs / "killed/ppo/run.json"
+    recorded = json.loads(killed.read_text())
+    del recorded["attempts"][0]["ended"]
+    killed.write_text(json.dumps(recorded))
+    evaluation(runs / "asked", {"base": [0, 1]})
+    (runs / "old/sft").mkdir(parents=True)
+    (runs / "old/sft/run.json").write_text(json.dumps(captured("sft")[0]))
+    (runs / "bare/sft").mkdir(parents=True)
+    (runs / "bare/sft/metrics.jsonl").write_text('{"step": 1, "train/loss": 2.5}\n{"step": 2, "trai')

@@ -9,7 +9,7 @@ from selenium import webdriver
 
 from debian import NotHere
 from door import bridge
-from made_runs import full
+from made_runs import full, nasty, odd, training
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +25,22 @@ def page(tmp_path_factory) -> Path:
     """The page of three runs of one kind and a slower one, made as a person makes it."""
     work_dir = tmp_path_factory.mktemp("work")
     full(work_dir, {"seed1": 1, "seed2": 2, "seed3": 3, "slower": 4}, steps=60, problems=60, length=200)
-    result = bridge("report", WORK_DIR=str(work_dir), RUN="seed1,seed2,seed3,slower")
+    return made(work_dir, "seed1,seed2,seed3,slower")
+
+
+@pytest.fixture(scope="session")
+def odd_page(tmp_path_factory) -> Path:
+    """The page of runs that lack parts, and of one with answers that would break a page."""
+    work_dir = tmp_path_factory.mktemp("odd")
+    odd(work_dir)
+    training(work_dir / "runs/nasty", "ppo", 2)
+    nasty(work_dir / "runs/nasty")
+    return made(work_dir, "killed,asked,old,bare,nasty")
+
+
+def made(work_dir: Path, runs: str) -> Path:
+    """The page of these runs."""
+    result = bridge("report", WORK_DIR=str(work_dir), RUN=runs)
     assert result.returncode == 0, result.stderr
     return Path(result.stdout.strip())
 

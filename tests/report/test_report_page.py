@@ -1,9 +1,12 @@
 """The page of `make report` in a real browser: it asks for nothing, says no error, fits a phone, and answers in three clicks."""
 
 import json
+from datetime import datetime
 
 import pytest
 from selenium.webdriver.common.by import By
+
+from bridge.errors import read_json
 
 WIDEST = "return Math.max(document.documentElement.scrollWidth, document.body.scrollWidth) - document.documentElement.clientWidth"
 
@@ -73,6 +76,14 @@ def test_every_chart_is_drawn_with_a_band_for_the_seeds(window):
     assert "seed1, seed2, seed3 (3 seeds)" in legend and "slower" in legend
 
 
+def test_gpu_hours_are_those_of_the_attempts(window, page):
+    attempt = read_json(page.parents[1] / "runs/seed1/ppo/run.json")["attempts"][0]
+    start, end = (datetime.fromisoformat(attempt[key]).timestamp() for key in ("started", "ended"))
+    # On two GPUs.
+    [row] = [row.text for row in shown(window, "#runs tr") if {"seed1", "PPO", "reward"} <= {*row.text.split()}]
+    assert f"{2 * (end - start) / 3600:.2f}" in row
+
+
 def test_what_differs_is_told(window):
     settings = window.find_element(By.ID, "settings").text
     assert "actor_rollout_ref.actor.optim.lr" in settings and "data.seed" in settings
@@ -88,3 +99,19 @@ def test_letters_of_japanese_have_a_font(window, text):
             return [...context.getImageData(0, 0, 40, 40).data].join(); };
         return new Set([...arguments[0], '\\u{10ffff}'].map(looks)).size""", text)
     assert widths == len(text) + 1
+
+
+def test_runs_that_lack_parts_and_texts_that_break_pages_do_no_harm(opened, window, odd_page):
+    opened.get(odd_page.as_uri())
+    assert opened.title == "killed, asked, old, bare, nasty"
+    said = opened.find_element(By.TAG_NAME, "body").text
+    for part in ("killed: PPO is running", "asked has no SFT", "old: SFT is failed", "bare: SFT is without a run.json"):
+        assert part in said, part
+    # A run that still goes lasts to its last step.
+    [row] = [row.text for row in shown(opened, "#runs tr") if "killed" in row.text]
+    assert "running, 3 steps" in row and "2 min" in row
+    click(opened, "#answers button[data-pair='nasty base ppo up']")
+    click(opened, "#list summary")
+    assert "</script><script>document.title='out'</script><!--<script><b>bold</b>" in shown(opened, "#list")[0].text
+    assert opened.execute_script(WIDEST) <= 0 and opened.title == "killed, asked, old, bare, nasty"
+    assert opened.get_log("browser") == [] and all(address.startswith(("file:", "about:")) for address in asked_for(opened))

@@ -11,7 +11,7 @@ from bridge.errors import UsageError
 from bridge.settings import CONFIGS, read
 from bridge.tools import report
 from door import DOOR, bridge, run_python
-from made_runs import captured, evaluation, full, samples, training
+from made_runs import NASTY, evaluation, full, nasty, odd, samples, training
 
 
 def page_of(work_dir: Path, *names: str) -> str:
@@ -91,16 +91,9 @@ def test_changed_answers_come_first_with_what_the_scorer_made_of_them(tmp_path):
     assert [answers["a"][model][1] for model in ("base", "sft", "ppo")] == ["1", "1", "7"]
 
 
-NASTY = "</script><script>document.title='out'</script><!--<script> \u2028 \ud800 & \x00 {{ 7*7 }} {% if %} 計算"
-
-
 def test_no_text_breaks_out_of_its_element(tmp_path):
     training(tmp_path / "runs/a", "ppo", 2)
-    evaluation(tmp_path / "runs/a", {"base": [0, 1], "ppo": [1, 1]}, text=NASTY.replace("\ud800", ""))
-    answers = tmp_path / "runs/a/eval/answers.jsonl"
-    # As another program may have written it.
-    rows = [{**json.loads(line), "extracted": NASTY} for line in answers.read_text().split("\n") if line]
-    answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    nasty(tmp_path / "runs/a")
     page = page_of(tmp_path, "a")
     inside = page.partition('id="data">')[2].partition("</script")[0]
     assert "<" not in inside and page.count("</script>") == 2
@@ -145,17 +138,7 @@ def test_long_texts_say_what_they_lack(tmp_path):
 
 
 def test_runs_that_lack_parts_are_shown_with_what_they_have(tmp_path):
-    # Killed, without an evaluation; only evaluated; of an older version, before its first step; metrics alone.
-    training(tmp_path / "runs/killed", "ppo", 3, status="running")
-    killed = tmp_path / "runs/killed/ppo/run.json"
-    record = json.loads(killed.read_text())
-    del record["attempts"][0]["ended"]
-    killed.write_text(json.dumps(record))
-    evaluation(tmp_path / "runs/asked", {"base": [0, 1]})
-    (tmp_path / "runs/old/sft").mkdir(parents=True)
-    (tmp_path / "runs/old/sft/run.json").write_text(json.dumps(captured("sft")[0]))
-    (tmp_path / "runs/bare/sft").mkdir(parents=True)
-    (tmp_path / "runs/bare/sft/metrics.jsonl").write_text('{"step": 1, "train/loss": 2.5}\n{"step": 2, "trai')
+    odd(tmp_path)
     data = data_of(page_of(tmp_path, "killed", "asked", "old", "bare"))
     assert [(stage, run, its.get("status")) for stage, run, its in data["records"]] == [
         ("sft", "old", "failed"), ("sft", "bare", None), ("ppo", "killed", "running"), ("eval", "asked", "finished")]
