@@ -416,15 +416,15 @@ function showList(list, run, a, b, words, places) {
 }
 
 function problem(run, a, b, place) {
-  const [index, prompt, truth, answers] = data.problems[place], models = a === b ? [a] : [a, b];
-  const said = model => answers[run][model][1] ?? "nothing";
+  const [, index, prompt, truth, answers] = data.problems[place], models = a === b ? [a] : [a, b];
+  const said = model => answers[run][model].extracted ?? "nothing";
   const made = el("details", { ontoggle: () => {
     if (made.childElementCount > 1) return;
     made.append(el("pre", {}, prompt), el("p", {}, "Truth: ", el("b", {}, truth)), el("div", { class: "pair" }, models.map(model => {
-      const [response, extracted, last, tokens, cutOff] = answers[run][model], score = data.scores[run][model][place];
+      const answer = answers[run][model], score = data.scores[run][model][place];
       return el("div", {}, el("h3", {}, `${TITLE[model] || model} `, el("span", { class: score > 0 ? "better" : "worse" }, score > 0 ? `\u2713 right (score ${short(score)})` : `\u2717 wrong (score ${short(score)})`)),
-        el("div", { class: "soft" }, `scorer took: ${extracted ?? "nothing"} \u00b7 last number: ${last ?? "none"} \u00b7 ${tokens} tokens${cutOff ? ", cut off at the limit" : ""}`),
-        el("pre", {}, response));
+        el("div", { class: "soft" }, `scorer took: ${said(model)} \u00b7 last number: ${answer.last_number ?? "none"} \u00b7 ${answer.response_tokens} tokens${answer.cut_off ? ", cut off at the limit" : ""}`),
+        el("pre", {}, answer.response));
     })));
   } }, el("summary", {}, el("span", { class: "tag" }, `#${index}`), `${models.map(said).join(" \u2192 ")}, truth ${truth} `, el("span", { class: "soft" }, firstWords(prompt))));
   return made;
@@ -512,7 +512,7 @@ function showLeftOut() {
   const total = Math.max(0, ...Object.values(data.scores).flatMap(its => Object.values(its).map(scores => scores.length)));
   if (data.problems.length < total) lines.push(`${total - data.problems.length} of ${total} problems are counted, but their texts are left out; unchanged ones first.`);
   section("left-out", "What is not on this page", "Left out", lines.length ? el("ul", {}, lines.map(line => el("li", {}, line))) : el("p", {}, "Nothing of these runs is missing."),
-    el("p", { class: "soft" }, `Texts that are too long say how much was left out.`));
+    el("p", { class: "soft" }, `A text that is too long ends in [... cut].`));
 }
 
 

@@ -84,11 +84,11 @@ def test_changed_answers_come_first_with_what_the_scorer_made_of_them(tmp_path):
     training(tmp_path / "runs/a", "sft", 2)
     evaluation(tmp_path / "runs/a", {"base": [0, 0, 1, 1], "sft": [0, 0, 1, 1], "ppo": [0, 1, 0, 1]})
     data = data_of(page_of(tmp_path, "a"))
-    assert [index for index, *_ in data["problems"]] == [1, 2, 0, 3]
+    assert [index for _, index, *_ in data["problems"]] == [1, 2, 0, 3]
     assert data["scores"] == {"a": {"base": [0, 1, 0, 1], "sft": [0, 1, 0, 1], "ppo": [1, 0, 0, 1]}}
-    _, prompt, truth, answers = data["problems"][0]
+    _, _, prompt, truth, answers = data["problems"][0]
     assert truth == "7" and "Anna has 4 apples and gets 3 more" in prompt
-    assert [answers["a"][model][1] for model in ("base", "sft", "ppo")] == ["1", "1", "7"]
+    assert [answers["a"][model]["extracted"] for model in ("base", "sft", "ppo")] == ["1", "1", "7"]
 
 
 def test_no_text_breaks_out_of_its_element(tmp_path):
@@ -97,8 +97,8 @@ def test_no_text_breaks_out_of_its_element(tmp_path):
     page = page_of(tmp_path, "a")
     inside = page.partition('id="data">')[2].partition("</script")[0]
     assert "<" not in inside and page.count("</script>") == 2
-    response, extracted, *_ = data_of(page)["problems"][0][3]["a"]["ppo"]
-    assert NASTY.replace("\ud800", "") in response and extracted == NASTY.replace("\ud800", "?")
+    said = data_of(page)["problems"][0][-1]["a"]["ppo"]
+    assert NASTY.replace("\ud800", "") in said["response"] and said["extracted"] == NASTY.replace("\ud800", "?")
 
 
 def test_texts_go_in_as_texts():
@@ -111,9 +111,12 @@ def test_the_library_is_the_one_of_its_licence():
     head = "/*! https://github.com/leeoniya/uPlot (v1.6.32)"
     assert library.startswith(head) and style.startswith(head) and "The MIT License" in style
     assert "</script" not in library and "</style" not in style
+    # The template takes them in as they are.
+    assert not re.search(r"\{[{%#]", "".join((CONFIGS / "pages" / name).read_text() for name in (
+        "uPlot.iife.min.js", "uPlot.min.css", "report.js", "report.css")))
 
 
-@pytest.mark.parametrize(("count", "steps", "problems", "length"), [(6, 435, 1319, 1200), (12, 100, 60, 20_000)])
+@pytest.mark.parametrize(("count", "steps", "problems", "length"), [(6, 435, 1319, 1200), (12, 40, 60, 20_000)])
 def test_the_page_of_large_runs_stays_small_and_keeps_what_changed(tmp_path, count, steps, problems, length):
     full(tmp_path, {f"run{number}": number for number in range(count)}, steps, problems, length)
     page = page_of(tmp_path, *(f"run{number}" for number in range(count)))
@@ -128,13 +131,12 @@ def test_the_page_of_large_runs_stays_small_and_keeps_what_changed(tmp_path, cou
 
 
 def test_long_texts_say_what_they_lack(tmp_path):
-    assert report.cut("abcdef", 4) == "abcd [... 2 characters left out]"
-    assert report.cut(None, 4) is None and report.cut([1], 9) == [1]
+    assert report.shortened(["ab\ncde", "abcd", {"a": [1, None]}], 4) == ["ab\nc [... cut]", "abcd", {"a": [1, None]}]
     training(tmp_path / "runs/a", "ppo", 2)
     samples(tmp_path / "runs/a", [0, 5, 10], length=2000)
     [[run, _, count, kept], *_] = data_of(page_of(tmp_path, "a"))["samples"]
     assert (run, count, [(step, score) for step, _, score in kept]) == ("a", 3, [(0, 0.0), (5, 1.0), (10, 1.0)])
-    assert kept[1][1].endswith("characters left out]")
+    assert kept[1][1].endswith(" [... cut]")
 
 
 def test_runs_that_lack_parts_are_shown_with_what_they_have(tmp_path):

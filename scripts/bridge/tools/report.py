@@ -19,7 +19,7 @@ from bridge.environment import work_dir_problems
 from bridge.errors import UsageError, nearest, read_json, refuse, write_whole
 from bridge.pages import page
 from bridge.runs import metrics, record
-from bridge.settings import CONFIGS, Settings
+from bridge.settings import Settings
 from bridge.stages.eval import ANSWERS_FILE, RESULT_FILE
 
 # Bytes of the page and of its parts, SFT's and PPO's each; the answers have what is left.
@@ -59,10 +59,8 @@ def look(folder: Path, stages: Mapping[str, Runs], problems: list[str]) -> None:
                 runs[folder.name] = {
                     "recorded": recorded, "rows": rows, "models": read_json(result)["models"] if result.is_file() else {},
                     "samples": objects(own.glob("samples/*.jsonl")), "answers": objects(own.glob(ANSWERS_FILE))}
-        except UsageError as error:
-            problems += error.problems
-        except (ValueError, KeyError, TypeError) as error:
-            problems.append(f"{result} is damaged ({error!r}). `make eval RUN={folder.name}` makes it anew.")
+        except (UsageError, ValueError, KeyError, TypeError) as error:
+            problems += getattr(error, "problems", [f"{result} is damaged ({error!r}): `make eval RUN={folder.name}` once more."])
     if len(problems) == wrong and not any(folder.name in runs for runs in stages.values()):
         problems.append(f"RUN={folder.name}: nothing to show in {folder}: no run.json, no metrics.jsonl of sft, ppo or eval."
                         f"{nearest(folder.name, others)} Runs there: {', '.join(others) or 'none'}.")
@@ -83,10 +81,9 @@ def each(runs: Runs, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
     return ((name, row) for name, its in runs.items() for row in its[kind])
 
 
-def cut(value: Any, most: int) -> Any:
-    """A value whose text has at most so many characters: of a longer one the begin, and how many are left out."""
-    text = value if isinstance(value, str) else json.dumps(value)
-    return value if len(text) <= most else f"{text[:most]} [... {len(text) - most} characters left out]"
+def shortened(items: list, most: int) -> list:
+    """The same with texts of at most so many characters."""
+    return record.masked(items, {rf"(?s)\A(.{{{most}}}).+": r"\1 [... cut]"})
 
 
 def embedded(content: Any) -> str:
@@ -127,16 +124,8 @@ def samples_of(runs: Runs, size: tuple[int, int]) -> list[list]:
     """[run, problem, how many answers, those shown as [step, text, score]] for each problem that PPO's validations kept."""
     (most, chars), kept = size, defaultdict(list)
     for name, row in each(runs, "samples"):
-        kept[name, row["input"]].append([row["step"], cut(row["output"], chars), row["score"]])
-    return [[name, cut(text, chars), len(its), sorted(its)[::-ceil(len(its) / most)][::-1]] for (name, text), its in kept.items()]
-
-
-def problems_of(asked: Mapping[tuple, Mapping[str, dict]], most: int) -> list[list]:
-    """[index, prompt, truth, {run: {model: answer}}] of each problem; the scores are apart, those of all."""
-    keys = ("response", "extracted", "last_number", "response_tokens", "cut_off")
-    return [[*(cut(text, most) for text in problem), {
-        name: {model: [cut(row.get(key), most) for key in keys] for model, row in its.items()} for name, its in found.items()}]
-        for problem, found in asked.items()]
+        kept[name, row["input"]].append([row["step"], row["output"], row["score"]])
+    return shortened([[*problem, len(its), sorted(its)[::-ceil(len(its) / most)][::-1]] for problem, its in kept.items()], chars)
 
 
 def records_of(stages: Mapping[str, Runs], most: int) -> list[list]:
@@ -148,28 +137,26 @@ def records_of(stages: Mapping[str, Runs], most: int) -> list[list]:
             **its["recorded"], "attempts": [[one.get("started"), one.get("ended")] for one in attempts[-most:]],
             "facts": {key: value for one in attempts[-1:] for key, value in one.items() if key != "configs_sha256"},
             "models": its["models"], "course": metrics.course(stage, its["rows"])}])
-    return record.masked(made, {r"(?s)\A(.{1000}).+": r"\1 [... cut]"})
+    return shortened(made, 1000)
 
 
 def whole(names: list[str], stages: Mapping[str, Runs]) -> str:
     """The page."""
     asked: dict = defaultdict(lambda: defaultdict(dict))
     for name, row in each(stages["eval"], "answers"):
-        asked[row["index"], row["prompt"], row["ground_truth"]][name][row["model"]] = row
+        asked[row.pop("index"), row.pop("prompt"), row.pop("ground_truth")][name][row["model"]] = row
     # Those at which a run's models have different scores come first.
-    alike = {problem: all(len({row["score"] for row in its.values()}) < 2 for its in found.values())
-             for problem, found in asked.items()}
-    asked = {problem: asked[problem] for problem in sorted(asked, key=alike.get)}
+    problems = [[all(len({row["score"] for row in its.values()}) < 2 for its in found.values()), *problem, found]
+                for problem, found in asked.items()]
+    problems.sort(key=lambda problem: problem[0])
     data = {"made": record.now(), "runs": names, "housekeeping": record.MAY_DIFFER,
             "curves": {}, "scores": {}, "records": fitting(RECORDS, (1000, 20, 3), partial(records_of, stages)),
             "samples": fitting(SAMPLES, ((50, 1500), (50, 500), (12, 500), (12, 150)), partial(samples_of, stages["ppo"]))}
     for stage in ("sft", "ppo"):
         data["curves"][stage] = fitting(CURVES, (500, 300, 200, 150, 100, 50, 10), partial(curves, stages[stage]))
-    for name, model in dict.fromkeys((name, row["model"]) for name, row in each(stages["eval"], "answers")):
-        data["scores"].setdefault(name, {})[model] = [found.get(name, {}).get(model, {}).get("score") for found in asked.values()]
-    files = {"style": "report.css", "script": "report.js", "library": "uPlot.iife.min.js", "library_style": "uPlot.min.css"}
-    texts = {name: (CONFIGS / "pages" / file).read_text(encoding="utf-8") for name, file in files.items()}
-    render = partial(page, "report.html", title=", ".join(names), **texts)
+    for name, model in {(name, row["model"]): None for name, row in each(stages["eval"], "answers")}:
+        data["scores"].setdefault(name, {})[model] = [found.get(name, {}).get(model, {}).get("score") for *_, found in problems]
+    render = partial(page, "report.html", title=", ".join(names))
     room = LIMIT - len(render(data=embedded({**data, "problems": []})).encode())
-    listed = fitting(room, (3000, 1000, 400), partial(problems_of, asked), len(asked) - sum(alike.values()))
+    listed = fitting(room, (3000, 1000, 400), partial(shortened, problems), sum(not alike for alike, *_ in problems))
     return render(data=embedded({**data, "problems": listed}))
