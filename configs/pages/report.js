@@ -528,5 +528,12 @@ showEnvironment();
 showLeftOut();
 redraw();
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
-let resized = 0;
-addEventListener("resize", () => { clearTimeout(resized); resized = setTimeout(redraw, 150); });
+// A phone says so, too, when its address bar comes and goes.
+let resized = 0, width = innerWidth;
+addEventListener("resize", () => {
+  clearTimeout(resized);
+  resized = setTimeout(() => {
+    if (width !== innerWidth) redraw();
+    width = innerWidth;
+  }, 150);
+});
