@@ -208,8 +208,8 @@ function verdicts() {
       if (!base || !own || Math.abs(share) < LEAST_SHARE) continue;
       const [largest] = phasesOf(stage).filter(({ phase }) => !INSIDE[phase]).map(({ phase, means }) => [phase, means[run] - means[first]])
         .sort((a, b) => Math.sign(share) * (b[1] - a[1]));
-      found.push(el("p", {}, `A step of ${run}\u2019s ${TITLE[stage]} takes ${fixed(own)} s, `, el("b", { class: share > 0 ? "worse" : "better" }, `${signed(100 * share, 0)} %`),
-        ` against ${first}`, largest ? `; the largest difference is ${largest[0]}, ${signed(largest[1], digitsFor(base))} s.` : "."));
+      found.push(el("p", {}, `A step of ${run}\u2019s ${TITLE[stage]} takes ${fixed(own)} s, `, el("b", { class: share > 0 ? "worse" : "better" }, share < 1 ? `${signed(100 * share, 0)} %` : `${(1 + share).toFixed(1)} times`),
+        ` ${share < 1 ? "against" : "that of"} ${first}`, largest ? `; the largest difference is ${largest[0]}, ${signed(largest[1], digitsFor(base))} s.` : "."));
     }
   }
   return [...(found.length ? found : [el("p", {}, `No run\u2019s step takes ${100 * LEAST_SHARE} % more or less than the first one\u2019s.`)]), el("p", {}, link)];
@@ -333,11 +333,12 @@ function showTime() {
     const phases = all.filter(({ phase }) => !INSIDE[phase]).flatMap(one => [one, ...all.filter(({ phase }) => INSIDE[phase] === one.phase)]);
     const total = { phase: "a whole step", means: Object.fromEntries(runs.map(run => [run, meanOf(stage, run, "timing_s/step")])) };
     const most = Math.max(...runs.map(run => total.means[run])), rows = [], classes = [];
+    const digits = digitsFor(Math.min(...runs.map(run => total.means[run])));
     for (const { phase, means } of [total, ...phases]) {
       classes.push(phase === total.phase ? "sum" : INSIDE[phase] ? "part" : null);
       rows.push([phase, ...runs.flatMap(run => [
-        { n: [means[run].toFixed(digitsFor(most)), el("div", { class: "bar", style: `width: ${(100 * means[run] / most).toFixed(1)}%` })] },
-        ...(run === first ? [] : [{ n: difference(means[run] - means[first], digitsFor(most), total.means[first]) }])])]);
+        { n: [means[run].toFixed(digits), el("div", { class: "bar", style: `width: ${(100 * means[run] / most).toFixed(1)}%` })] },
+        ...(run === first ? [] : [{ n: difference(means[run] - means[first], digits, total.means[first]) }])])]);
     }
     made.append(el("h3", {}, `${TITLE[stage]}, seconds per step`), table(
       ["", ...runs.flatMap(run => [{ n: run }, ...(run === first ? [] : [{ n: "difference" }])])], rows, false, classes));
