@@ -174,6 +174,14 @@ def test_mistakes_are_named_all_at_once(tmp_path):
     assert (tmp_path / "reports").read_text() == ""
 
 
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
+    full(tmp_path, {"a": 1}, 2, 2)
+    (tmp_path / "reports").mkdir()
+    monkeypatch.setattr("bridge.environment.os.access", lambda path, _: Path(path).name != "reports")
+    assert refused(tmp_path, "a") == (f"WORK_DIR={tmp_path}/reports cannot be written to (read-only or not yours). "
+                                      "Set WORK_DIR in .env to a folder on a disk with room.")
+
+
 def test_too_many_runs_are_refused(tmp_path):
     assert "RUN= has 13 runs" in refused(tmp_path, ",".join(f"r{number}" for number in range(13)))
     assert "Name at most 12 in 240" in refused(tmp_path, ",".join(f"{number}{'r' * 90}" for number in range(3)))
