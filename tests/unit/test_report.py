@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from bridge import environment
 from bridge.errors import UsageError
 from bridge.settings import CONFIGS, read
 from bridge.tools import report
@@ -177,7 +178,7 @@ def test_mistakes_are_named_all_at_once(tmp_path):
 def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
     full(tmp_path, {"a": 1}, 2, 2)
     (tmp_path / "reports").mkdir()
-    monkeypatch.setattr("bridge.environment.os.access", lambda path, _: Path(path).name != "reports")
+    monkeypatch.setattr(environment.os, "access", lambda path, _: Path(path).name != "reports")
     assert refused(tmp_path, "a") == (f"WORK_DIR={tmp_path}/reports cannot be written to (read-only or not yours). "
                                       "Set WORK_DIR in .env to a folder on a disk with room.")
 
