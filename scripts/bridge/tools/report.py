@@ -152,6 +152,7 @@ def whole(names: list[str], stages: Mapping[str, Runs]) -> str:
     data = {"made": record.now(), "runs": names, "housekeeping": record.MAY_DIFFER,
             "curves": {}, "scores": {}, "records": fitting(RECORDS, (1000, 20, 3), partial(records_of, stages)),
             "samples": fitting(SAMPLES, ((50, 1500), (50, 500), (12, 500), (12, 150)), partial(samples_of, stages["ppo"]))}
+    data["sampled"] = len({(name, row["input"]) for name, row in each(stages["ppo"], "samples")})
     for stage in ("sft", "ppo"):
         data["curves"][stage] = fitting(CURVES, (500, 300, 200, 150, 100, 50, 10), partial(curves, stages[stage]))
     for name, model in {(name, row["model"]): None for name, row in each(stages["eval"], "answers")}:
