@@ -469,13 +469,15 @@ function showList(list, run, a, b, words, places) {
 
 function problem(run, a, b, place) {
   const [, index, prompt, truth, answers] = data.problems[place], models = a === b ? [a] : [a, b];
-  const said = model => answers[run][model].extracted ?? "nothing";
+  // A scorer of one's own gives a score alone.
+  const given = "extracted" in answers[run][models[0]];
+  const said = model => given ? answers[run][model].extracted ?? "nothing" : `score ${short(data.scores[run][model][place])}`;
   const answer = model => {
     const its = answers[run][model], score = data.scores[run][model][place];
+    const took = given ? `scorer took: ${said(model)} \u00b7 last number: ${its.last_number ?? "none"} \u00b7 ` : "";
     const verdict = judged(score, `${score > 0 ? "\u2713 right" : "\u2717 wrong"} (score ${short(score)})`);
     return el("div", {}, el("h3", {}, `${TITLE[model] || model} `, verdict),
-      el("div", { class: "soft" }, `scorer took: ${said(model)} \u00b7 last number: ${its.last_number ?? "none"} \u00b7 `,
-        `${its.response_tokens} tokens${its.cut_off ? ", cut off at the limit" : ""}`),
+      el("div", { class: "soft" }, took, `${its.response_tokens} tokens${its.cut_off ? ", cut off at the limit" : ""}`),
       el("pre", {}, its.response));
   };
   return unfolding([el("span", { class: "tag" }, `#${index}`), `${models.map(said).join(" \u2192 ")}, truth ${truth} `,
