@@ -118,6 +118,7 @@ def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
     env = {**env, **plan.env}
     if "RAY_TMPDIR" in plan.env:
         env["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-", dir=plan.env["RAY_TMPDIR"])
+        record.keep_ray_folder(env["RAY_TMPDIR"])
     if plan.keep_log and not plan.resume_step:
         record.keep_previous(plan.record_dir)
     if plan.checkpoints:

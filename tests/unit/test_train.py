@@ -3,12 +3,15 @@
 import json
 import os
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
-from contextlib import closing
+import time
+from contextlib import closing, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from bridge import settings
@@ -199,6 +202,16 @@ sys.exit(door.run_plan("ppo", plan, dict(os.environ)))
 """
 
 
+HOLD = """
+import os, sys, time
+from bridge.runs import record
+os.mkdir(sys.argv[1])
+record.keep_ray_folder(sys.argv[1])
+print("held", flush=True)
+time.sleep(1000)
+"""
+
+
 def test_a_run_works_in_a_folder_that_is_its_own_and_leaves_all_others_alone(tmp_path):
     # A leftover of a run that was killed, and what another user might have made to be taken for the run's.
     for name in ("ray-leftover", "bridge-0-12345678"):
@@ -208,6 +221,55 @@ def test_a_run_works_in_a_folder_that_is_its_own_and_leaves_all_others_alone(tmp
     _, folder, mode = line.split()
     assert Path(folder).parent == tmp_path and Path(folder).name.startswith("ray-") and mode == "700"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bridge-0-12345678", "ray-leftover"]
+
+
+def test_rays_folder_of_a_run_that_was_killed_goes_with_the_next_run_and_no_other_does(tmp_path):
+    asleep = RUN.replace("print('SEEN'", "import time; time.sleep(1000); print('SEEN'")
+
+    def folder_of(door: subprocess.Popen) -> Path:
+        """What the run's child is given."""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            for child in psutil.Process(door.pid).children():
+                with suppress(psutil.Error):
+                    given = Path(child.environ().get("RAY_TMPDIR", ""))
+                    # Before the child becomes its program it has the door's environment.
+                    if given.parent == tmp_path:
+                        return given
+            time.sleep(0.05)
+        raise AssertionError("no child")
+
+    doors = [subprocess.Popen([sys.executable, "-c", asleep, str(tmp_path)], env=SHELL, stderr=subprocess.DEVNULL)
+             for _ in range(2)]
+    # One that has started nothing yet.
+    doors.append(subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "ray-held")], env=SHELL, stdout=subprocess.PIPE))
+    try:
+        killed, living = map(folder_of, doors[:2])
+        assert doors[2].stdout.readline() == b"held\n"
+        children = psutil.Process(doors[0].pid).children()
+        doors[0].kill()
+        psutil.wait_procs(children, timeout=30)
+        # As the killed run's, but another host's, another user's, one that a process works in, and what is no folder.
+        for name in ("host", "user", "used"):
+            shutil.copytree(killed, tmp_path / f"ray-{name}")
+        (tmp_path / "ray-host" / record.RAY_LOCK).write_text("elsewhere")
+        if not os.geteuid():
+            os.chown(tmp_path / "ray-user", 65534, 65534)
+        (tmp_path / "ray-link").symlink_to(killed)
+        (tmp_path / "ray-mine").mkdir()
+        (tmp_path / "ray-mine" / "kept").touch()
+        user = subprocess.Popen(["sleep", "1000"], env={"RAY_TMPDIR": str(tmp_path / "ray-used")})
+        try:
+            subprocess.run([sys.executable, "-c", RUN, str(tmp_path)], env=SHELL, check=True)
+        finally:
+            user.kill()
+            user.wait()
+        stay = {living.name, "ray-held", "ray-host", "ray-used", "ray-link", "ray-mine", *([] if os.geteuid() else ["ray-user"])}
+        assert {path.name for path in tmp_path.iterdir()} == stay
+    finally:
+        for door in doors:
+            door.kill()
+            door.wait()
 
 
 def test_a_stage_without_ray_leaves_the_users_folder_for_it_alone(tmp_path):

@@ -1,4 +1,4 @@
-"""The record of a run: run.json beside the checkpoints, and the lock that keeps a second run out."""
+"""The record of a run: run.json beside the checkpoints, and the locks that keep other runs out of its folders."""
 
 import errno
 import fcntl
@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import socket
 import struct
 import subprocess
@@ -38,6 +39,8 @@ RENAMED_MODULES = {"bridge.speedups": "bridge.trainers.speedups"}
 # What begin() writes into a record, and of which kind it is.
 RECORD = {"status": str, "last_step": int, "config": dict | None, "inputs": dict | None, "work_dir": str | None,
           "attempts": list}
+# In Ray's folder: has the host's name once its process, which will remove the folder, has locked it.
+RAY_LOCK = ".bridge-lock"
 
 
 def read(folder: Path) -> dict[str, Any] | None:
@@ -215,3 +218,18 @@ def locked(folder: Path, cure: str = "Wait for it, or give this one a name of it
         # What was to be done is done, and the lock goes with the process in any case.
         with suppress(OSError):
             file.close()
+
+
+def keep_ray_folder(folder: str) -> None:
+    """Keep Ray's folder, just made, while this process lives; of this user's beside it those go that no one on this host uses."""
+    used = {Path((found.info["environ"] or {}).get("RAY_TMPDIR", "")).name for found in psutil.process_iter(["environ"])}
+    for left in Path(folder).parent.glob("ray-*"):
+        # Locked ones stay, and those where no lock can be had.
+        with suppress(OSError), open(left / RAY_LOCK, "r+") as file:
+            if left.lstat().st_uid == os.geteuid() and left.name not in used and file.read() == socket.gethostname():
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left, ignore_errors=True)
+    with suppress(OSError):
+        # Never closed: the lock goes with the process.
+        fcntl.lockf(kept := os.open(f"{folder}/{RAY_LOCK}", os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.write(kept, socket.gethostname().encode())

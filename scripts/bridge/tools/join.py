@@ -37,9 +37,8 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     host, number = socket.gethostname(), int(env["SLURM_PROCID"]) + 1
-    notes: list[str] = []
     problems: list[str] = []
-    gpus, on_cpu = train.choose_hardware(settings, env, notes, problems, dry_run=False)
+    gpus, on_cpu = train.choose_hardware(settings, env, [], problems, dry_run=False)
     few = None if on_cpu else hardware.core_problem(hardware.cpu_count(), gpus)
     refuse(f"{host}: {problem}" for problem in problems + train.interface_problems(env))
     # Where srun was started the door is.
@@ -69,6 +68,7 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
     if folder := read_json(nodes.listening())["temporary"]:
         # Ray's folder has one name on all nodes, and is each node's own: nobody else has made it.
         os.mkdir(folder, mode=0o700)
+        record.keep_ray_folder(folder)
         own["RAY_TMPDIR"] = folder
     say(f"node {number} ({host}, {address}) joins" + (f"; warning: {few}" if few else ""))
     launch.adopt_orphans()

@@ -83,11 +83,13 @@ def listen_at(address: str) -> None:
     os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={card}")
 
 
-def use_tls() -> None:
-    """Let all of Ray that is started here speak with those only who have the key of this run."""
+def close_ray() -> None:
+    """Let all of Ray that is started here speak with those only who have the key of this run, over this node's address."""
     os.environ.update(RAY_USE_TLS="1", RAY_TLS_SERVER_KEY=str(folder() / KEY), RAY_TLS_SERVER_CERT=str(folder() / CERTIFICATE),
                       RAY_TLS_CA_CERT=str(folder() / CERTIFICATE),
                       RAY_RUNTIME_ENV_PLUGINS=json.dumps([{"class": "bridge.trainers.ray_agent.OwnNodeOnly"}]))
+    loopback.close()
+    loopback.close_ray()
 
 
 def make_key(place: Path, addresses: list[str]) -> None:
@@ -121,9 +123,7 @@ def lead() -> None:
         say_where(port)
         return torchrun(0, address, port)
     make_key(folder(), [address, *(node["address"] for node in others)])
-    use_tls()
-    loopback.close()
-    loopback.close_ray()
+    close_ray()
     import ray
 
     ray_init = ray.init
@@ -151,9 +151,7 @@ def follow(number: int) -> None:
     listen_at(address)
     if sys.argv[0] == "torch.distributed.run":
         return torchrun(number, first["address"], first["port"])
-    use_tls()
-    loopback.close()
-    loopback.close_ray()
+    close_ray()
     gpus, on_cpu = int(os.environ["BRIDGE_NODE_GPUS"]), "BRIDGE_CPU_RANKS" in os.environ
     sys.argv = ["ray", "start", f"--address={first['address']}:{first['port']}", f"--node-ip-address={address}",
                 f"--num-gpus={gpus}", *([f"--resources={json.dumps({'cpu': gpus})}"] if on_cpu else []), "--block",
