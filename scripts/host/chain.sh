@@ -11,8 +11,8 @@ read_chain() { # STAGE[,STAGE...]: fills jobs, here (stages for this machine), l
     jobs=() here=() later='' from=''
     IFS=, read -ra names <<< "$1"
     for stage in "${names[@]}"; do
-        if [[ ! $stage =~ ^(data|model|sft|ppo|merge:(sft|ppo)|eval(:(base|sft|ppo))?|upload(:(sft|ppo))?)$ ]]; then
-            [[ -z $stage ]] || problems+=("$stage is no stage:${order}eval upload (of one: eval:sft, upload:sft)")
+        if [[ ! $stage =~ ^(data|model|sft|ppo|accept|bench|merge:(sft|ppo)|eval(:(base|sft|ppo))?|upload(:(sft|ppo))?)$ ]]; then
+            [[ -z $stage ]] || problems+=("$stage is no stage:${order}eval upload (of one: eval:sft, upload:sft); by themselves: accept, bench")
             continue
         fi
         [[ $seen != *,$stage,* ]] || problems+=("$stage is twice in the chain.")

@@ -7,7 +7,7 @@ signal=${SBATCH_SIGNAL:-B:USR1@300}
 # Of the stages that train or generate, and of an interactive shell.
 gpu_settings=(GPUS GPUS_PER_NODE GPUS_PER_TASK GPUS_PER_SOCKET GRES CPUS_PER_GPU MEM_PER_GPU CPUS_PER_TASK EXCLUSIVE)
 
-uses_gpus() { [[ $1 == @(sft|ppo|eval|eval:*) || ($1 == @(shell|check) && -n ${GPUS:-}) ]]; }
+uses_gpus() { [[ $1 == @(sft|ppo|accept|bench|eval|eval:*) || ($1 == @(shell|check) && -n ${GPUS:-}) ]]; }
 
 seconds() { # LIMIT: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S, as Slurm writes a time limit; fails where it is none
     [[ $1 =~ ^(([0-9]+)-)?([0-9]+)(:([0-9]+))?(:([0-9]+))?$ ]] || return 1
@@ -32,15 +32,15 @@ check_limit() { # a training has to start, and to save
     fi
 }
 
-share_of() { # GPUS [PARTITION]: that share of a node's cores (4 for no GPU; the least of all nodes); the most GPUs of a node; nodes
-    sinfo -h -N ${2:+-p "$2"} -o '%P %c %G' | awk -v gpus="$1" -v named="${2:-}" 'named != "" || $1 ~ /\*$/ {
-        gsub(/\([^)]*\)/, "", $3); has = 0; nodes++
+share_of() { # GPUS [PARTITION]: that share of a node's cores (4 for no GPU; the least of all nodes); the most GPUs of a node; nodes; MiB
+    sinfo -h -N ${2:+-p "$2"} -o '%P %c %G %m' | awk -v gpus="$1" -v named="${2:-}" 'named != "" || $1 ~ /\*$/ {
+        gsub(/\([^)]*\)/, "", $3); has = 0; if (!nodes++ || $4 + 0 < memory) memory = $4 + 0
         for (i = split($3, gres, ","); i; i--) if (gres[i] ~ /^gpu:/) { n = split(gres[i], word, ":"); has += word[n] }
         if (has > most) most = has
         if (has < gpus) next
         cores = gpus ? int($2 * gpus / has) : $2 < 4 ? $2 : 4
         if (!least || cores < least) least = cores
-    } END { print least + 0, most + 0, nodes + 0 }'
+    } END { print least + 0, most + 0, nodes + 0, memory + 0 }'
 }
 
 limit_of() { # PARTITIONS: the time limit of a job that asks for none, of each (of the default one)
@@ -49,7 +49,7 @@ limit_of() { # PARTITIONS: the time limit of a job that asks for none, of each (
 }
 
 ask_for() { # STAGE: fills options (of sbatch and srun) and drop (names that the job's call must not have), adds to problems
-    local stage=$1 partition=${SBATCH_PARTITION:-} gpus=0 asked='' share most nodes name count=1
+    local stage=$1 partition=${SBATCH_PARTITION:-} gpus=0 asked='' share most nodes memory name count=1
     ! is_training "$stage" && [[ $stage != check ]] || count=${NODES:-1}
     options=(--nodes="$count" --ntasks-per-node=1) drop=()
     [[ -n ${SBATCH_JOB_NAME:-} ]] || options+=(--job-name="bridge-$stage")
@@ -67,7 +67,7 @@ ask_for() { # STAGE: fills options (of sbatch and srun) and drop (names that the
     else
         for name in "${gpu_settings[@]}"; do [[ ! -v SBATCH_$name ]] || drop+=(-u "SBATCH_$name"); done
     fi
-    read -r share most nodes < <(share_of "$gpus" "$partition")
+    read -r share most nodes memory < <(share_of "$gpus" "$partition")
     [[ $nodes == 0 || $nodes -ge $count ]] || problems+=("NODES=$count: ${partition:-the default partition} has $nodes (sinfo -o '%P %D').")
     [[ $nodes == 0 || -n $asked || $most -ge $gpus ]] ||
         problems+=("GPUS=$gpus: a node of ${partition:-the default partition} has $most, says Slurm (sinfo -o '%P %N %G').")
@@ -76,6 +76,8 @@ ask_for() { # STAGE: fills options (of sbatch and srun) and drop (names that the
     elif [[ $share != 0 && ($gpus == 0 || -z ${SBATCH_CPUS_PER_GPU:-}) ]]; then
         options+=(--cpus-per-task="$share")
     fi
+    # Where memory goes by the core, this would be too little: a model of 1 B parameters takes 10 GB.
+    [[ $stage != merge:* || -n ${SBATCH_MEM_PER_NODE:-}${SBATCH_MEM_PER_CPU:-} || $memory -lt 16384 ]] || options+=(--mem=16G)
 }
 
 prepare() { # STAGE [OPTION...]: fills command, the whole call of sbatch; give, the job's own settings; job, its stage

@@ -6,9 +6,9 @@ set -euo pipefail
 # shellcheck source=scripts/host/engine.sh
 source "$(dirname "${BASH_SOURCE[0]}")/engine.sh"
 
-# What a job gets of this shell: what a login has, and settings that were given here. All else it reads from .env itself.
-names=(HOME PATH) secrets=()
-for name in USER LANG TMPDIR MODULEPATH LOADEDMODULES ENV_FILE; do [[ ! -v $name ]] || names+=("$name"); done
+# What a job gets of this shell: what a login has, where Apptainer mounts and caches, and settings. All else it reads from .env.
+names=(HOME PATH) secrets=() apptainers=({APPTAINER,SINGULARITY}_{BIND,BINDPATH,MOUNT,CACHEDIR,CONFIGDIR,TMPDIR})
+for name in USER LANG TMPDIR MODULEPATH LOADEDMODULES ENV_FILE "${apptainers[@]}"; do [[ ! -v $name ]] || names+=("$name"); done
 for name in $(compgen -e); do
     is_known "$name" && [[ $name != @(STAGE|CHAIN|NODES|SLURM|NET_PARTITION|SBATCH_*|CUDA_VISIBLE_DEVICES|INIT) ]] || continue
     if [[ $name =~ TOKEN|KEY|PASSWORD|SECRET && $name != *_PATH || $name =~ _(proxy|PROXY)$ && ${!name} == *@* ]]; then
@@ -73,8 +73,8 @@ done
 
 # What the first stage itself would refuse. Later ones, and what was not fetched in a dry run, have nothing to start from yet.
 prepare "${jobs[0]}"
-if [[ -n $dry && ${#here[@]} != 0 ]]; then
-    :
+if [[ -n $dry && ${#here[@]} != 0 || ${jobs[0]} == @(accept|bench) ]]; then
+    : # a tool has no dry run
 elif ! (choose_engine "${jobs[0]%:*}") 2> /dev/null; then
     echo "bridge: no image can be started here: what ${jobs[0]} would refuse is seen in the job only" >&2
 elif ! said=$(env "${give[@]}" "$checkout/scripts/host/container.sh" "${job[@]}" --dry-run 2>&1); then

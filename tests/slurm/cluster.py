@@ -51,8 +51,8 @@ SlurmdParameters=config_overrides
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 EnforcePartLimits=ALL
-NodeName=n1 NodeHostname=n1 NodeAddr=10.77.0.11 CPUs={cores} RealMemory=1000 Gres=gpu:{gpus}
-NodeName=n2 NodeHostname=n2 NodeAddr=10.77.0.12 CPUs={cores} RealMemory=1000 Gres=gpu:{gpus}
+NodeName=n1 NodeHostname=n1 NodeAddr=10.77.0.11 CPUs={cores} RealMemory=64000 Gres=gpu:{gpus}
+NodeName=n2 NodeHostname=n2 NodeAddr=10.77.0.12 CPUs={cores} RealMemory=64000 Gres=gpu:{gpus}
 PartitionName=gpu Nodes=n1,n2 Default=YES MaxTime=1-0 PriorityTier=1 GraceTime=60
 PartitionName=urgent Nodes=n1,n2 MaxTime=1-0 PriorityTier=2
 """

@@ -141,6 +141,39 @@ def test_a_job_gets_the_settings_given_and_no_secret(standin):
     assert held == []
 
 
+def test_what_apptainer_reads_reaches_a_job_but_for_its_secrets(standin):
+    given = {"APPTAINER_BIND": "/dev/infiniband,/data:/data:ro", "SINGULARITY_CACHEDIR": "/scratch/it"}
+    standin.submit("STAGE=sft", "GPUS=1", **given, APPTAINER_DOCKER_PASSWORD="planted", APPTAINERENV_HF_TOKEN="planted")
+    seen = standin.work_dir / "runs" / "default" / "sft" / "environment"
+    standin.cluster.wait_for(lambda: seen.exists() and b"WORK_DIR=" in seen.read_bytes(), "the stage has begun")
+    env = dict(entry.split("=", 1) for entry in seen.read_text().split("\0") if entry)
+    assert {name: value for name, value in env.items() if name.startswith(("APPTAINER", "SINGULARITY"))} == given
+
+
+def test_the_acceptance_test_of_a_node_is_a_job_with_its_gpus(standin):
+    [job] = standin.submit("STAGE=accept", "GPUS=4", "NODES=2").values()
+    seen = standin.work_dir / "runs" / "default" / "accept" / "environment"
+    standin.cluster.wait_for(lambda: seen.exists() and b"WORK_DIR=" in seen.read_bytes(), "the test has begun")
+    assert {"CUDA_VISIBLE_DEVICES=0,1,2,3", "SLURM_CPUS_PER_TASK=8", "SLURM_JOB_NUM_NODES=1"} <= set(seen.read_text().split("\0"))
+    (standin.work_dir / "end-accept").write_text("0")
+    assert standin.cluster.wait(job, "COMPLETED", "FAILED")["JobState"] == "COMPLETED"
+
+
+def test_a_merge_asks_for_memory_where_nodes_have_it(standin):
+    def asked(**env: str) -> list[str]:
+        result = standin.make("submit", "CHAIN=sft,merge:sft", "GPUS=1", "ARGS=--dry-run", **env)
+        assert result.returncode == 0, result.stderr
+        return re.findall(r" (--mem=\S+) .* (?:merge|sft)$", result.stdout, re.MULTILINE)
+
+    # Not for the training before it.
+    assert asked() == ["--mem=16G"] and asked(SBATCH_MEM_PER_CPU="8G") == []
+    # Slurm does not know the memory of nodes of which nobody has told it, and refuses who asks for some.
+    untold = standin.work_dir.parent / "bin"
+    shutil.copytree(standin.cluster.bin, untold)
+    (untold / "sinfo").write_text(f"#!/bin/sh\n{standin.cluster.bin}/sinfo \"$@\" | sed 's/ 64000$/ 1/'\n")
+    assert asked(PATH=f"{untold}:{os.environ['PATH']}") == []
+
+
 def ask_by_time_limit(site, job: str) -> None:
     site.cluster.run("scontrol", "update", f"jobid={job}", "timelimit=1")
 
