@@ -276,7 +276,8 @@ function chart(stage, groups, title, key) {
     for (const group of groups) {
       const runs = group.runs.map(run => seriesOf(stage, key)[run]).filter(Boolean).map(smoothed);
       if (!runs.length) continue;
-      const at = steps.map((_, step) => runs.map(values => values[step]).filter(value => value !== null));
+      // Where all seeds have a value: a mean of fewer would jump.
+      const at = steps.map((_, step) => runs.map(values => values[step])).map(values => values.includes(null) ? [] : values);
       const stroke = variable(colour(group.number)), few = at.filter(values => values.length).length < FEW;
       shown.push([group, columns.length]);
       columns.push(at.map(mean));

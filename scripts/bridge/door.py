@@ -175,7 +175,7 @@ def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
     elif status:
         if log and status < 128 and status != hang.HUNG:
             if display:
-                say("the last lines of the log:\n" + "\n".join(f"    {line}" for line in failure.last_lines(log, TAIL)))
+                say("the last lines of the log:\n" + "\n".join(f"    {line}" for line in failure.last_lines(log, TAIL, start)))
             if why := failure.reason(log, start):
                 say(why)
         ended = {hang.HUNG: "hung"}.get(status, "was ended by a signal" if status > 128 else "failed")

@@ -57,7 +57,8 @@ if ((others)); then
     mkdir -m 700 -- "$BRIDGE_NODES_DIR"
 fi
 # For what is shown of a training; it runs without.
-! ends=$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s) || export BRIDGE_JOB_END=$ends
+ends=$(SLURM_TIME_FORMAT=%s timeout 10 squeue -h -j "$SLURM_JOB_ID" -o %e) || true
+[[ ! $ends =~ ^[0-9]+$ ]] || export BRIDGE_JOB_END=$ends
 "$checkout/scripts/host/container.sh" "${@:2}" {watch}>&- {job}>&- &
 stage_pid=$!
 [[ -z $ending ]] || kill -TERM "$stage_pid"

@@ -88,10 +88,12 @@ from bridge.trainers import stoppable
 stoppable.SAMPLES_BYTES = int(os.environ["BYTES"])
 trainer = object.__new__(stoppable.stoppable_ppo(RayPPOTrainer))
 folder = Path(os.environ["FOLDER"])
+own = folder == stoppable.stage_dir() / stoppable.SAMPLES
 for trainer.global_steps in (10, 20):
     trainer._dump_generations(
         inputs=[f"problem {row}" for row in range(30)], outputs=[f"{trainer.global_steps} {row}" for row in range(30)],
-        scores=[row % 2 for row in range(30)], reward_extra_infos_dict={"acc": list(range(30)), "some": [1] * 25},
+        scores=[row % 2 for row in range(30)],
+        reward_extra_infos_dict={"acc": list(range(30)), **({"no JSON": [{1}] * 30} if own else {})},
         dump_path=folder)
 found = {file.name: [json.loads(line) for line in file.read_text().splitlines()] for file in sorted(folder.glob("*"))}
 print({name: (len(rows), rows[19]) for name, rows in found.items()})
@@ -106,7 +108,7 @@ def samples(monkeypatch, stage_dir, folder, size: int) -> dict:
 
 def test_of_each_validation_the_answers_to_the_same_20_problems_are_kept(tmp_path, monkeypatch):
     found = samples(monkeypatch, tmp_path, tmp_path / stoppable.SAMPLES, 10**6)
-    assert found == {f"{step}.jsonl": (20, {"input": "problem 19", "output": f"{step} 19", "score": 1, "step": step, "acc": 19})
+    assert found == {f"{step}.jsonl": (20, {"input": "problem 19", "output": f"{step} 19", "score": 1, "step": step})
                      for step in (10, 20)}
 
 
@@ -117,5 +119,11 @@ def test_no_more_are_kept_once_they_are_too_large_and_all_in_a_folder_of_the_use
 
 
 def test_samples_that_cannot_be_written_end_no_training(tmp_path, monkeypatch):
-    (tmp_path / stoppable.SAMPLES).write_text("a file where the folder should be")
-    assert samples(monkeypatch, tmp_path, tmp_path / stoppable.SAMPLES, 10**6) == {}
+    (tmp_path / stoppable.SAMPLES).mkdir()
+    (tmp_path / stoppable.SAMPLES / "gone").symlink_to("nowhere")
+    with pytest.raises(AssertionError, match="FileNotFoundError: .*gone"):
+        # Of the script's own look at what was written; both dumps have come to their end.
+        samples(monkeypatch, tmp_path, tmp_path / stoppable.SAMPLES, 10**6)
+    (tmp_path / "file").mkdir()
+    (tmp_path / "file" / stoppable.SAMPLES).write_text("a file where the folder should be")
+    assert samples(monkeypatch, tmp_path / "file", tmp_path / "file" / stoppable.SAMPLES, 10**6) == {}

@@ -28,10 +28,13 @@ def reason(log: Path, start: int) -> str | None:
     return None
 
 
-def last_lines(file: Path, count: int) -> list[str]:
-    """The end of a log, without the intermediate states of progress bars."""
+def last_lines(file: Path, count: int, start: int = 0) -> list[str]:
+    """The end of a log from byte `start` on, without the states of progress bars, and what torchrun says of a failure."""
     try:
-        text = file.read_bytes().decode(errors="replace") if file.is_file() else ""
+        text = file.read_bytes()[start:].decode(errors="replace") if file.is_file() else ""
     except OSError as error:
         return [f"the log cannot be read: {error}"]
-    return [line.rsplit("\r", 1)[-1][:500] for line in text.rstrip().split("\n")[-count:]]
+    lines = [line.rsplit("\r", 1)[-1][:500] for line in text.rstrip().split("\n")]
+    # Its first line has the rank and the signal.
+    end = next((number for number, line in enumerate(lines, 1) if "failed (exitcode: " in line), len(lines))
+    return lines[max(0, end - count):end]

@@ -45,9 +45,12 @@ class Metrics:
 
     def add(self, step: int, values: dict[str, float]) -> None:
         """Take in values of a step, one after another. After an OSError the next call writes them too."""
-        if not (self.rows and self.rows[-1]["step"] == step):
-            self.rows.append({"step": step, "time": round(time.time(), 3)})
-        self.rows[-1].update(values)
+        # A validation at the begin of a resumed run is of the step before.
+        known = self.rows or self.before
+        if not (known and known[-1]["step"] == step):
+            known = self.rows
+            known.append({"step": step, "time": round(time.time(), 3)})
+        known[-1].update(values)
         self.write()
 
     def write(self) -> None:

@@ -1,6 +1,7 @@
 """How far a training is: what is shown while it goes, by the door itself or from the files of its run (bridge follow)."""
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,13 +16,19 @@ from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from bridge.errors import Tolerance
+from bridge.errors import Tolerance, say
 from bridge.runs import checkpoints
 
 # Seconds between two looks at a run, and at its checkpoints, whose folder may be on a slow disk.
 REFRESH, CHECKPOINTS = 0.5, 5
-# Seconds without a step from which on they are told.
-QUIET = 60
+# Seconds without a step: from which on they are told, and after which a line tells of it where there is no terminal.
+QUIET, SILENCE = 60, 300
+# Behind colours, Ray's and torchrun's prefixes. A model may write the word, too.
+OWN = re.compile(r"(?:\x1b\[[\d;]*m|\(\w+ pid=[^)]*\)|\[\w+\]:|\s)*bridge: (.*\S)")
+TROUBLE = re.compile(r"NCCL WARN|WARN: grad_norm|out of memory")
+MOST_TOLD = 100
+# Newest rows in which a value is looked for.
+KNOWN = 1000
 # Stage -> what is shown of verl's metrics: word, key (or its beginning, with a *), format.
 METRICS = {
     "sft": (("loss", "train/loss", ".3f"), ("validation loss", "val/loss", ".3f")),
@@ -54,7 +61,7 @@ def fields(stage: str, recorded: Mapping[str, Any], rows: Sequence[Mapping[str, 
             found["no step for"] = duration(quiet)
 
     known = {}
-    for row in rows:
+    for row in rows[-KNOWN:]:
         known |= row
 
     def latest(key: str) -> float | None:
@@ -79,23 +86,23 @@ def duration(seconds: float) -> str:
 
 
 class Display:
-    """Shows a training: on a terminal one block that changes, elsewhere a line a step. That it cannot be shown ends nothing.
+    """Shows a training: on a terminal one block that changes, elsewhere a line a step. What cannot be shown ends no training.
 
     look: gives the record and the rows of its metrics as they are now.
     """
 
     def __init__(self, stage: str, stage_dir: Path, look: Callable[[], tuple[Mapping[str, Any], Sequence[Mapping[str, float]]]]):
         self.stage, self.stage_dir, self.look = stage, stage_dir, look
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = Console(highlight=False, soft_wrap=True, force_terminal=sys.stdout.isatty())
         self.live = None
         if self.console.is_terminal and not self.console.is_dumb_terminal:
             self.live = Live(console=self.console, auto_refresh=False)
         self.looked = self.looked_for_saves = 0.0
-        self.looking = Tolerance("looking for checkpoints")
-        self.seen, self.saved, self.told, self.lost = None, 0, set[str](), False
+        self.shown, self.seen, self.told, self.lost = time.monotonic(), (), set[str](), False
+        self.looking, self.saved = Tolerance("looking for checkpoints"), 0
 
     def __enter__(self) -> "Display":
-        self.seen = self.state(self.look()[1])
+        self.seen = self.state(self.look()[1][-1:])
         self.attempt(lambda: self.live and self.live.start())
         return self
 
@@ -104,13 +111,17 @@ class Display:
         self.attempt(lambda: self.live and self.live.stop())
 
     def attempt(self, work: Callable[[], object]) -> None:
-        """Do what shows something, until nobody reads any more: the terminal was closed, or `| head` has ended."""
+        """Do what shows something, until that fails."""
         try:
             if not self.lost:
                 work()
         except OSError:
+            # Nobody reads any more: the terminal was closed, or `| head` has ended.
             self.lost = True
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except Exception as error:  # noqa: BLE001 - whatever it is, hours of training must not end by it
+            self.lost = True
+            say(f"the training goes on, but is shown no more: {error!r}. The log is {self.stage_dir / 'log.txt'}")
 
     @staticmethod
     def state(rows: Sequence[Mapping[str, float]]) -> tuple:
@@ -119,22 +130,31 @@ class Display:
 
     def update(self, at_once: bool = False) -> None:
         """Show what is new, some times a second at most."""
-        now = time.monotonic()
-        if self.lost or (now - self.looked < REFRESH and not at_once):
-            return
-        self.looked, (recorded, rows) = now, self.look()
+        if time.monotonic() - self.looked > REFRESH or at_once:
+            self.attempt(lambda: self.show(at_once))
+
+    def show(self, at_once: bool) -> None:
+        """Look, and show what is new."""
+        self.looked, (recorded, rows) = (now := time.monotonic()), self.look()
         if now - self.looked_for_saves > CHECKPOINTS or at_once:
             self.looked_for_saves = now
             self.looking(self.look_for_saves)
         if self.live:
-            shown = fields(self.stage, recorded, rows, self.saved, time.time())
-            return self.attempt(lambda: self.live.update(self.block(recorded, shown), refresh=True))
-        new = [count for count in range(1, len(rows) + 1) if self.state(rows[:count]) > self.seen]
-        for count in new:
-            shown = fields(self.stage, recorded, rows[:count], self.saved, time.time())
-            text = ", ".join(f"{word} {value}" for word, value in shown.items())
-            self.attempt(lambda text=text: print(f"{self.stage} {text}", flush=True))
-        self.seen = self.state(rows)
+            return self.live.update(self.block(recorded, self.fields(recorded, rows)), refresh=True)
+        new = len(rows)
+        while new and self.state(rows[new - 1:new]) > self.seen:
+            new -= 1
+        # Where nothing is new for long, the last line once more.
+        counts = range(new + 1, len(rows) + 1) or [len(rows)] * (now - self.shown > SILENCE)
+        for count in counts:
+            text = ", ".join(" ".join(found) for found in self.fields(recorded, rows[:count]).items())
+            print(f"{self.stage} {text}", flush=True)
+            self.shown = now
+        self.seen = self.state(rows[-1:])
+
+    def fields(self, recorded: Mapping[str, Any], rows: Sequence[Mapping[str, float]]) -> dict[str, str]:
+        """What is told now."""
+        return fields(self.stage, recorded, rows, self.saved, time.time())
 
     def look_for_saves(self) -> None:
         """Take in the newest checkpoint that the door has seen whole."""
@@ -158,8 +178,9 @@ class Display:
                      subtitle=escape(str(self.stage_dir / "log.txt")), subtitle_align="right")
 
     def output(self, line: str) -> None:
-        """What a trainer printed: shown if it is the bridge's own word, once, since each rank says it."""
-        _, found, text = line.rstrip().partition("bridge: ")
-        if found and text not in self.told:
+        """What a trainer printed: shown, once, are the bridge's own words, which each rank says, and what tells of trouble."""
+        found = OWN.match(line)
+        text = f"bridge: {found[1]}" if found else line.strip() if TROUBLE.search(line) else ""
+        if text and text not in self.told and len(self.told) < MOST_TOLD:
             self.told.add(text)
-            self.attempt(lambda: print(f"bridge: {text}", flush=True))
+            self.attempt(lambda: print(text, flush=True))

@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from bridge.errors import UsageError, say
+from bridge.errors import Tolerance, UsageError, say
 from bridge.runs import metrics, progress, record
 from bridge.settings import Settings
 
@@ -14,22 +14,24 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
     if arguments:
         raise UsageError(f"follow takes no arguments; got {' '.join(arguments)}. RUN= and STAGE= say what is followed.")
     folder = chosen(settings)
-    file, known = folder / "metrics.jsonl", [None, []]
+    found = {"recorded": record.read(folder), "rows": metrics.read(folder / "metrics.jsonl")}
+    tolerance = Tolerance(f"reading {folder}")
+
+    def read() -> None:
+        found["recorded"] = record.read(folder) or found["recorded"]
+        found["rows"] = metrics.read(folder / "metrics.jsonl")
 
     def look() -> tuple[dict, list[dict]]:
-        changed = file.stat().st_mtime_ns if file.is_file() else None
-        if changed != known[0]:
-            known[:] = changed, metrics.read(file)
-        return record.read(folder), known[1]
+        tolerance(read)
+        return found["recorded"], found["rows"]
 
     with progress.Display(folder.name, folder, look) as display:
         # The newest line that was there before is shown as well.
-        display.seen = display.state(look()[1][:-1])
-        while record.read(folder)["status"] == "running":
+        display.seen = display.state(found["rows"][:-1])
+        while not display.lost and found["recorded"]["status"] == "running":
             display.update()
             time.sleep(progress.REFRESH)
-    recorded = record.read(folder)
-    say(f"{folder.name} of run {settings.run!r}: {recorded['status']}; the log is {folder / 'log.txt'}")
+    say(f"{folder.name} of run {settings.run!r}: {found['recorded']['status']}; the log is {folder / 'log.txt'}")
     return 0
 
 

@@ -26,6 +26,8 @@ from bridge.stages.eval import ANSWERS_FILE, RESULT_FILE
 LIMIT, CURVES, RECORDS, SAMPLES = 2_000_000, 400_000, 400_000, 200_000
 # No chart shows more runs, and no file has a longer name.
 MOST_RUNS, LONGEST_NAME = 12, 240
+# What a row of samples has.
+SAMPLE = {"input", "output", "score", "step"}
 # What each run left, of one stage.
 Runs = Mapping[str, dict[str, Any]]
 
@@ -58,7 +60,8 @@ def look(folder: Path, stages: Mapping[str, Runs], problems: list[str]) -> None:
             if recorded or rows:
                 runs[folder.name] = {
                     "recorded": recorded, "rows": rows, "models": read_json(result)["models"] if result.is_file() else {},
-                    "samples": objects(own.glob("samples/*.jsonl")), "answers": objects(own.glob(ANSWERS_FILE))}
+                    "samples": [row for row in objects(own.glob("samples/*.jsonl")) if row.keys() >= SAMPLE],
+                    "answers": objects(own.glob(ANSWERS_FILE))}
         except (UsageError, ValueError, KeyError, TypeError) as error:
             problems += getattr(error, "problems", [f"{result} is damaged ({error!r}): `make eval RUN={folder.name}` once more."])
     if len(problems) == wrong and not any(folder.name in runs for runs in stages.values()):

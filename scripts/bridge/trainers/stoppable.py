@@ -87,6 +87,8 @@ def stoppable_sft(trainer: type) -> type:
             gathered = torch.tensor([int(batch["attention_mask"].sum()), int(asked)], device=self.config.trainer.device)
             torch.distributed.all_reduce(gathered)
             tokens, asked = gathered.tolist()
+            # Such ranks share their rows.
+            tokens //= self.config.ulysses_sequence_parallel_size
             # As verl's PPO calls them; its SFT tells neither.
             metrics |= {"perf/total_num_tokens": tokens, "perf/time_per_step": seconds,
                         "perf/throughput": tokens / seconds / ranks}
@@ -180,15 +182,17 @@ def stoppable_ppo(trainer: type) -> type:
 
         def _dump_generations(self, inputs, outputs, scores, reward_extra_infos_dict, dump_path) -> None:
             """The same problems of each validation in the stage's own folder; all in one that the user has named."""
-            rows, folder = len(inputs), Path(dump_path)
-            if folder == stage_dir() / SAMPLES:
-                if sum(file.stat().st_size for file in folder.glob("*")) > SAMPLES_BYTES:
-                    return
-                rows = min(rows, SAMPLED)
-            extra = {key: values[:rows] for key, values in reward_extra_infos_dict.items() if len(values) == len(inputs)}
+            dump, folder = super()._dump_generations, Path(dump_path)
+            if folder != stage_dir() / SAMPLES:
+                return dump(inputs, outputs, scores, reward_extra_infos_dict, dump_path)
+
+            def dump_some() -> None:
+                if sum(file.stat().st_size for file in folder.glob("*")) <= SAMPLES_BYTES:
+                    # What else a reward of one's own says may be no JSON.
+                    dump(inputs[:SAMPLED], outputs[:SAMPLED], scores[:SAMPLED], {}, dump_path)
+
             # A full disk ends no training.
-            Tolerance("writing samples")(lambda: super(StoppablePPOTrainer, self)._dump_generations(
-                inputs[:rows], outputs[:rows], scores[:rows], extra, dump_path))
+            Tolerance("writing samples")(dump_some)
 
     return StoppablePPOTrainer
 
