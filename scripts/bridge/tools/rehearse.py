@@ -40,8 +40,7 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
         # Exported for the real run, most likely.
         raise UsageError(f"MODEL={settings.model} is too large to rehearse without a GPU. Use `make rehearse MODEL=tiny "
                          "DATA_SOURCE=builtin`, MODEL=smollm2 or a folder with a small model.")
-    with trial.own_folder(settings, "rehearsal"):
-        trial.remove(made)
+    with trial.own_folder(chain, made):
         rows = []
         # A node that is told to stay offline shows the upload, too, and so does one without a login.
         own = {"ppo": {"INIT": "sft"}, "eval": {"LIMIT": "8"},

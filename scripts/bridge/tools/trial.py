@@ -26,13 +26,13 @@ LOCK_CURE = "Wait for it, or use another WORK_DIR."
 
 
 @contextmanager
-def own_folder(settings: Settings, name: str) -> Iterator[Path]:
-    """The folder WORK_DIR/NAME, made, marked and locked.
+def own_folder(own: Settings, removed: list[Path]) -> Iterator[None]:
+    """Within this, own.work_dir, a folder of WORK_DIR, is made, marked and locked, and what is to be `removed` is gone.
 
     A UsageError: WORK_DIR cannot be written to, the folder is somebody else's or a link, or another process works in it.
     """
-    folder = settings.work_dir / name
-    refuse(work_dir_problems(settings.work_dir) + [
+    folder = own.work_dir
+    refuse(work_dir_problems(folder.parent) + [
         f"{path} is a link, and what lies behind it is not this tool's to change. Remove the link, or use another WORK_DIR."
         for path in (folder, *(folder / part for part in PARTS)) if path.is_symlink()])
     if folder.exists() and not (folder / MARK).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -41,7 +41,8 @@ def own_folder(settings: Settings, name: str) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARK).touch()
     with record.locked(folder, LOCK_CURE):
-        yield folder
+        remove(removed)
+        yield
 
 
 def check(settings: Settings, env: Mapping[str, str], removed: list[Path], new_model: bool, trained: Sequence[str] = ()) -> None:
