@@ -61,8 +61,7 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
     # Of an earlier benchmark; the data stage refuses to replace data of another source.
     removed = [*(bench.work_dir / "runs" / case.name for case in cases), bench.work_dir / "cache",
                *([bench.data_dir] if env.get("DATA_SOURCE") else [])]
-    trial.check(bench, env, removed, new_model=not has_model)
-    with trial.own_folder(bench, removed):
+    with trial.own_folder(bench, env, removed, new_model=not has_model):
         return (trial.inputs(settings, bench, bench_env, borrow_data=not env.get("DATA_SOURCE"))
                 or measure_all(cases, bench, bench_env, gpus[:ranks]))
 

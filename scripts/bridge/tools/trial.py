@@ -26,11 +26,15 @@ LOCK_CURE = "Wait for it, or use another WORK_DIR."
 
 
 @contextmanager
-def own_folder(own: Settings, removed: list[Path]) -> Iterator[None]:
+def own_folder(own: Settings, env: Mapping[str, str], removed: list[Path], new_model: bool,
+               trained: Sequence[str] = ()) -> Iterator[None]:
     """Within this, own.work_dir, a folder of WORK_DIR, is made, marked and locked, and what is to be `removed` is gone.
 
-    A UsageError: WORK_DIR cannot be written to, the folder is somebody else's or a link, or another process works in it.
+    new_model: whether it has yet to be made; trained: the stages whose batches all ranks share.
+    A UsageError, before anything is removed: settings are wrong, WORK_DIR cannot be written to, the folder is somebody else's or
+    a link, or another process works in it.
     """
+    refuse(setting_problems(own, env, removed, new_model, trained))
     folder = own.work_dir
     refuse(work_dir_problems(folder.parent) + [
         f"{path} is a link, and what lies behind it is not this tool's to change. Remove the link, or use another WORK_DIR."
@@ -45,11 +49,9 @@ def own_folder(own: Settings, removed: list[Path]) -> Iterator[None]:
         yield
 
 
-def check(settings: Settings, env: Mapping[str, str], removed: list[Path], new_model: bool, trained: Sequence[str] = ()) -> None:
-    """Refuse GPUS, DATA_SOURCE and MODEL, all at once, before anything (`removed`) is removed.
-
-    new_model: whether it has yet to be made; trained: the stages whose batches all ranks share.
-    """
+def setting_problems(settings: Settings, env: Mapping[str, str], removed: list[Path], new_model: bool,
+                     trained: Sequence[str]) -> list[str]:
+    """What is wrong with GPUS, DATA_SOURCE and MODEL."""
     problems: list[str] = []
     sources = {"MODEL": settings.model_dir} if is_local(settings.model) else {}
     try:
@@ -74,7 +76,7 @@ def check(settings: Settings, env: Mapping[str, str], removed: list[Path], new_m
     for name, source in sources.items():
         problems += [f"{name}={source} lies in {path}, which is removed first. Copy it elsewhere."
                      for path in removed if source.resolve().is_relative_to(path.resolve())]
-    refuse(problems)
+    return problems
 
 
 def made(settings: Settings, *more: Path) -> list[Path]:
