@@ -30,9 +30,7 @@ def work_dir_problems(work_dir: Path) -> list[str]:
     if not os.access(folder, os.W_OK | os.X_OK):
         return [f"WORK_DIR={work_dir} cannot be written to (read-only or not yours). {cure}"]
     free = shutil.disk_usage(folder).free
-    if free < LEAST_FREE:
-        return [f"WORK_DIR={work_dir} is full: {free >> 20} MiB are free. {cure}"]
-    return []
+    return [f"WORK_DIR={work_dir} is full: {free >> 20} MiB are free. {cure}"] if free < LEAST_FREE else []
 
 
 def lock_problems(folder: Path) -> list[str]:

@@ -151,6 +151,12 @@ def parameter_count(folder: Path) -> int:
     return count + sum(math.prod(shape) for shape in shapes.values())
 
 
+def attention_heads(folder: Path) -> int | None:
+    """Number of attention heads, which tensor parallelism divides; None for an architecture that names them otherwise."""
+    heads = read_json(folder / "config.json").get("num_attention_heads")
+    return heads if isinstance(heads, int) else None
+
+
 def is_model_file(name: str) -> bool:
     """Whether a file directly in the folder belongs to the model."""
     return (any(fnmatchcase(name, pattern) for pattern in MODEL_FILES)

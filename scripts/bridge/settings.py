@@ -142,12 +142,11 @@ def read(env: Mapping[str, str], several_runs: bool = False) -> Settings:
 
     def number(name: str, least: int, example: str) -> int | None:
         value = given(name)
-        if value is None:
-            return None
-        if not NUMBER.fullmatch(value) or int(value) < least:
+        if value is not None and NUMBER.fullmatch(value) and int(value) >= least:
+            return int(value)
+        if value is not None:
             problems.append(f"{name}={value!r} is not {example}. Use a whole number of at least {least}.")
-            return None
-        return int(value)
+        return None
 
     run = given("RUN", "default")
     # verl looks for "global_step_" in the whole path of a checkpoint.

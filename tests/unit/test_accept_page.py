@@ -196,7 +196,7 @@ def test_a_failed_check_says_what_failed(trial, tmp_path, monkeypatch, status, l
 @pytest.mark.parametrize(("visible", "last"), [(2, "ppo TP=2"), (0, "merge ppo")])
 def test_vllm_over_several_gpus_is_tried_where_there_is_a_vllm(trial, monkeypatch, visible, last):
     monkeypatch.setattr(accept.hardware, "visible_gpus", lambda _env: [accept.hardware.Gpu("0", "a GPU", 1, 0)] * visible)
-    monkeypatch.setattr(accept, "read_json", lambda _config: {"num_attention_heads": 4})
+    monkeypatch.setattr(accept.model_folder, "attention_heads", lambda _folder: 4)
     asked = {}
     monkeypatch.setattr(trial, "step", asked.__setitem__)
     trial.run()

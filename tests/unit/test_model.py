@@ -337,6 +337,9 @@ def test_parameters_are_counted_once_where_embeddings_are_tied(tmp_path):
     assert model_folder.parameter_count(folder) == 8 * 4 + 4 * 4
     untied = write_files(tmp_path / "untied", {**files, "config.json": b'{"model_type": "llama"}'})
     assert model_folder.parameter_count(untied) == 2 * 8 * 4 + 4 * 4
+    assert (model_folder.attention_heads(folder), model_folder.attention_heads(untied)) == (4, None)
+    odd = write_files(tmp_path / "odd", {**files, "config.json": b'{"model_type": "x", "num_attention_heads": "8"}'})
+    assert model_folder.attention_heads(odd) is None
 
 
 # ---- what the door asks before the start
@@ -393,6 +396,7 @@ def test_tiny_is_the_same_every_time(tiny):
 
 def test_tiny_is_a_whole_small_model(tiny):
     assert model_folder.check_model_folder(tiny / "one", "Mend it.") == []
+    assert model_folder.attention_heads(tiny / "one") == 4
     assert 100_000 < model_folder.parameter_count(tiny / "one") < 200_000
     assert "is there and whole" in model.already_there("tiny", tiny / "one")
 
@@ -428,6 +432,7 @@ def smollm2(tmp_path_factory):
 def test_smollm2_is_a_whole_bf16_model(smollm2):
     assert model_folder.check_model_folder(smollm2, "Mend it.") == []
     assert model_folder.parameter_count(smollm2) == 134_515_008
+    assert model_folder.attention_heads(smollm2) == 9
     assert not (smollm2 / "tokenizer.model").exists()
     assert sum(file.stat().st_size for file in smollm2.iterdir()) < 280e6
 

@@ -105,7 +105,7 @@ def test_what_the_tool_made_before_is_removed_and_what_a_person_put_beside_it_st
 
 
 @pytest.mark.parametrize(("tool", "env", "words"), [
-    *((tool, env, words) for tool, seven in (("rehearse", "does not divide by 7 GPUs"), ("accept", "does not divide by 7 GPUs"))
+    *((tool, env, words) for tool in TOOLS for seven in ["does not divide by 7 GPUs"]
       for env, words in (
         ({"GPUS": "7"}, [seven]),
         ({"MODEL": "smolm2"}, ["Did you mean smollm2?"]),

@@ -16,9 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bridge import hardware
+from bridge import hardware, model_folder
 from bridge import settings as settings_module
-from bridge.errors import UsageError, read_json, say
+from bridge.errors import UsageError, say
 from bridge.pages import page
 from bridge.runs import checkpoints, failure, launch, metrics, record
 from bridge.settings import Settings
@@ -126,7 +126,7 @@ class Acceptance:
             self.step(stage, partial(self.train, stage, arguments=SAVING, stop=True))
             self.step(f"{stage} resumed", partial(self.resume, stage))
             self.step(f"merge {stage}", partial(self.merge, stage))
-        tp = widest_tp(self.settings.gpus, read_json(self.settings.model_dir / "config.json").get("num_attention_heads"))
+        tp = widest_tp(self.settings.gpus, model_folder.attention_heads(self.settings.model_dir))
         # Without a GPU there is no vLLM: what generates there has the whole model on each rank, whatever TP= says.
         if tp > 1 and hardware.visible_gpus(self.env):
             self.step(f"ppo TP={tp}", partial(self.train, "ppo", arguments=NOT_SAVING, to=SAVED, RUN=f"tp{tp}", TP=str(tp)))
@@ -142,7 +142,7 @@ def ppo_step(row: Mapping[str, float], gpus: int) -> str:
 
 
 def widest_tp(gpus: int, heads: int | None) -> int:
-    """The most GPUs that can share one copy of the model: divides the GPUs and the attention heads (None: not told)."""
+    """The most GPUs that can share one copy of the model: divides the GPUs and the attention heads (None: not known)."""
     return max(size for size in range(1, gpus + 1) if gpus % size == 0 and (heads or 1) % size == 0)
 
 
@@ -162,8 +162,7 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
                                  REWARD="")
     made = trial.made(own, *own.work_dir.glob("runs/tp[0-9]*"))
     log, file, sent_page = (own.work_dir / name for name in ("check.log", "accept.json", "accept.txt"))
-    has_model = (settings.model_dir / "run.json").is_file()
-    with trial.own_folder(own, env, made, new_model=not has_model, trained=("sft", "ppo")):
+    with trial.own_folder(own, env, made, new_model=not (settings.model_dir / "run.json").is_file()):
         if status := trial.inputs(settings, own, own_env, borrow_data=bool(gpus)):
             return status
         head, hidden = about(own, own_env, gpus), to_hide(settings, env)

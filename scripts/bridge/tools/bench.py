@@ -56,7 +56,8 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
         raise UsageError("no GPU visible. With Apptainer pass --nv; on Slurm ask for --gpus-per-node.")
     ranks = settings.gpus or len(gpus) or 2
     settings = settings_module.read({**env, "MODEL": env.get("MODEL") or DEFAULT_MODEL})
-    bench, bench_env = trial.inside(settings.work_dir / "bench", env, MODEL=settings.model, GPUS=str(ranks))
+    bench, bench_env = trial.inside(settings.work_dir / "bench", env, MODEL=settings.model, GPUS=str(ranks),
+                                    PROFILE=cases[0].profile)
     has_model = any((found.model_dir / "run.json").is_file() for found in (bench, settings))
     # Of an earlier benchmark; the data stage refuses to replace data of another source.
     removed = [*(bench.work_dir / "runs" / case.name for case in cases), bench.work_dir / "cache",
@@ -98,8 +99,7 @@ def measure(case: Case, settings: Settings, env: Mapping[str, str], gpus: list[h
     folder = settings.work_dir
     stage_dir, log = folder / "runs" / case.name / case.stage, folder / f"{case.name}.log"
     log.unlink(missing_ok=True)
-    started, result = time.time(), {"profile": case.profile, "overrides": case.overrides, "against": case.against,
-                                    "steps": case.steps, "started": record.now()}
+    started, result = time.time(), {**vars(case), "started": record.now()}
     used: list[int] = []
 
     def enough() -> bool:

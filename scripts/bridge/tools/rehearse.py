@@ -40,7 +40,7 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
         # Exported for the real run, most likely.
         raise UsageError(f"MODEL={settings.model} is too large to rehearse without a GPU. Use `make rehearse MODEL=tiny "
                          "DATA_SOURCE=builtin`, MODEL=smollm2 or a folder with a small model.")
-    with trial.own_folder(chain, env, trial.made(chain), new_model=True, trained=("sft", "ppo")):
+    with trial.own_folder(chain, env, trial.made(chain), new_model=True):
         rows = []
         for name, more in STEPS.items():
             say(f"--- {name}")

@@ -2,7 +2,7 @@
 
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,15 +26,13 @@ LOCK_CURE = "Wait for it, or use another WORK_DIR."
 
 
 @contextmanager
-def own_folder(own: Settings, env: Mapping[str, str], removed: list[Path], new_model: bool,
-               trained: Sequence[str] = ()) -> Iterator[None]:
+def own_folder(own: Settings, env: Mapping[str, str], removed: list[Path], new_model: bool) -> Iterator[None]:
     """Within this, own.work_dir, a folder of WORK_DIR, is made, marked and locked, and what is to be `removed` is gone.
 
-    new_model: whether it has yet to be made; trained: the stages whose batches all ranks share.
-    A UsageError, before anything is removed: settings are wrong, WORK_DIR cannot be written to, the folder is somebody else's or
-    a link, or another process works in it.
+    new_model: whether it has yet to be made. A UsageError, before anything is removed: settings are wrong, WORK_DIR cannot be
+    written to, the folder is somebody else's or a link, or another process works in it.
     """
-    refuse(setting_problems(own, env, removed, new_model, trained))
+    refuse(setting_problems(own, env, removed, new_model))
     folder = own.work_dir
     refuse(work_dir_problems(folder.parent) + [
         f"{path} is a link, and what lies behind it is not this tool's to change. Remove the link, or use another WORK_DIR."
@@ -49,8 +47,7 @@ def own_folder(own: Settings, env: Mapping[str, str], removed: list[Path], new_m
         yield
 
 
-def setting_problems(settings: Settings, env: Mapping[str, str], removed: list[Path], new_model: bool,
-                     trained: Sequence[str]) -> list[str]:
+def setting_problems(settings: Settings, env: Mapping[str, str], removed: list[Path], new_model: bool) -> list[str]:
     """What is wrong with GPUS, DATA_SOURCE and MODEL."""
     problems: list[str] = []
     sources = {"MODEL": settings.model_dir} if is_local(settings.model) else {}
@@ -69,9 +66,9 @@ def setting_problems(settings: Settings, env: Mapping[str, str], removed: list[P
         problems += error.problems
     if hardware.visible_gpus(env):
         train.choose_hardware(settings, env, [], problems, dry_run=False)
-    for stage in trained:
+    for stage, trainer in train.TRAINERS.items():
         config = compose(stage, [f"profile/{stage}={settings.profile}"], train.NAMES)
-        faults = train.TRAINERS[stage].divisibility(config, settings.gpus, None)
+        faults = trainer.divisibility(config, settings.gpus, None)
         problems += [f"GPUS={settings.gpus}: {fault}." for fault in faults]
     for name, source in sources.items():
         problems += [f"{name}={source} lies in {path}, which is removed first. Copy it elsewhere."
