@@ -69,8 +69,6 @@ def clean_environment(settings: Settings, env: Mapping[str, str]) -> dict[str, s
     # What was compiled for one set of packages is never taken with another.
     compiled = cache / "compiled" / sha256(ROOT / "requirements.lock")[:12]
     cleaned.update({name: value.format(cache=cache, compiled=compiled) for name, value in variables["set"].items()})
-    # As the driver counts GPUs, and so the door. CUDA's own order is by speed, another one where cards are mixed.
-    cleaned["CUDA_DEVICE_ORDER"] = cleaned.get("CUDA_DEVICE_ORDER") or "PCI_BUS_ID"
-    # The login of `huggingface-cli login` stays where it is.
-    cleaned["HF_TOKEN_PATH"] = cleaned.get("HF_TOKEN_PATH") or str(hf_home / "token")
+    for name, value in variables["default"].items():
+        cleaned[name] = cleaned.get(name) or value.format(hf_home=hf_home)
     return cleaned

@@ -39,14 +39,15 @@ def visible_gpus(env: Mapping[str, str]) -> list[Gpu]:
         for device in [handle] if parts is None else parts:
             memory, uuid = pynvml.nvmlDeviceGetMemoryInfo(device), pynvml.nvmlDeviceGetUUID(device)
             # By index where there is one: vLLM takes no other names.
-            found[uuid] = Gpu(str(index) if parts is None else uuid, pynvml.nvmlDeviceGetName(device), memory.total, memory.used)
+            found[uuid] = Gpu(str(index) if parts is None else uuid, pynvml.nvmlDeviceGetName(device), memory.total,
+                              memory.used)
             for name in (str(index), pynvml.nvmlDeviceGetUUID(handle)):
                 found.setdefault(name, found[uuid])
     return select_gpus(found, env.get("CUDA_VISIBLE_DEVICES"))
 
 
 def driver_answers() -> bool:
-    """Whether there is a driver, and a device: both are needed to use a GPU. NVML stays open, so that the next look is cheap."""
+    """Whether there is a driver and a device, without which no GPU can be used. NVML stays open: the next look is cheap."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
@@ -79,8 +80,7 @@ def select_gpus(found: Mapping[str, Gpu], visible: str | None) -> list[Gpu]:
             break
         gpus.append(found[match[0]])
     # A process sees one part of one GPU, and then no other GPU beside it.
-    parts = [gpu for gpu in gpus if gpu.device.startswith("MIG-")]
-    return parts[:1] or gpus
+    return [gpu for gpu in gpus if gpu.device.startswith("MIG-")][:1] or gpus
 
 
 def driver_version() -> str | None:
@@ -110,13 +110,9 @@ def infiniband(root: Path = Path("/")) -> tuple[list[str], list[str]]:
 
 def cpu_count(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """CPU cores this process may use: its affinity (as Slurm sets it) and the cgroup's quota, whichever is less."""
-    cores = len(os.sched_getaffinity(0))
-    quota_file = cgroup / "cpu.max"
-    if quota_file.is_file():
-        quota, period = quota_file.read_text().split()
-        if quota != "max":
-            cores = min(cores, max(1, int(quota) // int(period)))
-    return cores
+    cores, quota_file = len(os.sched_getaffinity(0)), cgroup / "cpu.max"
+    quota, period = quota_file.read_text().split() if quota_file.is_file() else ("max", "1")
+    return cores if quota == "max" else min(cores, max(1, int(quota) // int(period)))
 
 
 def free_memory(env: Mapping[str, str]) -> int:

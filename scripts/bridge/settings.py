@@ -16,7 +16,7 @@ from bridge.errors import nearest, refuse
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
-# The settings that only have a default, or a least value.
+# The settings that only have a default, a least value or a form.
 SIMPLE = yaml.safe_load((CONFIGS / "settings.yaml").read_text(encoding="utf-8"))
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "HUGGING_FACE_HUB_TOKEN")
 # What the tutorial left for the reader to replace.
@@ -25,8 +25,6 @@ PLACEHOLDER = re.compile(r"YOU_[A-Z_]+")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 NUMBER = re.compile(r"[0-9]{1,9}")
 REWARD = re.compile(r"(.+\.py):([A-Za-z_]\w*)")
-# What can be masked wherever text is kept without masking what is none: no word, no number.
-SECRET = re.compile(r"[!-~]{8,}")
 # Control characters, and what Python makes of bytes that are not UTF-8.
 UNREADABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 # datasets (PPO, eval) and vLLM take a path with one of these for a pattern, and find other files or none.
@@ -157,14 +155,8 @@ def read(env: Mapping[str, str], several_runs: bool = False) -> Settings:
     repo = given("HF_REPO")
     problems += repository_problems("HF_REPO", repo) if repo else []
     given("WANDB_ENTITY")
-    # No value is said here: these are secrets, or may hold a password.
-    for name in SECRETS:
-        if env.get(name) and not SECRET.fullmatch(env[name]):
-            problems.append(f"{name} is no token: it is shorter than 8 characters, or holds a space or what is not ASCII. "
-                            "Copy it once more, or leave it empty.")
-    for name in ("HF_ENDPOINT", "WANDB_BASE_URL"):
-        if env.get(name) and not re.fullmatch(r"https?://[^\s/]+(/\S*)?", env[name]):
-            problems.append(f"{name} is no address. Write it like https://host.domain or http://host:port.")
+    problems += [f"{name} {otherwise}" for name, (form, otherwise) in SIMPLE["forms"].items()
+                 if env.get(name) and not re.fullmatch(form, env[name])]
     for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):
         if env.get(name) and not os.path.exists(env[name]):
             problems.append(f"{name}={env[name]!r}: no such file here. Give the whole path of a file with certificates.")

@@ -154,12 +154,11 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
     if not gpus and settings.profile != "tiny":
         raise UsageError("no GPU visible, and accept is a test of GPUs. With Apptainer pass --nv; on Slurm ask for "
                          "--gpus-per-node; PROFILE=tiny tries the test itself, on the CPU.")
-    count = settings.gpus or len(gpus) or 2
     fetched = gpus and (settings.model_dir / "run.json").is_file()
     name = settings.model if env.get("MODEL") or fetched else "random:llama-3.2-1b" if gpus else "tiny"
     settings = settings_module.read({**env, "MODEL": name})
-    own, own_env = trial.inside(settings.work_dir / "accept", env, MODEL=name, GPUS=str(count), DATA_SOURCE="builtin",
-                                 REWARD="")
+    own, own_env = trial.inside(settings.work_dir / "accept", env, MODEL=name, GPUS=str(settings.gpus or len(gpus) or 2),
+                                DATA_SOURCE="builtin", REWARD="")
     made = trial.made(own, *own.work_dir.glob("runs/tp[0-9]*"))
     log, file, sent_page = (own.work_dir / name for name in ("check.log", "accept.json", "accept.txt"))
     with trial.own_folder(own, env, made, new_model=not (settings.model_dir / "run.json").is_file()):
@@ -187,11 +186,10 @@ def about(settings: Settings, env: Mapping[str, str], gpus: list[hardware.Gpu]) 
     return {
         "gpus": [f"{count} x {name}" for name, count in Counter(
             f"{gpu.name} ({gpu.memory / 2**30:.0f} GiB)" for gpu in gpus[:settings.gpus]).items()],
-        "ranks": settings.gpus,
+        "ranks": settings.gpus, "model": settings.model_dir.name, "profile": settings.profile,
         **{fact: machine[fact] for fact in ("driver", "kernel", "cpus", "memory_gib", "git_commit", "lock_sha256")},
         "infiniband": sorted(card.name for card in Path("/sys/class/infiniband").glob("*")),
         "image": machine["image"] and Path(machine["image"]).name,
-        "model": settings.model_dir.name, "profile": settings.profile,
         "made_up_data": data.recorded_source(settings.data_dir) == "builtin",
         # NCCL_VERSION only names what a base image once held: NCCL does not read it.
         "settings": {name: value for name, value in sorted(env.items())

@@ -175,8 +175,7 @@ def earlier(file: Path, head: dict[str, Any]) -> dict[str, Any]:
         with suppress(ValueError, AttributeError):
             if (before := read_json(file)) and before.items() >= head.items():
                 return before
-        till = datetime.fromtimestamp(file.stat().st_mtime)
-        aside = file.rename(file.with_suffix(f".till-{till:%Y-%m-%d-%H%M%S.%f}.json"))
+        aside = file.rename(file.with_suffix(f".till-{datetime.fromtimestamp(file.stat().st_mtime):%Y-%m-%d-%H%M%S.%f}.json"))
         say(f"{file} is of another machine, commit, model or data: moved to {aside.name}")
     return {**head, "sft": {}, "ppo": {}, "ratios": {}}
 

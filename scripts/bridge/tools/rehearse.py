@@ -21,8 +21,9 @@ from bridge.tools import trial
 REPOSITORY = "rehearsal/Llama-bridge"
 # The stages (merge stands there twice), and what their environment has besides. A node that is told to stay offline shows the
 # upload, too, and so does one without a login.
-STEPS = {"data": {}, "model": {}, "sft": {}, "merge sft": {"STAGE": "sft"}, "ppo": {"INIT": "sft"}, "merge ppo": {"STAGE": "ppo"},
-         "eval": {"LIMIT": "8"}, "upload": {"STAGE": "ppo", "HF_HUB_OFFLINE": "0", "HF_TOKEN": "nothing-is-sent"}}
+STEPS = {"data": {}, "model": {}, "sft": {}, "merge sft": {"STAGE": "sft"},
+         "ppo": {"INIT": "sft"}, "merge ppo": {"STAGE": "ppo"}, "eval": {"LIMIT": "8"},
+         "upload": {"STAGE": "ppo", "HF_HUB_OFFLINE": "0", "HF_TOKEN": "nothing-is-sent"}}
 
 
 def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int:

@@ -2,7 +2,7 @@
 
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -68,8 +68,7 @@ def setting_problems(settings: Settings, env: Mapping[str, str], removed: list[P
         train.choose_hardware(settings, env, [], problems, dry_run=False)
     for stage, trainer in train.TRAINERS.items():
         config = compose(stage, [f"profile/{stage}={settings.profile}"], train.NAMES)
-        faults = trainer.divisibility(config, settings.gpus, None)
-        problems += [f"GPUS={settings.gpus}: {fault}." for fault in faults]
+        problems += [f"GPUS={settings.gpus}: {fault}." for fault in trainer.divisibility(config, settings.gpus, None)]
     for name, source in sources.items():
         problems += [f"{name}={source} lies in {path}, which is removed first. Copy it elsewhere."
                      for path in removed if source.resolve().is_relative_to(path.resolve())]
@@ -87,11 +86,9 @@ def remove(paths: list[Path]) -> None:
 
     A UsageError: a stage works in one of them.
     """
-    locks = [lock for path in paths if not path.is_symlink() for lock in path.glob("*/.lock")]
-    for stage_dir in (lock.parent for lock in locks if not lock.parent.is_symlink()):
-        # Only tried: on NFS what is open here could not be removed.
-        with record.locked(stage_dir, LOCK_CURE):
-            pass
+    stage_dirs = [lock.parent for path in paths if not path.is_symlink() for lock in path.glob("*/.lock")]
+    refuse(f"another run works in {stage_dir} ({holder}). {LOCK_CURE}" for stage_dir in stage_dirs
+           if not stage_dir.is_symlink() and (holder := record.holder(stage_dir)))
     for path in paths:
         if path.is_symlink():
             path.unlink()
@@ -108,11 +105,10 @@ def inside(folder: Path, env: Mapping[str, str], **changes: str) -> tuple[Settin
     return settings_module.read(own), own
 
 
-def stage(name: str, env: Mapping[str, str], arguments: list[str] | None = None, log: Path | None = None,
+def stage(name: str, env: Mapping[str, str], arguments: Sequence[str] = (), log: Path | None = None,
           until: Callable[[], bool] = lambda: False) -> int:
     """Run a stage through the door, as a person would; returns its exit status. `log` and `until` as in launch.run."""
-    return launch.run([sys.executable, "-m", "bridge", name, *(arguments or [])], env, log, None, record.secret_values(env),
-                      until=until)
+    return launch.run([sys.executable, "-m", "bridge", name, *arguments], env, log, None, record.secret_values(env), until)
 
 
 def inputs(settings: Settings, own: Settings, env: Mapping[str, str], borrow_data: bool) -> int:
