@@ -37,8 +37,8 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
     chain, chain_env = trial.inside(
         settings.work_dir / "rehearsal", env, MODEL=name, DATA_SOURCE=env.get("DATA_SOURCE") or "builtin",
         PROFILE=profile(name, ranks), GPUS=str(ranks), ALGO=settings.algo, HF_REPO=REPOSITORY)
-    if env.get("MODEL") and not gpus and settings.model not in ("tiny", "smollm2") and not is_local(settings.model):
-        # Exported for the real run, most likely.
+    if env.get("MODEL") and not gpus and not is_local(settings.model) and ("/" in settings.model or ":" in settings.model):
+        # On the hub, or of a real model's shape: exported for the real run, most likely.
         raise UsageError(f"MODEL={settings.model} is too large to rehearse without a GPU. Use `make rehearse MODEL=tiny "
                          "DATA_SOURCE=builtin`, MODEL=smollm2 or a folder with a small model.")
     with trial.own_folder(chain, env, trial.made(chain), new_model=True):
