@@ -52,10 +52,8 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """Nested dicts as {"a.b.c": leaf}; lists and empty dicts are leaves."""
     if not isinstance(config, dict) or not config:
         return {prefix: config}
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat.update(flatten(value, f"{prefix}.{key}" if prefix else str(key)))
-    return flat
+    parts = (flatten(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in config.items())
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def leaf(config: Mapping[str, Any], key: str) -> Any:

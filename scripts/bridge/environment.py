@@ -30,9 +30,7 @@ def work_dir_problems(work_dir: Path) -> list[str]:
     if not os.access(folder, os.W_OK | os.X_OK):
         return [f"WORK_DIR={work_dir} cannot be written to (read-only or not yours). {cure}"]
     free = shutil.disk_usage(folder).free
-    if free < LEAST_FREE:
-        return [f"WORK_DIR={work_dir} is full: {free >> 20} MiB are free. {cure}"]
-    return []
+    return [f"WORK_DIR={work_dir} is full: {free >> 20} MiB are free. {cure}"] if free < LEAST_FREE else []
 
 
 def lock_problems(folder: Path) -> list[str]:
@@ -57,12 +55,10 @@ def clean_environment(settings: Settings, env: Mapping[str, str]) -> dict[str, s
     Says everything that it changes and that a user might have meant. Also raises the limit of virtual memory.
     """
     cleaned = dict(env)
-    for name in ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
-        if cleaned.pop(name, None) is not None:
-            say(f"unset {name}: it is for AMD GPUs, and verl stops when it is there beside CUDA_VISIBLE_DEVICES")
-    for name in ("PYTHONPATH", "PYTHONHOME"):
+    variables = yaml.safe_load((CONFIGS / "environment.yaml").read_text(encoding="utf-8"))
+    for name, why in variables["unset"].items():
         if cleaned.pop(name, None):
-            say(f"unset {name}: modules from outside the environment would be taken")
+            say(f"unset {name}: {why}")
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
@@ -72,10 +68,7 @@ def clean_environment(settings: Settings, env: Mapping[str, str]) -> dict[str, s
     cache = settings.work_dir / "cache"
     # What was compiled for one set of packages is never taken with another.
     compiled = cache / "compiled" / sha256(ROOT / "requirements.lock")[:12]
-    variables = yaml.safe_load((CONFIGS / "environment.yaml").read_text(encoding="utf-8"))
-    cleaned.update({name: value.format(cache=cache, compiled=compiled) for name, value in variables.items()})
-    # As the driver counts GPUs, and so the door. CUDA's own order is by speed, another one where cards are mixed.
-    cleaned["CUDA_DEVICE_ORDER"] = cleaned.get("CUDA_DEVICE_ORDER") or "PCI_BUS_ID"
-    # The login of `huggingface-cli login` stays where it is.
-    cleaned["HF_TOKEN_PATH"] = cleaned.get("HF_TOKEN_PATH") or str(hf_home / "token")
+    cleaned.update({name: value.format(cache=cache, compiled=compiled) for name, value in variables["set"].items()})
+    for name, value in variables["default"].items():
+        cleaned[name] = cleaned.get(name) or value.format(hf_home=hf_home)
     return cleaned

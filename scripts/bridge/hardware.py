@@ -30,26 +30,29 @@ def visible_gpus(env: Mapping[str, str]) -> list[Gpu]:
 
     Like CUDA, reads the list up to its first name that is no GPU, and takes the first part of a GPU that is divided (MIG).
     """
+    if not driver_answers():
+        return []
+    found = {}
+    for index in range(pynvml.nvmlDeviceGetCount()):
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        parts = mig_devices(handle)
+        for device in [handle] if parts is None else parts:
+            memory, uuid = pynvml.nvmlDeviceGetMemoryInfo(device), pynvml.nvmlDeviceGetUUID(device)
+            # By index where there is one: vLLM takes no other names.
+            found[uuid] = Gpu(str(index) if parts is None else uuid, pynvml.nvmlDeviceGetName(device), memory.total,
+                              memory.used)
+            for name in (str(index), pynvml.nvmlDeviceGetUUID(handle)):
+                found.setdefault(name, found[uuid])
+    return select_gpus(found, env.get("CUDA_VISIBLE_DEVICES"))
+
+
+def driver_answers() -> bool:
+    """Whether there is a driver and a device, without which no GPU can be used. NVML stays open: the next look is cheap."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
-        # No driver library or no device: both mean that there is no GPU to use.
-        return []
-    try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        found = {}
-        for index, handle in enumerate(handles):
-            parts = mig_devices(handle)
-            for device in [handle] if parts is None else parts:
-                memory, uuid = pynvml.nvmlDeviceGetMemoryInfo(device), pynvml.nvmlDeviceGetUUID(device)
-                # By index where there is one: vLLM takes no other names.
-                found[uuid] = Gpu(str(index) if parts is None else uuid, pynvml.nvmlDeviceGetName(device), memory.total,
-                                  memory.used)
-                for name in (str(index), pynvml.nvmlDeviceGetUUID(handle)):
-                    found.setdefault(name, found[uuid])
-        return select_gpus(found, len(handles), env.get("CUDA_VISIBLE_DEVICES"))
-    finally:
-        pynvml.nvmlShutdown()
+        return False
+    return True
 
 
 def mig_devices(handle) -> list | None:
@@ -67,31 +70,22 @@ def mig_devices(handle) -> list | None:
     return parts
 
 
-def select_gpus(found: Mapping[str, Gpu], count: int, visible: str | None) -> list[Gpu]:
+def select_gpus(found: Mapping[str, Gpu], visible: str | None) -> list[Gpu]:
     """Apply CUDA_VISIBLE_DEVICES (None: not set) to the GPUs found, keyed by index and by UUID."""
-    names = [str(i) for i in range(count)] if visible is None else [name.strip() for name in visible.split(",")]
+    names = [name for name in found if name.isdecimal()] if visible is None else [name.strip() for name in visible.split(",")]
     gpus = []
     for name in names:
         match = [key for key in found if key == name or (name.startswith(("GPU-", "MIG-")) and key.startswith(name))]
-        if match:
-            gpus.append(found[match[0]])
-        elif visible is not None:
+        if not match:
             break
+        gpus.append(found[match[0]])
     # A process sees one part of one GPU, and then no other GPU beside it.
-    parts = [gpu for gpu in gpus if gpu.device.startswith("MIG-")]
-    return parts[:1] or gpus
+    return [gpu for gpu in gpus if gpu.device.startswith("MIG-")][:1] or gpus
 
 
 def driver_version() -> str | None:
     """Version of the NVIDIA driver, None without one."""
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return None
-    try:
-        return pynvml.nvmlSystemGetDriverVersion()
-    finally:
-        pynvml.nvmlShutdown()
+    return pynvml.nvmlSystemGetDriverVersion() if driver_answers() else None
 
 
 def driver_problems(version: str | None) -> list[str]:
@@ -116,13 +110,9 @@ def infiniband(root: Path = Path("/")) -> tuple[list[str], list[str]]:
 
 def cpu_count(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """CPU cores this process may use: its affinity (as Slurm sets it) and the cgroup's quota, whichever is less."""
-    cores = len(os.sched_getaffinity(0))
-    quota_file = cgroup / "cpu.max"
-    if quota_file.is_file():
-        quota, period = quota_file.read_text().split()
-        if quota != "max":
-            cores = min(cores, max(1, int(quota) // int(period)))
-    return cores
+    cores, quota_file = len(os.sched_getaffinity(0)), cgroup / "cpu.max"
+    quota, period = quota_file.read_text().split() if quota_file.is_file() else ("max", "1")
+    return cores if quota == "max" else min(cores, max(1, int(quota) // int(period)))
 
 
 def free_memory(env: Mapping[str, str]) -> int:

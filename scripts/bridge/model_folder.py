@@ -48,9 +48,7 @@ def config_problems(folder: Path) -> list[str]:
         config = read_json(folder / "config.json")
     except ValueError as error:
         return [f"has a config.json that is not JSON ({error})"]
-    if not isinstance(config, dict) or "model_type" not in config:
-        return ["has a config.json without model_type"]
-    return []
+    return [] if isinstance(config, dict) and "model_type" in config else ["has a config.json without model_type"]
 
 
 def tokenizer_problems(folder: Path) -> list[str]:

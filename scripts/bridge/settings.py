@@ -10,10 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from bridge.errors import nearest, refuse
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
+# The settings that only have a default, a least value or a form.
+SIMPLE = yaml.safe_load((CONFIGS / "settings.yaml").read_text(encoding="utf-8"))
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "HUGGING_FACE_HUB_TOKEN")
 # What the tutorial left for the reader to replace.
 PLACEHOLDER = re.compile(r"YOU_[A-Z_]+")
@@ -21,8 +25,6 @@ PLACEHOLDER = re.compile(r"YOU_[A-Z_]+")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 NUMBER = re.compile(r"[0-9]{1,9}")
 REWARD = re.compile(r"(.+\.py):([A-Za-z_]\w*)")
-# What can be masked wherever text is kept without masking what is none: no word, no number.
-SECRET = re.compile(r"[!-~]{8,}")
 # Control characters, and what Python makes of bytes that are not UTF-8.
 UNREADABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 # datasets (PPO, eval) and vLLM take a path with one of these for a pattern, and find other files or none.
@@ -115,11 +117,6 @@ def repository_problems(name: str, value: str) -> list[str]:
     return [] if value.count("/") == 1 else [f"{name}={value!r} is not of the form OWNER/NAME."]
 
 
-def profiles() -> list[str]:
-    """Names of the profiles there are, for any stage."""
-    return sorted({file.stem for file in CONFIGS.glob("profile/*/*.yaml")})
-
-
 def read(env: Mapping[str, str], several_runs: bool = False) -> Settings:
     """Read and check the settings; an empty value counts as not given. A UsageError names every mistake found.
 
@@ -143,65 +140,46 @@ def read(env: Mapping[str, str], several_runs: bool = False) -> Settings:
 
     def number(name: str, least: int, example: str) -> int | None:
         value = given(name)
-        if value is None:
-            return None
-        if not NUMBER.fullmatch(value) or int(value) < least:
+        if value is not None and NUMBER.fullmatch(value) and int(value) >= least:
+            return int(value)
+        if value is not None:
             problems.append(f"{name}={value!r} is not {example}. Use a whole number of at least {least}.")
-            return None
-        return int(value)
+        return None
 
     run = given("RUN", "default")
     # verl looks for "global_step_" in the whole path of a checkpoint.
     problems += [f"RUN={name!r} is not a run's name. Use letters, digits, '.', '_' and '-', at most 100 of them: RUN=lr-2e-6."
                  for name in (run.split(",") if several_runs else [run]) if not NAME.fullmatch(name) or "global_step_" in name]
-    keep = given("KEEP", "2")
-    if keep != "all" and (not NUMBER.fullmatch(keep) or int(keep) < 2):
-        problems.append(f"KEEP={keep!r}: use a number of checkpoints of at least 2 (while one is written the "
-                        "other must still be there), or KEEP=all.")
-        keep = "2"
+    keep = None if env.get("KEEP", "").strip() == "all" else number(
+        "KEEP", 2, "a number of checkpoints (while one is written the other must still be there), or all") or 2
     repo = given("HF_REPO")
     problems += repository_problems("HF_REPO", repo) if repo else []
     given("WANDB_ENTITY")
-    # No value is said here: these are secrets, or may hold a password.
-    for name in SECRETS:
-        if env.get(name) and not SECRET.fullmatch(env[name]):
-            problems.append(f"{name} is no token: it is shorter than 8 characters, or holds a space or what is not ASCII. "
-                            "Copy it once more, or leave it empty.")
-    for name in ("HF_ENDPOINT", "WANDB_BASE_URL"):
-        if env.get(name) and not re.fullmatch(r"https?://[^\s/]+(/\S*)?", env[name]):
-            problems.append(f"{name} is no address. Write it like https://host.domain or http://host:port.")
+    problems += [f"{name} {otherwise}" for name, (form, otherwise) in SIMPLE["forms"].items()
+                 if env.get(name) and not re.fullmatch(form, env[name])]
     for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):
         if env.get(name) and not os.path.exists(env[name]):
             problems.append(f"{name}={env[name]!r}: no such file here. Give the whole path of a file with certificates.")
-    reward = given("REWARD")
-    if reward and not (reward := REWARD.fullmatch(given("REWARD"))):
-        problems.append(f"REWARD={given('REWARD')!r} is not of the form FILE.py:FUNCTION.")
+    reward = given("REWARD", "")
+    if not (found := REWARD.fullmatch(reward)) and reward:
+        problems.append(f"REWARD={reward!r} is not of the form FILE.py:FUNCTION.")
     work_dir = given("WORK_DIR", "work")
     settings = Settings(
         work_dir=Path(os.path.abspath(os.path.expanduser(work_dir))),
         run=run,
-        profile=choice("PROFILE", profiles(), "tuned"),
+        profile=choice("PROFILE", sorted({file.stem for file in CONFIGS.glob("profile/*/*.yaml")}), "tuned"),
         algo=choice("ALGO", ["ppo", *sorted(file.stem for file in CONFIGS.glob("algo/*.yaml"))], "ppo"),
-        model=given("MODEL", "meta-llama/Llama-3.2-1B-Instruct"),
-        data_source=given("DATA_SOURCE", "hub"),
-        question=given("QUESTION", "question"),
-        answer=given("ANSWER", "answer"),
-        reward=(Path(os.path.abspath(os.path.expanduser(reward[1]))), reward[2]) if reward else None,
-        seed=number("SEED", 0, "a seed"),
+        reward=(Path(os.path.abspath(os.path.expanduser(found[1]))), found[2]) if found else None,
         init=choice("INIT", ["base", "sft"], "base"),
         stage=choice("STAGE", ["base", "sft", "ppo", "ckpt"], None),
-        step=number("STEP", 1, "a training step"),
         ckpt=Path(os.path.abspath(os.path.expanduser(ckpt))) if (ckpt := given("CKPT")) else None,
-        limit=number("LIMIT", 1, "a number of rows"),
-        gpus=number("GPUS", 1, "a number of GPUs"),
         nodes=number("NODES", 1, "a number of nodes") or 1,
-        tp=number("TP", 1, "a tensor parallel size"),
         share_gpu=choice("SHARE_GPU", ["0", "1"], "0") == "1",
-        keep=None if keep == "all" else int(keep),
-        hang_seconds=number("HANG_SECONDS", 0, "a number of seconds"),
+        keep=keep,
         hf_repo=repo,
         public=choice("PUBLIC", ["0", "1"], "0") == "1",
-        wandb_project=given("WANDB_PROJECT", "competition_verl_test"),
+        **{name.lower(): given(name, default) for name, default in SIMPLE["texts"].items()},
+        **{name.lower(): number(name, *limits) for name, limits in SIMPLE["numbers"].items()},
     )
     problems += path_problems("WORK_DIR", work_dir, settings.work_dir)
     if is_local(settings.model):

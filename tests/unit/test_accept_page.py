@@ -8,6 +8,7 @@ import pytest
 
 from bridge import settings
 from bridge.errors import UsageError
+from bridge.pages import page
 from bridge.runs import record
 from bridge.tools import accept
 from door import bridge, recorded
@@ -83,14 +84,14 @@ def test_the_page_shows_every_step_the_bandwidths_and_why_something_failed():
         "steps": [{"step": "all-reduce", "status": "ok", "seconds": 9.0, "seen": bandwidths},
                   {"step": "sft", "status": "FAIL", "seconds": 20.5, "seen": "exit status 1",
                    "log": ["a line", "CUDA out of memory"]}]}
-    page = accept.text(report)
-    assert page.startswith("bridge accept: 1 steps passed, 1 failed\n")
+    shown = page("accept.txt", report=report)
+    assert shown.startswith("bridge accept: 1 steps passed, 1 failed\n")
     for line in ("NCCL_DEBUG          WARN", "NCCL_SOCKET_IFNAME  ib0", "infiniband          -",
                  "gpus                2 x NVIDIA H100 80GB HBM3 (80 GiB)",
                  "ok    all-reduce       9.0  100.00 GB/s of bus bandwidth at most",
                  "FAIL  sft             20.5  exit status 1", "       1024 MB      80.00     100.00",
                  "--- end of sft", "CUDA out of memory"):
-        assert line in page.splitlines()
+        assert line in shown.splitlines()
 
 
 def test_an_argument_is_refused(tmp_path):
@@ -133,9 +134,9 @@ def test_the_page_shows_the_nccl_that_is_loaded_and_not_a_variable_of_that_name(
     monkeypatch.setattr(accept.launch, "run", lambda *_arguments: 1)
     env = {"WORK_DIR": str(tmp_path), "PROFILE": "tiny", "NCCL_VERSION": "2.99.9-1", "NCCL_DEBUG": "WARN"}
     accept.run(settings.read(env), env, [])
-    page, report = (tmp_path / "accept/accept.txt").read_text(), json.loads((tmp_path / "accept/accept.json").read_text())
+    shown, report = (tmp_path / "accept/accept.txt").read_text(), json.loads((tmp_path / "accept/accept.json").read_text())
     assert report["nccl"] == "2.22.3" and report["settings"] == {"NCCL_DEBUG": "WARN"}
-    assert "2.99.9" not in page and any(line.split() == ["nccl", "2.22.3"] for line in page.splitlines())
+    assert "2.99.9" not in shown and any(line.split() == ["nccl", "2.22.3"] for line in shown.splitlines())
 
 
 # ---- what a training may do wrong

@@ -104,7 +104,7 @@ def flash_attn(monkeypatch, kernel):
     """A flash-attn of our own, on a machine with a GPU of our own."""
     module = types.SimpleNamespace(flash_attn_func=kernel, flash_attn_varlen_func=kernel)
     monkeypatch.setitem(check.sys.modules, "flash_attn", module)
-    monkeypatch.setattr(check.importlib.metadata, "version", lambda name: "2.7.4.post1")
+    monkeypatch.setattr(manifest, "packages", lambda: {"flash-attn": "2.7.4.post1"})
     monkeypatch.setattr(hardware, "visible_gpus", lambda env: [hardware.Gpu("0", "a GPU", 1, 0)])
 
 

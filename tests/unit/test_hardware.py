@@ -15,7 +15,7 @@ EIGHT = {key: Gpu(str(i), "NVIDIA H100 80GB HBM3", 85 * 10**9, 0) for i in range
 
 
 def devices(visible: str | None) -> list[str]:
-    return [gpu.device for gpu in hardware.select_gpus(EIGHT, 8, visible)]
+    return [gpu.device for gpu in hardware.select_gpus(EIGHT, visible)]
 
 
 @pytest.mark.parametrize(("visible", "seen"), [
@@ -51,8 +51,6 @@ class FakeNvml:
     NVMLError_NotFound = pynvml.NVMLError_NotFound
 
     def nvmlInit(self): ...
-
-    def nvmlShutdown(self): ...
 
     def nvmlDeviceGetCount(self):
         return len(self.whole)
@@ -150,7 +148,7 @@ def test_ppo_is_refused_where_vllm_cannot_hold_the_weights(env, monkeypatch, sta
 
 
 def test_the_trainer_sees_the_first_of_the_visible_gpus_only(monkeypatch):
-    monkeypatch.setattr(hardware, "visible_gpus", lambda env: hardware.select_gpus(EIGHT, 8, env["CUDA_VISIBLE_DEVICES"]))
+    monkeypatch.setattr(hardware, "visible_gpus", lambda env: hardware.select_gpus(EIGHT, env["CUDA_VISIBLE_DEVICES"]))
     own_env, notes = {}, []
     train.limit_gpus(2, {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}, own_env, notes)
     assert own_env == {"CUDA_VISIBLE_DEVICES": "4,5"} and notes == ["CUDA_VISIBLE_DEVICES=4,5 (the first 2 of 4)"]

@@ -154,30 +154,29 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
     if not gpus and settings.profile != "tiny":
         raise UsageError("no GPU visible, and accept is a test of GPUs. With Apptainer pass --nv; on Slurm ask for "
                          "--gpus-per-node; PROFILE=tiny tries the test itself, on the CPU.")
-    count = settings.gpus or len(gpus) or 2
     fetched = gpus and (settings.model_dir / "run.json").is_file()
     name = settings.model if env.get("MODEL") or fetched else "random:llama-3.2-1b" if gpus else "tiny"
     settings = settings_module.read({**env, "MODEL": name})
-    own, own_env = trial.inside(settings.work_dir / "accept", env, MODEL=name, GPUS=str(count), DATA_SOURCE="builtin",
-                                 REWARD="")
+    own, own_env = trial.inside(settings.work_dir / "accept", env, MODEL=name, GPUS=str(settings.gpus or len(gpus) or 2),
+                                DATA_SOURCE="builtin", REWARD="")
     made = trial.made(own, *own.work_dir.glob("runs/tp[0-9]*"))
-    trial.check(own, env, made, new_model=not (settings.model_dir / "run.json").is_file(), trained=("sft", "ppo"))
-    with trial.own_folder(settings, "accept") as folder:
-        trial.remove(made)
+    log, file, sent_page = (own.work_dir / name for name in ("check.log", "accept.json", "accept.txt"))
+    with trial.own_folder(own, env, made, new_model=not (settings.model_dir / "run.json").is_file()):
         if status := trial.inputs(settings, own, own_env, borrow_data=bool(gpus)):
             return status
         head, hidden = about(own, own_env, gpus), to_hide(settings, env)
 
         def keep(results: list[dict[str, Any]]) -> None:
             # After each step: a job that runs out of time leaves what it found so far.
-            report = record.masked({**head, "nccl": loaded_nccl(folder / "check.log"), "steps": results}, hidden)
-            record.write_json(folder / "accept.json", report, record.secret_values(env))
-            (folder / "accept.txt").write_text(text(report))
+            nccl = re.search(r"^\S+ +nccl of torch +([\d.]+)", log.read_text(errors="replace"), re.MULTILINE)
+            report = record.masked({**head, "nccl": nccl and nccl[1], "steps": results}, hidden)
+            record.write_json(file, report, record.secret_values(env))
+            sent_page.write_text(page("accept.txt", report=report) + "\n")
 
         test = Acceptance(own, own_env, keep)
         test.run()
-        print((folder / "accept.txt").read_text())
-        say(f"to send: {folder / 'accept.txt'} and {folder / 'accept.json'}")
+        print(sent_page.read_text())
+        say(f"to send: {sent_page} and {file}")
         return test.interrupted or int(any(result["status"] == "FAIL" for result in test.results))
 
 
@@ -187,22 +186,15 @@ def about(settings: Settings, env: Mapping[str, str], gpus: list[hardware.Gpu]) 
     return {
         "gpus": [f"{count} x {name}" for name, count in Counter(
             f"{gpu.name} ({gpu.memory / 2**30:.0f} GiB)" for gpu in gpus[:settings.gpus]).items()],
-        "ranks": settings.gpus,
-        **{fact: machine[fact] for fact in ("driver", "kernel", "cpus", "memory_gib")},
+        "ranks": settings.gpus, "model": settings.model_dir.name, "profile": settings.profile,
+        **{fact: machine[fact] for fact in ("driver", "kernel", "cpus", "memory_gib", "git_commit", "lock_sha256")},
         "infiniband": sorted(card.name for card in Path("/sys/class/infiniband").glob("*")),
-        "image": machine["image"] and Path(machine["image"]).name, "git_commit": machine["git_commit"],
-        "lock_sha256": machine["lock_sha256"], "model": settings.model_dir.name, "profile": settings.profile,
+        "image": machine["image"] and Path(machine["image"]).name,
         "made_up_data": data.recorded_source(settings.data_dir) == "builtin",
         # NCCL_VERSION only names what a base image once held: NCCL does not read it.
         "settings": {name: value for name, value in sorted(env.items())
                      if name.startswith(("NCCL_", "CUDA_VISIBLE")) and name != "NCCL_VERSION"},
     }
-
-
-def loaded_nccl(log: Path) -> str | None:
-    """The version of the NCCL that torch loads, from the output of bridge check; None if it does not say."""
-    found = re.search(r"^\S+ +nccl of torch +([\d.]+)", log.read_text(errors="replace") if log.is_file() else "", re.MULTILINE)
-    return found and found[1]
 
 
 def to_hide(settings: Settings, env: Mapping[str, str]) -> dict[str, str]:
@@ -215,14 +207,3 @@ def to_hide(settings: Settings, env: Mapping[str, str]) -> dict[str, str]:
     return {**{re.escape(text): word for text, word in texts.items() if text != "/"},
             **{rf"\b{re.escape(name)}\b": word for name, word in words.items() if name},
             r"\b(?!127\.)\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}\b": "ADDRESS"}
-
-
-def text(report: Mapping[str, Any]) -> str:
-    """The page."""
-    facts = {**{name: value for name, value in report.items() if name not in ("steps", "settings")}, **report["settings"]}
-    shown = {name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in facts.items()}
-    if not report["gpus"]:
-        shown["gpus"] = "none: ranks on CPU over gloo, where transformers generates, not vLLM"
-    rows = [(f"{result['status']:<6}{result['step']}", result["seconds"], seen if isinstance(seen := result["seen"], str) else
-             f"{max(row['busbw_gb_s'] for row in seen):.2f} GB/s of bus bandwidth at most") for result in report["steps"]]
-    return page("accept.txt", facts=shown, width=max(map(len, shown)) + 2, rows=rows, steps=report["steps"]) + "\n"

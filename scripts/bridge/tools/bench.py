@@ -4,7 +4,6 @@ Each case of configs/bench.yaml is a training started through the door in WORK_D
 there has the results after each, bench.md their tables (configs/pages/bench.md).
 """
 
-import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -15,7 +14,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import pynvml
 import yaml
 
 from bridge import hardware, model_folder
@@ -27,10 +25,8 @@ from bridge.settings import CONFIGS, Settings
 from bridge.stages.train import ON_CPU
 from bridge.tools import trial
 
-# Dense bf16 FLOP/s, from NVIDIA's data sheets. A GPU that is not here gets no MFU of SFT rather than a guessed one.
-PEAK = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100-SXM4-40GB": 312e12}
 DEFAULT_MODEL = "random:llama-3.2-1b"
-CASES = CONFIGS / "bench.yaml"
+CASES: dict[str, Any] = yaml.safe_load((CONFIGS / "bench.yaml").read_text(encoding="utf-8"))
 # Nothing is saved or validated: neither is the training's speed.
 ALWAYS = ["trainer.save_freq=-1", "trainer.test_freq=-1"]
 
@@ -44,7 +40,6 @@ class Case:
     steps: int
     overrides: list[str] = field(default_factory=list)
     against: str | None = None
-    caches: str = "kept"
 
     @property
     def stage(self) -> str:
@@ -61,13 +56,13 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
         raise UsageError("no GPU visible. With Apptainer pass --nv; on Slurm ask for --gpus-per-node.")
     ranks = settings.gpus or len(gpus) or 2
     settings = settings_module.read({**env, "MODEL": env.get("MODEL") or DEFAULT_MODEL})
-    bench, bench_env = trial.inside(settings.work_dir / "bench", env, MODEL=settings.model, GPUS=str(ranks))
+    bench, bench_env = trial.inside(settings.work_dir / "bench", env, MODEL=settings.model, GPUS=str(ranks),
+                                    PROFILE=cases[0].profile)
     has_model = any((found.model_dir / "run.json").is_file() for found in (bench, settings))
-    trial.check(bench, env, [path for case in cases for path in leftovers(case, bench)], new_model=not has_model)
-    with trial.own_folder(settings, "bench"):
-        if env.get("DATA_SOURCE"):
-            # Of an earlier benchmark; the stage refuses to replace data of another source.
-            trial.remove([bench.data_dir])
+    # Of an earlier benchmark; the data stage refuses to replace data of another source.
+    removed = [*(bench.work_dir / "runs" / case.name for case in cases), bench.work_dir / "cache",
+               *([bench.data_dir] if env.get("DATA_SOURCE") else [])]
+    with trial.own_folder(bench, env, removed, new_model=not has_model):
         return (trial.inputs(settings, bench, bench_env, borrow_data=not env.get("DATA_SOURCE"))
                 or measure_all(cases, bench, bench_env, gpus[:ranks]))
 
@@ -75,9 +70,6 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
 def measure_all(cases: list[Case], settings: Settings, env: Mapping[str, str], gpus: list[hardware.Gpu]) -> int:
     """Measure case after case; bench.json is whole after each."""
     results = earlier(settings.work_dir / "bench.json", header(settings, env, gpus))
-    if gpus:
-        # Held open: hardware's own init and shutdown, at each look at the memory, are then cheap.
-        pynvml.nvmlInit()
     for case in cases:
         say(f"--- {case.name}")
         found = measure(case, settings, env, gpus)
@@ -87,34 +79,27 @@ def measure_all(cases: list[Case], settings: Settings, env: Mapping[str, str], g
         results[case.stage][case.name.partition("-")[2]] = found
         results["ratios"] = ratios(results)
         record.write_json(settings.work_dir / "bench.json", results, record.secret_values(env))
-    (settings.work_dir / "bench.md").write_text(report(results) + "\n")
-    print(report(results))
+    tables = page("bench.md", **results, cases=by_name(results))
+    (settings.work_dir / "bench.md").write_text(tables + "\n")
+    print(tables)
     return 1 if any(by_name(results)[case.name]["status"] == "failed" for case in cases) else 0
 
 
 def read_cases(wanted: str) -> list[Case]:
     """All cases, or those whose names are given (by comma). A UsageError for a name that none has."""
-    content = yaml.safe_load(CASES.read_text(encoding="utf-8"))
-    cases = {row["name"]: Case(**{"steps": content["steps"][row["name"].split("-")[0]], **row}) for row in content["cases"]}
+    cases = {row["name"]: Case(**{"steps": CASES["steps"][row["name"].split("-")[0]], **row}) for row in CASES["cases"]}
     names = [name.strip() for name in wanted.split(",") if name.strip()] or list(cases)
     refuse(f"CASES: there is no case {name!r}.{nearest(name, cases)} There are: {', '.join(cases)}."
            for name in names if name not in cases)
     return [cases[name] for name in names]
 
 
-def leftovers(case: Case, settings: Settings) -> list[Path]:
-    """What is removed before a case is measured."""
-    return [settings.work_dir / "runs" / case.name, *([settings.work_dir / "cache"] if case.caches == "empty" else [])]
-
-
 def measure(case: Case, settings: Settings, env: Mapping[str, str], gpus: list[hardware.Gpu]) -> dict[str, Any]:
     """Run one case and read its figures; one that does not make its steps is "failed", with the end of its output."""
     folder = settings.work_dir
     stage_dir, log = folder / "runs" / case.name / case.stage, folder / f"{case.name}.log"
-    trial.remove(leftovers(case, settings))
     log.unlink(missing_ok=True)
-    started, result = time.time(), {"profile": case.profile, "overrides": case.overrides, "against": case.against,
-                                    "caches": case.caches, "steps": case.steps, "started": record.now()}
+    started, result = time.time(), {**vars(case), "started": record.now()}
     used: list[int] = []
 
     def enough() -> bool:
@@ -127,8 +112,9 @@ def measure(case: Case, settings: Settings, env: Mapping[str, str], gpus: list[h
     if status or len(rows) < case.steps:
         return {**result, "status": "failed", "exit_status": status, "steps_made": len(rows), "log": failure.last_lines(log, 40)}
     rows, config = rows[:case.steps], record.read(stage_dir)["config"]
+    peak = CASES["peak"].get(gpus[0].name) if gpus else None
     figures = ppo_figures(rows, config, settings.gpus) if case.stage == "ppo" else sft_figures(
-        rows, config, settings.gpus, model_folder.parameter_count(settings.model_dir), PEAK.get(gpus[0].name) if gpus else None)
+        rows, config, settings.gpus, model_folder.parameter_count(settings.model_dir), peak)
     figures["start_seconds"] = round(rows[0]["time"] - started - figures["first_step_seconds"], 2)
     return {**result, "status": "measured", **figures, "peak_memory_gib": round(max(used) / 2**30, 2) if used else None}
 
@@ -179,7 +165,7 @@ def header(settings: Settings, env: Mapping[str, str], gpus: list[hardware.Gpu])
         **{fact: machine[fact] for fact in ("git_commit", "lock_sha256")},
         "model": {"name": settings.model_dir.name, "parameters": model_folder.parameter_count(settings.model_dir)},
         "data": {part: record.sha256(settings.data_dir / f"{part}.parquet") for part in ("train", "test")},
-        "method": yaml.safe_load(CASES.read_text(encoding="utf-8"))["method"],
+        "method": CASES["method"],
     }
 
 
@@ -189,8 +175,7 @@ def earlier(file: Path, head: dict[str, Any]) -> dict[str, Any]:
         with suppress(ValueError, AttributeError):
             if (before := read_json(file)) and before.items() >= head.items():
                 return before
-        aside = file.with_suffix(f".till-{datetime.fromtimestamp(file.stat().st_mtime):%Y-%m-%d-%H%M%S.%f}.json")
-        os.replace(file, aside)
+        aside = file.rename(file.with_suffix(f".till-{datetime.fromtimestamp(file.stat().st_mtime):%Y-%m-%d-%H%M%S.%f}.json"))
         say(f"{file} is of another machine, commit, model or data: moved to {aside.name}")
     return {**head, "sft": {}, "ppo": {}, "ratios": {}}
 
@@ -200,11 +185,6 @@ def ratios(results: Mapping[str, Any]) -> dict[str, float]:
     found = by_name(results)
     rates = {name: case["tokens_per_second"] for name, case in found.items() if case["status"] == "measured"}
     return {name: round(rates[name] / rates[found[name]["against"]], 2) for name in rates if found[name]["against"] in rates}
-
-
-def report(results: Mapping[str, Any]) -> str:
-    """The tables of a bench.json."""
-    return page("bench.md", **results, cases=by_name(results))
 
 
 def by_name(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -5,7 +5,6 @@ Prints one line a check: ok, warn or FAIL, with the value seen. Exit status 1 if
 
 import ctypes
 import importlib
-import importlib.metadata
 import json
 import os
 import re
@@ -23,6 +22,7 @@ from bridge import hardware
 from bridge.environment import LEAST_FREE, clean_environment, lock_problems, work_dir_problems
 from bridge.errors import UsageError, sha256
 from bridge.image import manifest
+from bridge.pages import page
 from bridge.runs import tracking
 from bridge.settings import ROOT, Settings
 from bridge.stages import model, ppo, train
@@ -56,15 +56,15 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
     os.environ["VLLM_CONFIGURE_LOGGING"] = "0"
     results = [result for check in CHECKS for result in check(settings, env)]
     count = Counter(result.status for result in results)
-    ok, warnings, failed = count["ok"], count["warn"], count["FAIL"]
-    if "--json" in arguments:
-        print(json.dumps({"passed": not failed, "ok": ok, "warnings": warnings, "failed": failed,
-                          "results": [asdict(result) for result in results]}, indent=1))
-    else:
-        for result in results:
-            print(f"{result.status:<5} {result.check:<22} {result.seen}")
-        print(f"{ok} ok, {warnings} {'warning' if warnings == 1 else 'warnings'}, {failed} failed")
-    return 1 if failed else 0
+    report = {"passed": not count["FAIL"], "ok": count["ok"], "warnings": count["warn"], "failed": count["FAIL"],
+              "results": [asdict(result) for result in results]}
+    print(json.dumps(report, indent=1) if "--json" in arguments else page("check.txt", **report))
+    return 0 if report["passed"] else 1
+
+
+def judged(check: str, problems: list[str], seen: str, status: str = "FAIL") -> Result:
+    """What is wrong, with this status, or what was seen."""
+    return Result(check, status if problems else "ok", "; ".join(problems) or seen)
 
 
 def python_environment(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
@@ -73,7 +73,7 @@ def python_environment(settings: Settings, env: Mapping[str, str]) -> Iterator[R
     locked, installed = locked_versions(), manifest.packages()
     wrong = [f"{name} {installed.get(name, 'missing')} instead of {version}" for name, version in locked.items()
              if installed.get(name) != version]
-    yield Result("requirements.lock", "FAIL" if wrong else "ok", "; ".join(wrong) or f"{len(locked)} packages as locked")
+    yield judged("requirements.lock", wrong, f"{len(locked)} packages as locked")
 
 
 def image(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
@@ -107,19 +107,18 @@ def site(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
     work_dir, ray = settings.work_dir, ppo.environment(env)["RAY_TMPDIR"]
     unfit, no_ray = work_dir_problems(work_dir), ppo.folder_problems(ray)
     locks = [] if unfit else lock_problems(work_dir if work_dir.is_dir() else work_dir.parent)
-    rows = [
-        ("NVIDIA driver", "FAIL", hardware.driver_problems(driver), driver or "none, as on a login node: not looked at"),
-        ("GPUs", "FAIL", train.busy_problems(settings, gpus[:settings.gpus]), "free, or shared" if gpus else "not looked at"),
-        ("network card", "FAIL", train.interface_problems(env), env.get("NCCL_SOCKET_IFNAME") or "lo, as none is named"),
-        ("InfiniBand", "warn" if unwanted else "FAIL", unseen, ", ".join(cards) or "no active port here"),
-        ("locks in WORK_DIR", "FAIL", locks, "WORK_DIR is wrong: not looked at" if unfit else "given"),
-        ("RAY_TMPDIR", "FAIL", no_ray, ray)]
+    yield judged("NVIDIA driver", hardware.driver_problems(driver), driver or "none, as on a login node: not looked at")
+    yield judged("GPUs", train.busy_problems(settings, gpus[:settings.gpus]), "free, or shared" if gpus else "not looked at")
+    yield judged("network card", train.interface_problems(env), env.get("NCCL_SOCKET_IFNAME") or "lo, as none is named")
+    yield judged("InfiniBand", unseen, ", ".join(cards) or "no active port here", "warn" if unwanted else "FAIL")
+    yield judged("locks in WORK_DIR", locks, "WORK_DIR is wrong: not looked at" if unfit else "given")
+    yield judged("RAY_TMPDIR", no_ray, ray)
     for folder in sorted({tempfile.gettempdir(), *([] if no_ray else [ray])}):
         disk = shutil.disk_usage(folder)
         full, free = disk.free < LEAST_FREE, f"{disk.free / 2**30:.1f} of {disk.total / 2**30:.1f} GiB free"
         cure = f"{free}: full, for Ray. Make room there, or name a local disk that has room: RAY_TMPDIR=, and export TMPDIR="
         # Ray makes no object that it would have to spill to a disk that is fuller than 95 % (ray#25370).
-        rows.append((f"room in {folder}", "FAIL" if full else "warn", [cure] * (full or disk.free < 0.05 * disk.total), free))
+        yield judged(f"room in {folder}", [cure] * (full or disk.free < 0.05 * disk.total), free, "FAIL" if full else "warn")
     for check, server, off, otherwise in (
             ("hub", env.get("HF_ENDPOINT") or "https://huggingface.co", model.is_offline(env) and "HF_HUB_OFFLINE",
              "run `make data model` and `make upload` where it answers."),
@@ -127,31 +126,25 @@ def site(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
              "runs are offline then; `wandb sync` sends them from where it answers.")):
         reason = None if off else tracking.connection_problem(server, 2)
         said = f"does not answer ({reason}). No failure on a node without internet: {otherwise}"
-        rows.append((check, "warn", [said] * bool(reason), f"not asked: {off} is set" if off else "answers"))
-    for check, status, problems, seen in rows:
-        yield Result(check, status if problems else "ok", "; ".join(problems) or seen)
+        yield judged(check, [said] * bool(reason), f"not asked: {off} is set" if off else "answers", "warn")
 
 
 def imports(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
-    """Whether the packages import, and from inside the environment."""
-    prefix = Path(sys.prefix).resolve()
+    """Whether the packages import, and all modules from inside the environment."""
     for name in IMPORTS:
         try:
-            module = importlib.import_module(name)
+            yield Result(f"import {name}", "ok", getattr(importlib.import_module(name), "__version__", ""))
         except ImportError as error:
             yield Result(f"import {name}", "FAIL", str(error))
-            continue
-        inside = prefix in Path(module.__file__).resolve().parents
-        yield Result(f"import {name}", "ok" if inside else "FAIL", getattr(module, "__version__", "")
-                     if inside else f"comes from {module.__file__}, outside {prefix}")
-    homes = [prefix, ROOT / "scripts", *(Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib"))]
-    # torch writes a module of its own into a new folder below the first, and imports it; in the second is Debian's own hook.
-    homes += [Path(tempfile.gettempdir()).resolve(), Path(f"/etc/python{sys.version_info[0]}.{sys.version_info[1]}")]
+    folders = [sys.prefix, ROOT / "scripts", sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"),
+               tempfile.gettempdir(), f"/etc/python{sys.version_info[0]}.{sys.version_info[1]}"]
+    # torch writes a module of its own into a new folder for temporary files, and imports it; in the last is Debian's own hook.
+    homes = {Path(folder).resolve() for folder in folders}
     # Some of torch's are no files, and have a relative name.
     files = {name: Path(module.__file__).resolve() for name, module in list(sys.modules.items())
              if os.path.isabs(getattr(module, "__file__", None) or "")}
-    strangers = [f"{name} ({file})" for name, file in sorted(files.items()) if not set(homes) & set(file.parents)]
-    yield Result("modules from outside", "FAIL" if strangers else "ok", ", ".join(strangers) or f"none of {len(files)}")
+    strangers = [f"{name} ({file})" for name, file in sorted(files.items()) if homes.isdisjoint(file.parents)]
+    yield judged("modules from outside", strangers, f"none of {len(files)}")
 
 
 def nccl(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
@@ -176,15 +169,13 @@ def nccl(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
 
 def flash_attention(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
     """flash-attn is needed on a GPU; the image has it, a virtual environment does not."""
-    try:
-        version = importlib.metadata.version("flash-attn")
-    except importlib.metadata.PackageNotFoundError:
-        status = "FAIL" if hardware.visible_gpus(env) else "warn"
-        yield Result("flash-attn", status, "not installed: training on a GPU needs the image")
+    version, gpus = manifest.packages().get("flash-attn"), hardware.visible_gpus(env)
+    if version is None:
+        yield Result("flash-attn", "FAIL" if gpus else "warn", "not installed: training on a GPU needs the image")
         return
     importlib.import_module("flash_attn")
     yield Result("flash-attn", "ok", version)
-    if hardware.visible_gpus(env):
+    if gpus:
         yield flash_attention_kernels()
 
 
@@ -226,9 +217,9 @@ def infiniband(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
     # libibverbs looks for the cards' drivers by itself: the files here name them.
     if not Path("/etc/libibverbs.d/mlx5.driver").is_file():
         missing.append("/etc/libibverbs.d/mlx5.driver is not there")
-    cure = "" if manifest.read() else " (NCCL would use TCP: fine without such a network)"
-    yield Result("InfiniBand libraries", ("FAIL" if manifest.read() else "warn") if missing else "ok",
-                 "; ".join(missing) + cure if missing else ", ".join(INFINIBAND))
+    if missing and not manifest.read():
+        missing[-1] += " (NCCL would use TCP: fine without such a network)"
+    yield judged("InfiniBand libraries", missing, ", ".join(INFINIBAND), "FAIL" if manifest.read() else "warn")
 
 
 def caches(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
@@ -245,7 +236,7 @@ def caches(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             problems.append(f"{folder}: {error.strerror}")
-    yield Result("caches", "FAIL" if problems else "ok", "; ".join(problems) or f"{len(folders)} below WORK_DIR, writable")
+    yield judged("caches", problems, f"{len(folders)} below WORK_DIR, writable")
 
 
 def machine(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
@@ -265,8 +256,7 @@ def machine(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
         yield Result("localhost", "ok", socket.gethostbyname("localhost"))
     except OSError as error:
         yield Result("localhost", "FAIL", f"does not resolve ({error}): torchrun and Ray need it in /etc/hosts")
-    problems = work_dir_problems(settings.work_dir)
-    yield Result("WORK_DIR", "FAIL" if problems else "ok", "; ".join(problems) or str(settings.work_dir))
+    yield judged("WORK_DIR", work_dir_problems(settings.work_dir), str(settings.work_dir))
     if os.getuid() == 0:
         yield Result("user", "warn", "running as root")
 

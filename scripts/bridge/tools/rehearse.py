@@ -19,8 +19,11 @@ from bridge.tools import trial
 
 # Only shown. A MODEL= that is a Llama wants its name.
 REPOSITORY = "rehearsal/Llama-bridge"
-# The stages, and what merge merges.
-STEPS = ("data", "model", "sft", "merge sft", "ppo", "merge ppo", "eval", "upload")
+# The stages (merge stands there twice), and what their environment has besides. A node that is told to stay offline shows the
+# upload, too, and so does one without a login.
+STEPS = {"data": {}, "model": {}, "sft": {}, "merge sft": {"STAGE": "sft"},
+         "ppo": {"INIT": "sft"}, "merge ppo": {"STAGE": "ppo"}, "eval": {"LIMIT": "8"},
+         "upload": {"STAGE": "ppo", "HF_HUB_OFFLINE": "0", "HF_TOKEN": "nothing-is-sent"}}
 
 
 def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int:
@@ -34,24 +37,17 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
     chain, chain_env = trial.inside(
         settings.work_dir / "rehearsal", env, MODEL=name, DATA_SOURCE=env.get("DATA_SOURCE") or "builtin",
         PROFILE=profile(name, ranks), GPUS=str(ranks), ALGO=settings.algo, HF_REPO=REPOSITORY)
-    made = trial.made(chain)
-    trial.check(chain, env, made, new_model=True, trained=("sft", "ppo"))
-    if env.get("MODEL") and not gpus and settings.model not in ("tiny", "smollm2") and not is_local(settings.model):
-        # Exported for the real run, most likely.
+    if env.get("MODEL") and not gpus and not is_local(settings.model) and ("/" in settings.model or ":" in settings.model):
+        # On the hub, or of a real model's shape: exported for the real run, most likely.
         raise UsageError(f"MODEL={settings.model} is too large to rehearse without a GPU. Use `make rehearse MODEL=tiny "
                          "DATA_SOURCE=builtin`, MODEL=smollm2 or a folder with a small model.")
-    with trial.own_folder(settings, "rehearsal"):
-        trial.remove(made)
+    with trial.own_folder(chain, env, trial.made(chain), new_model=True):
         rows = []
-        # A node that is told to stay offline shows the upload, too, and so does one without a login.
-        own = {"ppo": {"INIT": "sft"}, "eval": {"LIMIT": "8"},
-               "upload": {"STAGE": "ppo", "HF_HUB_OFFLINE": "0", "HF_TOKEN": env.get("HF_TOKEN") or "nothing-is-sent"}}
-        for name in STEPS:
+        for name, more in STEPS.items():
             say(f"--- {name}")
             started = time.monotonic()
-            stage, _, merged = name.partition(" ")
-            shown = ["--dry-run"] if stage == "upload" else []
-            if status := trial.stage(stage, {**chain_env, **own.get(stage, {}), **({"STAGE": merged} if merged else {})}, shown):
+            shown = ["--dry-run"] if name == "upload" else []
+            if status := trial.stage(name.split()[0], {**chain_env, **more}, shown):
                 say(f"the rehearsal stopped at {name}; the next one begins anew")
                 return status
             rows.append((name, time.monotonic() - started, outcome(name, chain)))

@@ -26,13 +26,15 @@ LOCK_CURE = "Wait for it, or use another WORK_DIR."
 
 
 @contextmanager
-def own_folder(settings: Settings, name: str) -> Iterator[Path]:
-    """The folder WORK_DIR/NAME, made, marked and locked.
+def own_folder(own: Settings, env: Mapping[str, str], removed: list[Path], new_model: bool) -> Iterator[None]:
+    """Within this, own.work_dir, a folder of WORK_DIR, is made, marked and locked, and what is to be `removed` is gone.
 
-    A UsageError: WORK_DIR cannot be written to, the folder is somebody else's or a link, or another process works in it.
+    new_model: whether it has yet to be made. A UsageError, before anything is removed: settings are wrong, WORK_DIR cannot be
+    written to, the folder is somebody else's or a link, or another process works in it.
     """
-    folder = settings.work_dir / name
-    refuse(work_dir_problems(settings.work_dir) + [
+    refuse(setting_problems(own, env, removed, new_model))
+    folder = own.work_dir
+    refuse(work_dir_problems(folder.parent) + [
         f"{path} is a link, and what lies behind it is not this tool's to change. Remove the link, or use another WORK_DIR."
         for path in (folder, *(folder / part for part in PARTS)) if path.is_symlink()])
     if folder.exists() and not (folder / MARK).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -41,14 +43,12 @@ def own_folder(settings: Settings, name: str) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARK).touch()
     with record.locked(folder, LOCK_CURE):
-        yield folder
+        remove(removed)
+        yield
 
 
-def check(settings: Settings, env: Mapping[str, str], removed: list[Path], new_model: bool, trained: Sequence[str] = ()) -> None:
-    """Refuse GPUS, DATA_SOURCE and MODEL, all at once, before anything (`removed`) is removed.
-
-    new_model: whether it has yet to be made; trained: the stages whose batches all ranks share.
-    """
+def setting_problems(settings: Settings, env: Mapping[str, str], removed: list[Path], new_model: bool) -> list[str]:
+    """What is wrong with GPUS, DATA_SOURCE and MODEL."""
     problems: list[str] = []
     sources = {"MODEL": settings.model_dir} if is_local(settings.model) else {}
     try:
@@ -66,14 +66,13 @@ def check(settings: Settings, env: Mapping[str, str], removed: list[Path], new_m
         problems += error.problems
     if hardware.visible_gpus(env):
         train.choose_hardware(settings, env, [], problems, dry_run=False)
-    for stage in trained:
+    for stage, trainer in train.TRAINERS.items():
         config = compose(stage, [f"profile/{stage}={settings.profile}"], train.NAMES)
-        faults = train.TRAINERS[stage].divisibility(config, settings.gpus, None)
-        problems += [f"GPUS={settings.gpus}: {fault}." for fault in faults]
+        problems += [f"GPUS={settings.gpus}: {fault}." for fault in trainer.divisibility(config, settings.gpus, None)]
     for name, source in sources.items():
         problems += [f"{name}={source} lies in {path}, which is removed first. Copy it elsewhere."
                      for path in removed if source.resolve().is_relative_to(path.resolve())]
-    refuse(problems)
+    return problems
 
 
 def made(settings: Settings, *more: Path) -> list[Path]:
@@ -87,11 +86,9 @@ def remove(paths: list[Path]) -> None:
 
     A UsageError: a stage works in one of them.
     """
-    locks = [lock for path in paths if not path.is_symlink() for lock in path.glob("*/.lock")]
-    for stage_dir in (lock.parent for lock in locks if not lock.parent.is_symlink()):
-        # Only tried: on NFS what is open here could not be removed.
-        with record.locked(stage_dir, LOCK_CURE):
-            pass
+    stage_dirs = [lock.parent for path in paths if not path.is_symlink() for lock in path.glob("*/.lock")]
+    refuse(f"another run works in {stage_dir} ({holder}). {LOCK_CURE}" for stage_dir in stage_dirs
+           if not stage_dir.is_symlink() and (holder := record.holder(stage_dir)))
     for path in paths:
         if path.is_symlink():
             path.unlink()
@@ -108,11 +105,10 @@ def inside(folder: Path, env: Mapping[str, str], **changes: str) -> tuple[Settin
     return settings_module.read(own), own
 
 
-def stage(name: str, env: Mapping[str, str], arguments: list[str] | None = None, log: Path | None = None,
+def stage(name: str, env: Mapping[str, str], arguments: Sequence[str] = (), log: Path | None = None,
           until: Callable[[], bool] = lambda: False) -> int:
     """Run a stage through the door, as a person would; returns its exit status. `log` and `until` as in launch.run."""
-    return launch.run([sys.executable, "-m", "bridge", name, *(arguments or [])], env, log, None, record.secret_values(env),
-                      until=until)
+    return launch.run([sys.executable, "-m", "bridge", name, *arguments], env, log, None, record.secret_values(env), until)
 
 
 def inputs(settings: Settings, own: Settings, env: Mapping[str, str], borrow_data: bool) -> int:
