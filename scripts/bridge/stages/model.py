@@ -17,6 +17,7 @@ from pathlib import Path
 
 from bridge import model_folder
 from bridge.errors import UsageError, exit_status, full_disk_explained, nearest, read_json, refuse, say
+from bridge.pages import page
 from bridge.plan import Plan
 from bridge.runs import record
 from bridge.settings import Settings, is_local, repository_problems
@@ -144,40 +145,21 @@ def freeze_folder(folder: Path) -> bool:
 # ---- from the hub
 
 @contextmanager
-def hub_errors_explained(what: str, again: str, offline_cure: str, rights_cure: str = "") -> Iterator[None]:
-    """Turn the hub's refusals into what the user can do about them. `what`: the setting, as in MODEL=OWNER/NAME."""
+def hub_errors_explained(what: str, **cures: str | bool) -> Iterator[None]:
+    """Turn the hub's refusals into what the user can do about them. `what`: the setting, as in MODEL=OWNER/NAME.
+
+    cures: the rest of what configs/pages/hub.txt asks for; it says nothing of an error that no user can mend.
+    """
     import requests
     from huggingface_hub import constants
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    page = f"{constants.ENDPOINT}/{what.partition('=')[2]}"
     try:
         yield
-    except GatedRepoError as error:
-        how = LOGIN_CURE if error.response.status_code == 401 else (
-            "That is done by the account whose token this is; some authors then grant access by hand. A fine-grained token "
-            "also needs read access to public gated repositories.")
-        raise UsageError(f"{what} is gated: its licence must be accepted at {page} first. {how}") from error
-    except LocalEntryNotFoundError as error:
-        raise UsageError(f"the hub could not be reached for {what}. {again} {offline_cure}") from error
-    except RepositoryNotFoundError as error:
-        raise UsageError(f"{what} is not at {page}, or it is private and your token may not read it. "
-                         f"Check the spelling. For a private model: {LOGIN_CURE}") from error
-    except requests.exceptions.HTTPError as error:
-        status, said = error.response.status_code, getattr(error, "server_message", None) or ""
-        if status == 401:
-            raise UsageError(f"the hub does not accept your token (401): mistyped or expired. {LOGIN_CURE} "
-                             f"Tokens are made at {constants.ENDPOINT}/settings/tokens .") from error
-        # 409, 412: another commit came in between.
-        if status in (403, 409, 412, 429) or status >= 500:
-            seconds = error.response.headers.get("Retry-After")
-            wait = f"The hub wants a pause first: Retry-After {seconds} (seconds, or a time). " if seconds else ""
-            raise UsageError(f"the hub refused a request for {what} ({status} {said}). "
-                             f"{status == 403 and rights_cure or wait + again}") from error
-        raise
     except (ConnectionError, requests.exceptions.RequestException) as error:
-        raise UsageError(f"no connection to {constants.ENDPOINT} for {what}, or it broke ({type(error).__name__}). "
-                         f"{again} {offline_cure}") from error
+        kinds = [kind.__name__ for kind in type(error).__mro__]
+        if said := page("hub.txt", what=what, error=error, kinds=kinds, hub=constants.ENDPOINT, login=LOGIN_CURE, **cures):
+            raise UsageError(said) from error
+        raise
 
 
 def wanted_files(names: list[str]) -> list[str]:
@@ -287,7 +269,7 @@ def make(name: str, folder: Path, texts: Path) -> str:
 def main() -> None:
     """What the stage runs: MODEL, the folder where it will be, and the data from which tiny's tokenizer is made."""
     name, folder, *texts = sys.argv[1:]
-    with hub_errors_explained(f"MODEL={name}", AGAIN, OFFLINE_CURE):
+    with hub_errors_explained(f"MODEL={name}", again=AGAIN, offline=OFFLINE_CURE, asks_rights=False):
         print(make(name, Path(folder), Path(*texts)))
 
 
