@@ -47,9 +47,8 @@ Numbered = tuple[str, Iterable[tuple[int, Any]]]
 def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
     """Check the source and say what to run. A UsageError for one that cannot be, and where data of another source are."""
     source, folder = checked_source(settings.data_source), settings.data_dir
-    existing = [file for file in (folder / f"{split}.parquet" for split in SPLITS) if file.exists()]
     made_from = recorded_source(folder)
-    if existing and made_from != source:
+    if made_from != source and any((folder / f"{split}.parquet").exists() for split in SPLITS):
         raise UsageError(f"{folder} holds data " + (f"made with DATA_SOURCE={made_from}" if made_from else
                                                     "that `make data` did not make, or did not finish")
                          + f"; DATA_SOURCE={source} would replace them. Keep them and go on (`make model`), or move {folder} "
@@ -110,10 +109,7 @@ def source_files(path: Path) -> dict[str, Path]:
 
 
 def ground_truth(answer: str) -> str:
-    """Return what verl extracts from an answer and compares with the model's, without commas.
-
-    A ValueError gives the reason if the answer's last line is not `#### NUMBER`, or not what verl would take.
-    """
+    """What verl extracts from an answer and compares with the model's, without commas. A ValueError says why it finds none."""
     last = answer.strip().rsplit("\n", 1)[-1].strip()
     if not (marked := MARKED.fullmatch(last)):
         raise ValueError(f"the answer's last line is not '#### NUMBER' but {reprlib.repr(last)}")

@@ -57,8 +57,6 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
         problems.append(f"REWARD: there is no file {judge['path']}, by which PPO judged the answers.")
     config = {**whole["data"], "train_files": [], "val_files": [str(settings.data_dir / "test.parquet")]}
     rows = train.data_problems({"data": config}, ppo.columns({"data": config}), problems)
-    if rows and not rows[1]:
-        problems.append(f"{config['val_files'][0]} has no rows. Run `make data` again.")
     gpus = hardware.visible_gpus(env)
     own_env = {"WORK_DIR": str(settings.work_dir), "HF_HUB_OFFLINE": "1"}
     if gpus:
@@ -92,8 +90,7 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
 def chosen_models(settings: Settings, problems: list[str]) -> tuple[dict[str, Path], list[str]]:
     """The models to evaluate by name, and what to say about those that are not there.
 
-    STAGE= or CKPT= picks one, which then has to be there; else it is those there are of base, sft and ppo. What is wrong
-    with them is appended to problems; both given, or a CKPT= that is no checkpoint, are a UsageError.
+    STAGE= or CKPT= picks one, which then has to be there; else it is those there are of base, sft and ppo.
     """
     if settings.ckpt and settings.stage not in (None, "ckpt"):
         raise UsageError("CKPT= names a checkpoint by its folder, STAGE= a result of this run. Give one or the other.")

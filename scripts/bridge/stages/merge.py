@@ -187,7 +187,7 @@ def complete_and_verify(raw: Path, output: Path) -> None:
     """Load what verl's merger wrote (tied embeddings twice), write it properly, load that again and let it answer."""
     import torch
     from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
     def load(folder: Path):
         model, info = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.bfloat16, output_loading_info=True)
@@ -215,17 +215,14 @@ def complete_and_verify(raw: Path, output: Path) -> None:
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
 
-    model = load(output).to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    count = sum(tensor.numel() for tensor in model.parameters())
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}], add_generation_prompt=True,
-                                           return_tensors="pt", return_dict=True).to(model.device)
-    answer = model.generate(input_ids=prompt["input_ids"], attention_mask=prompt["attention_mask"], max_new_tokens=ANSWER_TOKENS,
-                            do_sample=False, temperature=None, top_p=None, top_k=None,
-                            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id)
-    new = answer[0, prompt["input_ids"].shape[1]:]
-    say(f"{count / 1e6:.2f} M parameters; tied embeddings: {'yes' if model.config.tie_word_embeddings else 'no'}")
+    model = load(output)
+    chat = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cuda" if torch.cuda.is_available() else "cpu")
+    [answered] = chat([{"role": "user", "content": QUESTION}], max_new_tokens=ANSWER_TOKENS,
+                      do_sample=False, temperature=None, top_p=None, top_k=None)
+    tied = "yes" if model.config.tie_word_embeddings else "no"
+    say(f"{model.num_parameters() / 1e6:.2f} M parameters; tied embeddings: {tied}")
     say(f"asked:    {QUESTION}")
-    say(f"answered: {tokenizer.decode(new, skip_special_tokens=True)!r}")
+    say(f"answered: {answered['generated_text'][-1]['content']!r}")
 
 
 if __name__ == "__main__":

@@ -25,9 +25,7 @@ from bridge.standins.models import RANDOM, convert_smollm2, make_random, make_ti
 
 # Says what models/NAME was made from: two organisations may use the same last name.
 SOURCE_FILE = ".bridge-source.json"
-# The door's own files, which may be in the folder before the model is.
 LOCK = ".lock"
-DOOR_FILES = ("run.json", "run.json.tmp", LOCK, "log.txt", "metrics.jsonl")
 # The date that Llama 3's chat template itself falls back to where it is given no clock.
 FROZEN_DAY = date(2024, 7, 26)
 # strftime_now("%d %b %Y") in a template; in JSON its quotes are escaped.
@@ -102,7 +100,7 @@ def already_there(name: str, folder: Path) -> str | None:
     if is_local(name):
         refuse(model_folder.check_model_folder(folder, "Give the folder of a whole Hugging Face model: MODEL=/folder."))
         return f"MODEL={folder} is whole and used as it is ({model_folder.parameter_count(folder):,} parameters)"
-    if not folder.exists() or all(file.name in DOOR_FILES for file in folder.iterdir()):
+    if not folder.exists() or not any(folder.iterdir()):
         return None
     source = recorded_source(folder).get("source")
     if source is None:
@@ -146,10 +144,7 @@ def freeze_folder(folder: Path) -> bool:
 
 @contextmanager
 def hub_errors_explained(what: str, **cures: str | bool) -> Iterator[None]:
-    """Turn the hub's refusals into what the user can do about them. `what`: the setting, as in MODEL=OWNER/NAME.
-
-    cures: the rest of what configs/pages/hub.txt asks for; it says nothing of an error that no user can mend.
-    """
+    """Turn the hub's refusals into what the user can do about them: configs/pages/hub.txt, which says what is asked for here."""
     import requests
     from huggingface_hub import constants
 
@@ -184,10 +179,7 @@ def ask_hub(name: str):
 
 
 def fetch(name: str, info, folder: Path) -> None:
-    """Fetch a model of which the hub has said `info` into a folder that may hold part of it already.
-
-    A UsageError: the hub cannot be reached, the disk is too small, or it is no chat model.
-    """
+    """Fetch a model of which the hub has said `info` into a folder that may hold part of it. A UsageError if that cannot be."""
     from huggingface_hub import snapshot_download
 
     sizes = {file.rfilename: file.size or 0 for file in info.siblings}
@@ -232,7 +224,6 @@ def make(name: str, folder: Path, texts: Path) -> str:
     """Make the model's folder unless it is there; return what there is to say about it."""
     if finished := already_there(name, folder):
         return finished
-    check_source(name, texts, os.environ)
     made_here = name in ("tiny", "smollm2") or name.startswith(RANDOM)
     # What the hub refuses leaves nothing behind.
     info = None if made_here else ask_hub(name)
@@ -256,11 +247,6 @@ def make(name: str, folder: Path, texts: Path) -> str:
                 make_random(name.removeprefix(RANDOM), partial)
             (partial / SOURCE_FILE).write_text(json.dumps({"source": name}))
         refuse(model_folder.check_model_folder(partial, f"Remove {partial} and run `make model` again."))
-        # The door's files that wait there move in first; the lock goes last.
-        if folder.exists():
-            for file in list(folder.iterdir()):
-                os.replace(file, partial / file.name)
-            folder.rmdir()
         os.rename(partial, folder)
         (folder / LOCK).unlink()
     return f"{name}: {model_folder.parameter_count(folder):,} parameters in {folder}"

@@ -14,6 +14,7 @@ from bridge import hardware, model_folder
 from bridge.compose import compose, compose_checked, flatten, quote
 from bridge.environment import lock_problems
 from bridge.errors import UsageError, refuse
+from bridge.pages import page
 from bridge.plan import Plan
 from bridge.runs import checkpoints, record, tracking
 from bridge.settings import CONFIGS, Settings, is_local
@@ -109,7 +110,8 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
         notes.append(f"warning: {settings.data_dir} holds made-up problems, not GSM8K. Move it away, then `make data "
                      "DATA_SOURCE=hub`")
     if rows:
-        problems += step_problems(config, rows[0]) + trainer.validation_problems(config, world, rows[1])
+        problems += step_problems(config, rows[0])
+        problems += sft.validation_problems(config, world, rows[1]) if stage == "sft" else []
         if data.is_own(data.recorded_source(settings.data_dir)) and not model_problems:
             files = tuple(file for key in DATA_KEYS for file in data_files(config, key))
             lengths = data.lengths(files, trainer.TEXTS, model_dir, " ".join(map(record.sha256, files)))
@@ -171,20 +173,17 @@ def choose_hardware(settings: Settings, env: Mapping[str, str], notes: list[str]
     if not gpus and settings.profile in ON_CPU:
         notes.append(f"no GPU visible: on {hardware.cpu_count()} CPU cores, over gloo")
         return settings.gpus or 2, True
-    problem = None
     if not gpus:
-        problem = (f"no GPU visible (profile {settings.profile} needs one). With Apptainer pass --nv; on Slurm ask for "
-                   "--gpus-per-node; on CPU use PROFILE=rehearsal.")
+        found = [f"no GPU visible (profile {settings.profile} needs one). With Apptainer pass --nv; on Slurm ask for "
+                 "--gpus-per-node; on CPU use PROFILE=rehearsal."]
     elif settings.gpus and settings.gpus > len(gpus):
         visible = env.get("CUDA_VISIBLE_DEVICES")
-        problem = (f"GPUS={settings.gpus}, but {len(gpus)} visible"
-                   + (f" (CUDA_VISIBLE_DEVICES={visible})." if visible else ".") + f" Use GPUS={len(gpus)} or less.")
+        found = [f"GPUS={settings.gpus}, but {len(gpus)} visible"
+                 + (f" (CUDA_VISIBLE_DEVICES={visible})." if visible else ".") + f" Use GPUS={len(gpus)} or less."]
     else:
-        problem = next(iter(busy_problems(settings, gpus[:settings.gpus])), None)
-    if problem and not dry_run:
-        problems.append(problem)
-    elif problem:
-        notes.append(f"warning: {problem}")
+        found = busy_problems(settings, gpus[:settings.gpus])
+    problems += [] if dry_run else found
+    notes += [f"warning: {problem}" for problem in found if dry_run]
     return settings.gpus or len(gpus) or None, False
 
 
@@ -283,10 +282,7 @@ def data_files(config: Mapping[str, Any], key: str) -> list[Path]:
 
 
 def data_problems(config: Mapping[str, Any], columns: list[str], problems: list[str]) -> tuple[int, int] | None:
-    """Check that the parquet files are there with these columns ("a.b": a field of a struct).
-
-    Returns (training rows, validation rows), None if something is wrong (appended to problems).
-    """
+    """Training and validation rows; None where a file or a column ("a.b": a field of a struct) is missing, said in problems."""
     counts = dict.fromkeys(DATA_KEYS, 0)
     before = len(problems)
     for key in DATA_KEYS:
@@ -307,6 +303,8 @@ def data_problems(config: Mapping[str, Any], columns: list[str], problems: list[
             if missing := [column for column in columns if column not in present]:
                 problems.append(f"{path} has no column {', '.join(missing)} (it has {', '.join(names)}). "
                                 "Make it with `make data`.")
+            if not parquet.metadata.num_rows:
+                problems.append(f"{path} has no rows. Run `make data` again.")
             counts[key] += parquet.metadata.num_rows
     return None if len(problems) > before else tuple(counts.values())
 
@@ -338,8 +336,7 @@ def check_continuation(stage: str, settings: Settings, planned: Plan,
                        overrides: Sequence[str]) -> tuple[checkpoints.Checkpoint | None, str | None]:
     """Compare with what the run folder holds. Reads only.
 
-    Returns the checkpoint to continue from (None: a fresh start), and why nothing is left to do (None if something is). A
-    UsageError: the folder holds another configuration's run, or checkpoints of which none can be continued from.
+    Returns the checkpoint to continue from (None: a fresh start), and why nothing is left to do (None if something is).
     """
     recorded, folder = record.read(planned.record_dir), planned.checkpoints
     found = checkpoints.list_checkpoints(folder, planned.saved)
@@ -356,15 +353,8 @@ def check_continuation(stage: str, settings: Settings, planned: Plan,
     if not found and not done:
         # Nothing to continue: a run that failed before its first checkpoint may be started with other settings.
         return None, None
-    # With the setting that a key follows from.
-    lines = [f"{line} ({OWNED[key]})" if (key := line.partition(":")[0]) in OWNED else line
-             for line in record.difference(recorded, planned)]
-    if lines:
-        shown = lines[:12] + ([f"... and {len(lines) - 12} more"] if len(lines) > 12 else [])
-        raise UsageError(
-            f"run {settings.run!r} in {planned.record_dir} was made with other settings, so it is neither continued nor "
-            "overwritten. Use RUN=NAME for a new run, or the settings it had. Different (recorded -> now):\n  "
-            + "\n  ".join(shown))
+    if lines := record.difference(recorded, planned):
+        raise UsageError(page("other_settings.txt", run=settings.run, folder=planned.record_dir, lines=lines, owned=OWNED))
     if done:
         where = f"newest checkpoint: {newest.path}" if newest else "it was to save no checkpoint"
         return newest, f"{stage} of run {settings.run!r} is finished ({where}). Nothing to do; RUN=NAME starts another."

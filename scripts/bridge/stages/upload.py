@@ -66,10 +66,7 @@ def folder_problems(folder: Path, stage: str) -> list[str]:
 
 
 def check_rights(repo: str, public: bool, folder: Path) -> None:
-    """Ask the hub before anything large is sent: whose token, whether it may write there, and who can see it.
-
-    What must not be is a UsageError with the cure.
-    """
+    """Ask the hub before anything large is sent: whose token, whether it may write there, and who can see it."""
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
     from huggingface_hub.errors import RepositoryNotFoundError
 
