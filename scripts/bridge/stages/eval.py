@@ -66,9 +66,7 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
         own_env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     refuse(problems)
     count = min(settings.limit or rows[1], rows[1])
-    which = f"all {count}" if count == rows[1] else f"the first {count} of {rows[1]}"
-    notes.insert(0, f"eval: {', '.join(models)}; {which} rows, prompts of {config['max_prompt_length']} and answers of "
-                 f"{config['max_response_length']} tokens at most")
+    notes.insert(0, page("eval_of.txt", models=models, count=count, rows=rows[1], limits=config))
     if not gpus:
         notes.append(f"no GPU visible: on {hardware.cpu_count()} CPU cores, with transformers; LIMIT= takes fewer rows")
     kept = {key: config[key] for key in ("max_prompt_length", "max_response_length", "truncation")}

@@ -20,7 +20,6 @@ from bridge.runs import checkpoints, record, tracking
 from bridge.settings import CONFIGS, Settings, is_local
 from bridge.stages import data, model, ppo, reward, sft
 
-# What is particular to each.
 TRAINERS = {"sft": sft, "ppo": ppo}
 # Keys that only the door sets, and the setting that does.
 OWNED: dict[str, str] = yaml.safe_load((CONFIGS / "owned.yaml").read_text(encoding="utf-8"))
@@ -157,10 +156,7 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
             notes.append(f"warning: {few}")
         notes += [f"warning: {problem}" for problem in (*hardware.driver_problems(hardware.driver_version()),
                                                         *hardware.infiniband()[1], *lock_problems(settings.work_dir))]
-    device = "ranks on CPU" if on_cpu else "GPUs"
-    device += f" on each of {nodes} nodes" * (nodes > 1)
-    notes.insert(0, f"{called}: {gpus} {device}, profile {settings.profile}, run {settings.run}, "
-                    f"{'the SFT model of this run' if from_sft else f'model {model_dir.name}'}")
+    notes.insert(0, page("training.txt", called=called, gpus=gpus, on_cpu=on_cpu, settings=settings, from_sft=from_sft))
     arguments = ["--config-dir", str(CONFIGS), "--config-name", stage, *own, *resume, *overrides]
     command = trainer.command(gpus, [*(["bridge.trainers.on_cpu"] if on_cpu else []), *trainer.modules(config)], arguments, nodes)
     return Plan(**{**vars(made), "command": command, "resume_step": resume_step})
@@ -363,10 +359,8 @@ def check_continuation(stage: str, settings: Settings, planned: Plan,
             folder, [f"{checkpoint.path.name}: {'; '.join(checkpoint.faults[:3])}" for checkpoint in found]))
     lost = checkpoints.not_continued(stage, planned.saved)
     if lost and not any("load_contents" in text for text in overrides):
-        wanted = " ".join(f"{key}=[{','.join(planned.saved[part])}]" for part, key in checkpoints.LOAD_CONTENTS[stage].items()
-                          if part in planned.saved)
-        raise UsageError(f"{newest.path} does not hold all that continuing needs: verl would begin anew with {', '.join(lost)}, "
-                         f"without a word. Merge it as it is, start another run (RUN=NAME), or ask for just that: {wanted}")
+        raise UsageError(page("begun_anew.txt", path=newest.path, lost=lost, saved=planned.saved,
+                              keys=checkpoints.LOAD_CONTENTS[stage]))
     return newest, None
 
 
