@@ -95,11 +95,8 @@ def source_files(path: Path) -> dict[str, Path]:
         found = [file for suffix in READERS if (file := path / f"{split}{suffix}").is_file()]
         if len(found) == 1:
             files[split] = found[0]
-        elif found:
-            faults.append(f"DATA_SOURCE={str(path)!r} has {' and '.join(file.name for file in found)}. Keep one of them.")
         else:
-            faults.append(f"DATA_SOURCE={str(path)!r} lacks the file {path / split}.jsonl (or {kinds}). A line of it is {FORM}. "
-                          "A file that is to be split is named itself: DATA_SOURCE=FILE.")
+            faults.append(page("not_one_file.txt", path=path, split=split, found=found, kinds=kinds, form=FORM))
     faults += [f"{file} cannot be read: you lack the permission." for file in files.values() if not os.access(file, os.R_OK)]
     refuse(faults)
     return files
@@ -316,16 +313,8 @@ def length_problems(section: Mapping[str, Any], found: list[list[int]], notes: l
         limits = [("max_length", "rows", list(map(sum, zip(*found, strict=True))), strict)]
     problems = []
     for key, what, counts, strict in limits:
-        limit, longest = section[key], max(counts)
-        over = sum(count > limit for count in counts)
-        said = f"{what}: {min(counts)} to {longest} tokens, data.{key}={limit}"
-        if not over:
-            notes.append(said)
-        elif strict:
-            problems.append(f"{said}: verl stops at the {over} of {len(counts)} that are longer. Use data.{key}={longest}, or "
-                            "leave them out of the data.")
-        else:
-            notes.append(f"warning: {said}: {over} of {len(counts)} are longer; data.{key}={longest} would fit")
+        said = page("lengths.txt", key=key, what=what, counts=counts, limit=section[key], strict=strict)
+        (problems if strict and max(counts) > section[key] else notes).append(said)
     return problems
 
 

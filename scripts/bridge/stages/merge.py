@@ -15,6 +15,7 @@ from pathlib import Path
 
 from bridge.compose import flatten
 from bridge.errors import UsageError, exit_status, full_disk_explained, refuse, say
+from bridge.pages import page
 from bridge.plan import Plan
 from bridge.runs import checkpoints, record
 from bridge.settings import Settings
@@ -58,15 +59,10 @@ def list_mergeable(settings: Settings, stage: str) -> list[checkpoints.Checkpoin
 
 def checkpoint_of(settings: Settings, stage: str) -> checkpoints.Checkpoint:
     """The checkpoint of STEP=, or the newest one with whole weights."""
-    folder = settings.stage_dir(stage) / "checkpoints"
-    if not (found := list_mergeable(settings, stage)):
-        raise UsageError(f"no checkpoints in {folder}. Run `make {stage}` first (RUN={settings.run}).")
-    steps = ", ".join(f"{checkpoint.step}{'' if checkpoint.complete else ' (incomplete)'}" for checkpoint in found)
-    if not (wanted := [checkpoint for checkpoint in found if settings.step in (None, checkpoint.step)]):
-        raise UsageError(f"STEP={settings.step}: no such checkpoint in {folder}. There are: {steps}.")
+    found = list_mergeable(settings, stage)
+    wanted = [checkpoint for checkpoint in found if settings.step in (None, checkpoint.step)]
     if not (complete := [checkpoint for checkpoint in wanted if checkpoint.complete]):
-        raise UsageError(*(f"{checkpoint.path} is incomplete: {'; '.join(checkpoint.faults)}." for checkpoint in wanted),
-                         f"Continue the run (`make {stage}`) so that it saves again, or name another step (there are: {steps}).")
+        raise UsageError(*page("no_checkpoint.txt", stage=stage, settings=settings, found=found, wanted=wanted).split("\n"))
     return complete[-1]
 
 

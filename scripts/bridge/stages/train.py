@@ -89,9 +89,7 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
     problems += whole_run_problems(stage, config) + trainer.setting_problems(config, overrides)
     rows = data_problems(config, trainer.columns(config), problems)
     name_problem = None if from_sft else model.name_problem(settings.model)
-    cure = ("INIT=sft starts from the merged result of the sft stage: run `make sft` and `make merge STAGE=sft` first, or use "
-            "INIT=base." if from_sft else "MODEL= has to name a folder with a whole Hugging Face model."
-            if is_local(settings.model) else f"Run `make model` first (MODEL={settings.model}).")
+    cure = page("first_model.txt", from_sft=from_sft, name=settings.model, local=is_local(settings.model))
     model_problems = [name_problem] if name_problem else model_folder.check_model_folder(model_dir, cure) or (
         [] if from_sft else model.source_problems(settings.model, model_dir))
     problems += model_problems
@@ -102,9 +100,7 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
         problems += [] if model_problems else trainer.model_problems(config, model_dir, visible)
     if faults := trainer.divisibility(config, world, heads):
         possible = [n for n in range(1, 65) if not trainer.divisibility(config, n * nodes, heads)]
-        problems += [f"GPUS={gpus}{f' NODES={nodes}' * (nodes > 1)}: {fault}." for fault in faults]
-        problems.append(f"Possible with these settings: GPUS={', '.join(map(str, possible))}." if possible else
-                        "No number of GPUs goes with these settings: change TP=, or the batch sizes.")
+        problems += page("not_divisible.txt", gpus=gpus, nodes=nodes, faults=faults, possible=possible).split("\n")
     if rows and settings.profile not in ON_CPU and data.recorded_source(settings.data_dir) == "builtin":
         notes.append(f"warning: {settings.data_dir} holds made-up problems, not GSM8K. Move it away, then `make data "
                      "DATA_SOURCE=hub`")
@@ -169,13 +165,8 @@ def choose_hardware(settings: Settings, env: Mapping[str, str], notes: list[str]
     if not gpus and settings.profile in ON_CPU:
         notes.append(f"no GPU visible: on {hardware.cpu_count()} CPU cores, over gloo")
         return settings.gpus or 2, True
-    if not gpus:
-        found = [f"no GPU visible (profile {settings.profile} needs one). With Apptainer pass --nv; on Slurm ask for "
-                 "--gpus-per-node; on CPU use PROFILE=rehearsal."]
-    elif settings.gpus and settings.gpus > len(gpus):
-        visible = env.get("CUDA_VISIBLE_DEVICES")
-        found = [f"GPUS={settings.gpus}, but {len(gpus)} visible"
-                 + (f" (CUDA_VISIBLE_DEVICES={visible})." if visible else ".") + f" Use GPUS={len(gpus)} or less."]
+    if len(gpus) < (settings.gpus or 1):
+        found = [page("too_few_gpus.txt", settings=settings, gpus=gpus, visible=env.get("CUDA_VISIBLE_DEVICES"))]
     else:
         found = busy_problems(settings, gpus[:settings.gpus])
     problems += [] if dry_run else found
@@ -263,12 +254,9 @@ def step_problems(config: Mapping[str, Any], rows: int) -> list[str]:
     asked, epochs = config["trainer"]["total_training_steps"], config["trainer"]["total_epochs"]
     batch = config["data"]["train_batch_size"]
     in_one = rows // batch
-    if not in_one:
-        return [f"{rows} training rows are less than one batch of {batch}. Use more data, or a smaller data.train_batch_size."]
-    if asked is None or asked <= in_one * epochs:
+    if in_one and (asked is None or asked <= in_one * epochs):
         return []
-    return [f"trainer.total_training_steps={asked} is more than the {in_one * epochs} steps of trainer.total_epochs={epochs}: "
-            f"verl would end there without the last checkpoint. Use trainer.total_epochs={-(-asked // in_one)}, or fewer steps."]
+    return [page("too_few_rows.txt", rows=rows, batch=batch, in_one=in_one, asked=asked, epochs=epochs)]
 
 
 def data_files(config: Mapping[str, Any], key: str) -> list[Path]:
@@ -375,9 +363,7 @@ def check_disk(stage: str, settings: Settings, planned: Plan, parameters: int, n
     used = sum(checkpoints.size(path) for _, path in checkpoints.step_folders(folder))
     existing = next(place for place in (folder, *folder.parents) if place.is_dir())
     needed, free = max(0, most * one - used), shutil.disk_usage(existing).free
-    kept = "all (KEEP=all: more with every save)" if settings.keep is None else settings.keep
-    notes.append(f"checkpoints: {one / 1e9:.3g} GB each, kept: {kept}; needs {needed / 1e9:.3g} GB, "
-                 f"{free / 1e9:.3g} GB free in {settings.work_dir}")
+    notes.append(page("disk.txt", one=one, keep=settings.keep, needed=needed, free=free, work_dir=settings.work_dir))
     if needed > free:
         raise UsageError(f"too little disk in {settings.work_dir}: {most} checkpoints of {one / 1e9:.3g} GB need "
                          f"{needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free. Make room, or put WORK_DIR elsewhere.")
