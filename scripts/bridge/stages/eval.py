@@ -57,6 +57,8 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
         problems.append(f"REWARD: there is no file {judge['path']}, by which PPO judged the answers.")
     config = {**whole["data"], "train_files": [], "val_files": [str(settings.data_dir / "test.parquet")]}
     rows = train.data_problems({"data": config}, ppo.columns({"data": config}), problems)
+    if rows and not rows[1]:
+        problems.append(f"{config['val_files'][0]} has no rows. Run `make data` again.")
     gpus = hardware.visible_gpus(env)
     own_env = {"WORK_DIR": str(settings.work_dir), "HF_HUB_OFFLINE": "1"}
     if gpus:

@@ -154,3 +154,8 @@ def divisibility(config: Mapping[str, Any], world: int, heads: int | None) -> li
     if heads and heads % tp:
         faults.append(f"TP={tp} does not divide the model's {heads} attention heads")
     return faults
+
+
+def validation_problems(config: Mapping[str, Any], world: int, rows: int) -> list[str]:
+    """Too few validation rows."""
+    return ["there are no validation rows. Use more data."] if rows < 1 else []

@@ -105,8 +105,7 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
         notes.append(f"warning: {settings.data_dir} holds made-up problems, not GSM8K. Move it away, then `make data "
                      "DATA_SOURCE=hub`")
     if rows:
-        problems += step_problems(config, rows[0])
-        problems += sft.validation_problems(config, world, rows[1]) if stage == "sft" else []
+        problems += step_problems(config, rows[0]) + trainer.validation_problems(config, world, rows[1])
         if data.is_own(data.recorded_source(settings.data_dir)) and not model_problems:
             files = tuple(file for key in DATA_KEYS for file in data_files(config, key))
             lengths = data.lengths(files, trainer.TEXTS, model_dir, " ".join(map(record.sha256, files)))
@@ -287,8 +286,6 @@ def data_problems(config: Mapping[str, Any], columns: list[str], problems: list[
             if missing := [column for column in columns if column not in present]:
                 problems.append(f"{path} has no column {', '.join(missing)} (it has {', '.join(names)}). "
                                 "Make it with `make data`.")
-            if not parquet.metadata.num_rows:
-                problems.append(f"{path} has no rows. Run `make data` again.")
             counts[key] += parquet.metadata.num_rows
     return None if len(problems) > before else tuple(counts.values())
 
