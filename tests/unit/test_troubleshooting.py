@@ -70,10 +70,16 @@ def of_bash(text: str) -> list[str]:
     return re.sub(r"\$\{[^}]*\}|\$\(\([^)]*\)\)|\$\([^)]*\)|\$\w+|\\\n", HOLE, text).splitlines()
 
 
+def of_page(text: str) -> list[str]:
+    """The lines of a template, with a hole for each of its values."""
+    return re.sub(r"\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\}", HOLE, text).splitlines()
+
+
 @cache
 def ours() -> list[str]:
     """All that this program can say, and more."""
     program = [text for file in (ROOT / "scripts" / "bridge").rglob("*.py") for text in of_python(file.read_text())]
+    program += [line for file in (ROOT / "configs" / "pages").glob("*.txt") for line in of_page(file.read_text())]
     return program + [line for file in (ROOT / "scripts" / "host").glob("*.sh") for line in of_bash(file.read_text())]
 
 

@@ -13,6 +13,7 @@ import yaml
 
 from bridge.compose import flatten
 from bridge.errors import UsageError, read_json
+from bridge.pages import page
 from bridge.runs import metrics, record
 from bridge.settings import CONFIGS, is_local
 from bridge.stages import data, eval, merge, train
@@ -94,14 +95,9 @@ def base_model(folder: Path | None, config: Mapping[str, Any]) -> Base:
 def term_problems(folder: Path, repo: str) -> list[str]:
     """What keeps a model from being published under this name: the licence of its base model."""
     llama, own = origin(folder)[1].llama, folder / "README.md"
-    (shown, begin), (owner, _, name) = TERMS.get(llama, LATER), repo.partition("/")
-    problems = [] if name.startswith(begin) else [
-        f"HF_REPO={repo}: this model was made from Llama {llama}, whose licence wants its name to begin with {begin}. "
-        f"Use HF_REPO={owner}/{begin}-{name}, for instance."]
-    if own.is_file() and shown not in own.read_text(encoding="utf-8"):
-        problems.append(f"{own} does not say {shown!r}, which the licence of Llama {llama} wants. Add it, or remove the file: "
-                        "then a card is made.")
-    return problems
+    shown, begin = TERMS.get(llama, LATER)
+    lacking = own if own.is_file() and shown not in own.read_text(encoding="utf-8") else None
+    return page("llama_terms.txt", repo=repo, llama=llama, begin=begin, shown=shown, lacking=lacking).splitlines()
 
 
 def accuracies(folder: Path) -> dict[str, Any]:

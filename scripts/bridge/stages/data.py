@@ -21,6 +21,7 @@ from typing import Any
 from pyarrow import Table, parquet
 
 from bridge.errors import UsageError, exit_status, naming, nearest, refuse
+from bridge.pages import page
 from bridge.plan import Plan
 from bridge.runs import record
 from bridge.settings import Settings, is_local
@@ -38,7 +39,6 @@ FORM = '{"question": "...", "answer": "... #### NUMBER"}'
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
 # Share of the rows of one file that become test rows, and what they are drawn by unless SEED= says.
 TEST_SHARE, SEED = 0.1, 0
-SHOWN = 20
 Rows = list[dict[str, str]]
 # What a row is called before its number, and the rows with their numbers.
 Numbered = tuple[str, Iterable[tuple[int, Any]]]
@@ -47,13 +47,9 @@ Numbered = tuple[str, Iterable[tuple[int, Any]]]
 def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
     """Check the source and say what to run. A UsageError for one that cannot be, and where data of another source are."""
     source, folder = checked_source(settings.data_source), settings.data_dir
-    existing = [file for file in (folder / f"{split}.parquet" for split in SPLITS) if file.exists()]
     made_from = recorded_source(folder)
-    if existing and made_from != source:
-        raise UsageError(f"{folder} holds data " + (f"made with DATA_SOURCE={made_from}" if made_from else
-                                                    "that `make data` did not make, or did not finish")
-                         + f"; DATA_SOURCE={source} would replace them. Keep them and go on (`make model`), or move {folder} "
-                           "away, or use another WORK_DIR.")
+    if made_from != source and any((folder / f"{split}.parquet").exists() for split in SPLITS):
+        raise UsageError(page("other_data.txt", folder=folder, made_from=made_from, source=source))
     notes = ["DATA_SOURCE=builtin: made-up problems for rehearsals, not GSM8K."] if source == "builtin" else []
     form = "text" if settings.reward else "number"
     if is_own(source) and settings.reward:
@@ -99,21 +95,15 @@ def source_files(path: Path) -> dict[str, Path]:
         found = [file for suffix in READERS if (file := path / f"{split}{suffix}").is_file()]
         if len(found) == 1:
             files[split] = found[0]
-        elif found:
-            faults.append(f"DATA_SOURCE={str(path)!r} has {' and '.join(file.name for file in found)}. Keep one of them.")
         else:
-            faults.append(f"DATA_SOURCE={str(path)!r} lacks the file {path / split}.jsonl (or {kinds}). A line of it is {FORM}. "
-                          "A file that is to be split is named itself: DATA_SOURCE=FILE.")
+            faults.append(page("not_one_file.txt", path=path, split=split, found=found, kinds=kinds, form=FORM))
     faults += [f"{file} cannot be read: you lack the permission." for file in files.values() if not os.access(file, os.R_OK)]
     refuse(faults)
     return files
 
 
 def ground_truth(answer: str) -> str:
-    """Return what verl extracts from an answer and compares with the model's, without commas.
-
-    A ValueError gives the reason if the answer's last line is not `#### NUMBER`, or not what verl would take.
-    """
+    """What verl extracts from an answer and compares with the model's, without commas. A ValueError says why it finds none."""
     last = answer.strip().rsplit("\n", 1)[-1].strip()
     if not (marked := MARKED.fullmatch(last)):
         raise ValueError(f"the answer's last line is not '#### NUMBER' but {reprlib.repr(last)}")
@@ -219,10 +209,8 @@ def from_hub(source: str) -> dict[str, Numbered]:
     # place) answers with an error or has no such data set, requests' own for a refused token or a broken download,
     # ValueError for a configuration that has to be named, or that there is not.
     except (ConnectionError, FileNotFoundError, ValueError, requests.exceptions.RequestException) as error:
-        raise UsageError(
-            f"{name} cannot be had from the Hugging Face Hub: {type(error).__name__}: {str(error).splitlines()[0]}",
-            "Use a machine with internet (same WORK_DIR, or copy its data), a file or a folder with train.jsonl (DATA_SOURCE=), "
-            "or DATA_SOURCE=builtin for made-up problems. Of several: DATA_SOURCE=OWNER/NAME:CONFIGURATION.") from error
+        said = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise UsageError(*page("no_data_set.txt", name=name, said=said).split("\n")) from error
     if "train" not in found:
         raise UsageError(f"{name} has no split train; it has {', '.join(found)}. Save what you want as a file.")
     splits = SPLITS if "test" in found else ("train",)
@@ -241,11 +229,8 @@ def checked_splits(splits: Mapping[str, Numbered], check: Callable[[object], dic
                 faults.append(f"{place} {number}: {error}")
         if not number:
             faults.append(f"{place.rpartition(',')[0]} has no rows.")
-    more = len(faults) - SHOWN
     if faults:
-        raise UsageError(*faults[:SHOWN], *([f"... and {more} more bad row{'s' if more > 1 else ''}."] if more > 0 else []),
-                         f"Nothing was written. Each row must be {FORM}, or of such columns (QUESTION= and ANSWER= name others; "
-                         "REWARD= takes any answer); mend or remove the rows named.")
+        raise UsageError(*page("bad_rows.txt", faults=faults, form=FORM).split("\n"))
     return found
 
 
@@ -328,16 +313,8 @@ def length_problems(section: Mapping[str, Any], found: list[list[int]], notes: l
         limits = [("max_length", "rows", list(map(sum, zip(*found, strict=True))), strict)]
     problems = []
     for key, what, counts, strict in limits:
-        limit, longest = section[key], max(counts)
-        over = sum(count > limit for count in counts)
-        said = f"{what}: {min(counts)} to {longest} tokens, data.{key}={limit}"
-        if not over:
-            notes.append(said)
-        elif strict:
-            problems.append(f"{said}: verl stops at the {over} of {len(counts)} that are longer. Use data.{key}={longest}, or "
-                            "leave them out of the data.")
-        else:
-            notes.append(f"warning: {said}: {over} of {len(counts)} are longer; data.{key}={longest} would fit")
+        said = page("lengths.txt", key=key, what=what, counts=counts, limit=section[key], strict=strict)
+        (problems if strict and max(counts) > section[key] else notes).append(said)
     return problems
 
 

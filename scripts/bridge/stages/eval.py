@@ -68,9 +68,7 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
         own_env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     refuse(problems)
     count = min(settings.limit or rows[1], rows[1])
-    which = f"all {count}" if count == rows[1] else f"the first {count} of {rows[1]}"
-    notes.insert(0, f"eval: {', '.join(models)}; {which} rows, prompts of {config['max_prompt_length']} and answers of "
-                 f"{config['max_response_length']} tokens at most")
+    notes.insert(0, page("eval_of.txt", models=models, count=count, rows=rows[1], limits=config))
     if not gpus:
         notes.append(f"no GPU visible: on {hardware.cpu_count()} CPU cores, with transformers; LIMIT= takes fewer rows")
     kept = {key: config[key] for key in ("max_prompt_length", "max_response_length", "truncation")}
@@ -92,8 +90,7 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
 def chosen_models(settings: Settings, problems: list[str]) -> tuple[dict[str, Path], list[str]]:
     """The models to evaluate by name, and what to say about those that are not there.
 
-    STAGE= or CKPT= picks one, which then has to be there; else it is those there are of base, sft and ppo. What is wrong
-    with them is appended to problems; both given, or a CKPT= that is no checkpoint, are a UsageError.
+    STAGE= or CKPT= picks one, which then has to be there; else it is those there are of base, sft and ppo.
     """
     if settings.ckpt and settings.stage not in (None, "ckpt"):
         raise UsageError("CKPT= names a checkpoint by its folder, STAGE= a result of this run. Give one or the other.")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from bridge.compose import flatten
 from bridge.errors import UsageError, exit_status, full_disk_explained, refuse, say
+from bridge.pages import page
 from bridge.plan import Plan
 from bridge.runs import checkpoints, record
 from bridge.settings import Settings
@@ -58,15 +59,10 @@ def list_mergeable(settings: Settings, stage: str) -> list[checkpoints.Checkpoin
 
 def checkpoint_of(settings: Settings, stage: str) -> checkpoints.Checkpoint:
     """The checkpoint of STEP=, or the newest one with whole weights."""
-    folder = settings.stage_dir(stage) / "checkpoints"
-    if not (found := list_mergeable(settings, stage)):
-        raise UsageError(f"no checkpoints in {folder}. Run `make {stage}` first (RUN={settings.run}).")
-    steps = ", ".join(f"{checkpoint.step}{'' if checkpoint.complete else ' (incomplete)'}" for checkpoint in found)
-    if not (wanted := [checkpoint for checkpoint in found if settings.step in (None, checkpoint.step)]):
-        raise UsageError(f"STEP={settings.step}: no such checkpoint in {folder}. There are: {steps}.")
+    found = list_mergeable(settings, stage)
+    wanted = [checkpoint for checkpoint in found if settings.step in (None, checkpoint.step)]
     if not (complete := [checkpoint for checkpoint in wanted if checkpoint.complete]):
-        raise UsageError(*(f"{checkpoint.path} is incomplete: {'; '.join(checkpoint.faults)}." for checkpoint in wanted),
-                         f"Continue the run (`make {stage}`) so that it saves again, or name another step (there are: {steps}).")
+        raise UsageError(*page("no_checkpoint.txt", stage=stage, settings=settings, found=found, wanted=wanted).split("\n"))
     return complete[-1]
 
 
@@ -187,7 +183,7 @@ def complete_and_verify(raw: Path, output: Path) -> None:
     """Load what verl's merger wrote (tied embeddings twice), write it properly, load that again and let it answer."""
     import torch
     from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
     def load(folder: Path):
         model, info = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.bfloat16, output_loading_info=True)
@@ -215,17 +211,14 @@ def complete_and_verify(raw: Path, output: Path) -> None:
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
 
-    model = load(output).to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    count = sum(tensor.numel() for tensor in model.parameters())
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}], add_generation_prompt=True,
-                                           return_tensors="pt", return_dict=True).to(model.device)
-    answer = model.generate(input_ids=prompt["input_ids"], attention_mask=prompt["attention_mask"], max_new_tokens=ANSWER_TOKENS,
-                            do_sample=False, temperature=None, top_p=None, top_k=None,
-                            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id)
-    new = answer[0, prompt["input_ids"].shape[1]:]
-    say(f"{count / 1e6:.2f} M parameters; tied embeddings: {'yes' if model.config.tie_word_embeddings else 'no'}")
+    model = load(output)
+    chat = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cuda" if torch.cuda.is_available() else "cpu")
+    [answered] = chat([{"role": "user", "content": QUESTION}], max_new_tokens=ANSWER_TOKENS,
+                      do_sample=False, temperature=None, top_p=None, top_k=None)
+    tied = "yes" if model.config.tie_word_embeddings else "no"
+    say(f"{model.num_parameters() / 1e6:.2f} M parameters; tied embeddings: {tied}")
     say(f"asked:    {QUESTION}")
-    say(f"answered: {tokenizer.decode(new, skip_special_tokens=True)!r}")
+    say(f"answered: {answered['generated_text'][-1]['content']!r}")
 
 
 if __name__ == "__main__":

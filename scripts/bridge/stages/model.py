@@ -17,6 +17,7 @@ from pathlib import Path
 
 from bridge import model_folder
 from bridge.errors import UsageError, exit_status, full_disk_explained, nearest, read_json, refuse, say
+from bridge.pages import page
 from bridge.plan import Plan
 from bridge.runs import record
 from bridge.settings import Settings, is_local, repository_problems
@@ -24,9 +25,7 @@ from bridge.standins.models import RANDOM, convert_smollm2, make_random, make_ti
 
 # Says what models/NAME was made from: two organisations may use the same last name.
 SOURCE_FILE = ".bridge-source.json"
-# The door's own files, which may be in the folder before the model is.
 LOCK = ".lock"
-DOOR_FILES = ("run.json", "run.json.tmp", LOCK, "log.txt", "metrics.jsonl")
 # The date that Llama 3's chat template itself falls back to where it is given no clock.
 FROZEN_DAY = date(2024, 7, 26)
 # strftime_now("%d %b %Y") in a template; in JSON its quotes are escaped.
@@ -101,7 +100,7 @@ def already_there(name: str, folder: Path) -> str | None:
     if is_local(name):
         refuse(model_folder.check_model_folder(folder, "Give the folder of a whole Hugging Face model: MODEL=/folder."))
         return f"MODEL={folder} is whole and used as it is ({model_folder.parameter_count(folder):,} parameters)"
-    if not folder.exists() or all(file.name in DOOR_FILES for file in folder.iterdir()):
+    if not folder.exists() or not any(folder.iterdir()):
         return None
     source = recorded_source(folder).get("source")
     if source is None:
@@ -144,40 +143,18 @@ def freeze_folder(folder: Path) -> bool:
 # ---- from the hub
 
 @contextmanager
-def hub_errors_explained(what: str, again: str, offline_cure: str, rights_cure: str = "") -> Iterator[None]:
-    """Turn the hub's refusals into what the user can do about them. `what`: the setting, as in MODEL=OWNER/NAME."""
+def hub_errors_explained(what: str, **cures: str | bool) -> Iterator[None]:
+    """Turn the hub's refusals into what the user can do about them: configs/pages/hub.txt, which says what is asked for here."""
     import requests
     from huggingface_hub import constants
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    page = f"{constants.ENDPOINT}/{what.partition('=')[2]}"
     try:
         yield
-    except GatedRepoError as error:
-        how = LOGIN_CURE if error.response.status_code == 401 else (
-            "That is done by the account whose token this is; some authors then grant access by hand. A fine-grained token "
-            "also needs read access to public gated repositories.")
-        raise UsageError(f"{what} is gated: its licence must be accepted at {page} first. {how}") from error
-    except LocalEntryNotFoundError as error:
-        raise UsageError(f"the hub could not be reached for {what}. {again} {offline_cure}") from error
-    except RepositoryNotFoundError as error:
-        raise UsageError(f"{what} is not at {page}, or it is private and your token may not read it. "
-                         f"Check the spelling. For a private model: {LOGIN_CURE}") from error
-    except requests.exceptions.HTTPError as error:
-        status, said = error.response.status_code, getattr(error, "server_message", None) or ""
-        if status == 401:
-            raise UsageError(f"the hub does not accept your token (401): mistyped or expired. {LOGIN_CURE} "
-                             f"Tokens are made at {constants.ENDPOINT}/settings/tokens .") from error
-        # 409, 412: another commit came in between.
-        if status in (403, 409, 412, 429) or status >= 500:
-            seconds = error.response.headers.get("Retry-After")
-            wait = f"The hub wants a pause first: Retry-After {seconds} (seconds, or a time). " if seconds else ""
-            raise UsageError(f"the hub refused a request for {what} ({status} {said}). "
-                             f"{status == 403 and rights_cure or wait + again}") from error
-        raise
     except (ConnectionError, requests.exceptions.RequestException) as error:
-        raise UsageError(f"no connection to {constants.ENDPOINT} for {what}, or it broke ({type(error).__name__}). "
-                         f"{again} {offline_cure}") from error
+        kinds = [kind.__name__ for kind in type(error).__mro__]
+        if said := page("hub.txt", what=what, error=error, kinds=kinds, hub=constants.ENDPOINT, login=LOGIN_CURE, **cures):
+            raise UsageError(said) from error
+        raise
 
 
 def wanted_files(names: list[str]) -> list[str]:
@@ -202,10 +179,7 @@ def ask_hub(name: str):
 
 
 def fetch(name: str, info, folder: Path) -> None:
-    """Fetch a model of which the hub has said `info` into a folder that may hold part of it already.
-
-    A UsageError: the hub cannot be reached, the disk is too small, or it is no chat model.
-    """
+    """Fetch a model of which the hub has said `info` into a folder that may hold part of it. A UsageError if that cannot be."""
     from huggingface_hub import snapshot_download
 
     sizes = {file.rfilename: file.size or 0 for file in info.siblings}
@@ -250,7 +224,6 @@ def make(name: str, folder: Path, texts: Path) -> str:
     """Make the model's folder unless it is there; return what there is to say about it."""
     if finished := already_there(name, folder):
         return finished
-    check_source(name, texts, os.environ)
     made_here = name in ("tiny", "smollm2") or name.startswith(RANDOM)
     # What the hub refuses leaves nothing behind.
     info = None if made_here else ask_hub(name)
@@ -274,11 +247,6 @@ def make(name: str, folder: Path, texts: Path) -> str:
                 make_random(name.removeprefix(RANDOM), partial)
             (partial / SOURCE_FILE).write_text(json.dumps({"source": name}))
         refuse(model_folder.check_model_folder(partial, f"Remove {partial} and run `make model` again."))
-        # The door's files that wait there move in first; the lock goes last.
-        if folder.exists():
-            for file in list(folder.iterdir()):
-                os.replace(file, partial / file.name)
-            folder.rmdir()
         os.rename(partial, folder)
         (folder / LOCK).unlink()
     return f"{name}: {model_folder.parameter_count(folder):,} parameters in {folder}"
@@ -287,7 +255,7 @@ def make(name: str, folder: Path, texts: Path) -> str:
 def main() -> None:
     """What the stage runs: MODEL, the folder where it will be, and the data from which tiny's tokenizer is made."""
     name, folder, *texts = sys.argv[1:]
-    with hub_errors_explained(f"MODEL={name}", AGAIN, OFFLINE_CURE):
+    with hub_errors_explained(f"MODEL={name}", again=AGAIN, offline=OFFLINE_CURE, asks_rights=False):
         print(make(name, Path(folder), Path(*texts)))
 
 

@@ -1,21 +1,23 @@
-"""The stage table: what there is, in the order of the chain, and what each hands to the door."""
+"""The stage table, configs/stages.yaml, and what each stage hands to the door."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
+import yaml
+
 from bridge.plan import Plan
-from bridge.settings import Settings
+from bridge.settings import CONFIGS, Settings
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One row of the table."""
+    """One row of the table, which says what they are."""
 
-    name: str  # the word of the domain: in make, the module, the configuration, the folder, the wandb run
+    name: str
     help: str
-    needs: tuple[str, ...] = ()  # settings without which it cannot start (all missing ones are named at once)
-    trains: bool = False  # whether it takes Hydra overrides and is run by verl
+    needs: Sequence[str] = ()
+    trains: bool = False
 
     def plan(self, settings: Settings, env: Mapping[str, str], overrides: list[str], dry_run: bool) -> Plan:
         """Check everything that can be checked cheaply and say what to run."""
@@ -24,13 +26,5 @@ class Stage:
         return import_module(f"bridge.stages.{self.name}").plan(settings, env)
 
 
-STAGES = {stage.name: stage for stage in (
-    Stage("data", "GSM8K as parquet files (DATA_SOURCE=)"),
-    Stage("model", "the base model (MODEL=)"),
-    Stage("sft", "supervised fine-tuning with verl", trains=True),
-    Stage("ppo", "PPO with verl (INIT=base|sft)", trains=True),
-    Stage("merge", "checkpoint -> Hugging Face model, verified (STAGE=sft|ppo)"),
-    Stage("eval", "accuracy on GSM8K of the base, SFT and PPO model (LIMIT=, STAGE=)"),
-    Stage("upload", "merged model -> HF_REPO, private unless PUBLIC=1", needs=("HF_REPO",)),
-)}
-
+TABLE: dict[str, dict] = yaml.safe_load((CONFIGS / "stages.yaml").read_text(encoding="utf-8"))
+STAGES = {name: Stage(name, **row) for name, row in TABLE.items()}

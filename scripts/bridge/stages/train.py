@@ -14,12 +14,12 @@ from bridge import hardware, model_folder
 from bridge.compose import compose, compose_checked, flatten, quote
 from bridge.environment import lock_problems
 from bridge.errors import UsageError, refuse
+from bridge.pages import page
 from bridge.plan import Plan
 from bridge.runs import checkpoints, record, tracking
 from bridge.settings import CONFIGS, Settings, is_local
 from bridge.stages import data, model, ppo, reward, sft
 
-# What is particular to each.
 TRAINERS = {"sft": sft, "ppo": ppo}
 # Keys that only the door sets, and the setting that does.
 OWNED: dict[str, str] = yaml.safe_load((CONFIGS / "owned.yaml").read_text(encoding="utf-8"))
@@ -89,9 +89,7 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
     problems += whole_run_problems(stage, config) + trainer.setting_problems(config, overrides)
     rows = data_problems(config, trainer.columns(config), problems)
     name_problem = None if from_sft else model.name_problem(settings.model)
-    cure = ("INIT=sft starts from the merged result of the sft stage: run `make sft` and `make merge STAGE=sft` first, or use "
-            "INIT=base." if from_sft else "MODEL= has to name a folder with a whole Hugging Face model."
-            if is_local(settings.model) else f"Run `make model` first (MODEL={settings.model}).")
+    cure = page("first_model.txt", from_sft=from_sft, name=settings.model, local=is_local(settings.model))
     model_problems = [name_problem] if name_problem else model_folder.check_model_folder(model_dir, cure) or (
         [] if from_sft else model.source_problems(settings.model, model_dir))
     problems += model_problems
@@ -102,9 +100,7 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
         problems += [] if model_problems else trainer.model_problems(config, model_dir, visible)
     if faults := trainer.divisibility(config, world, heads):
         possible = [n for n in range(1, 65) if not trainer.divisibility(config, n * nodes, heads)]
-        problems += [f"GPUS={gpus}{f' NODES={nodes}' * (nodes > 1)}: {fault}." for fault in faults]
-        problems.append(f"Possible with these settings: GPUS={', '.join(map(str, possible))}." if possible else
-                        "No number of GPUs goes with these settings: change TP=, or the batch sizes.")
+        problems += page("not_divisible.txt", gpus=gpus, nodes=nodes, faults=faults, possible=possible).split("\n")
     if rows and settings.profile not in ON_CPU and data.recorded_source(settings.data_dir) == "builtin":
         notes.append(f"warning: {settings.data_dir} holds made-up problems, not GSM8K. Move it away, then `make data "
                      "DATA_SOURCE=hub`")
@@ -155,10 +151,7 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
             notes.append(f"warning: {few}")
         notes += [f"warning: {problem}" for problem in (*hardware.driver_problems(hardware.driver_version()),
                                                         *hardware.infiniband()[1], *lock_problems(settings.work_dir))]
-    device = "ranks on CPU" if on_cpu else "GPUs"
-    device += f" on each of {nodes} nodes" * (nodes > 1)
-    notes.insert(0, f"{called}: {gpus} {device}, profile {settings.profile}, run {settings.run}, "
-                    f"{'the SFT model of this run' if from_sft else f'model {model_dir.name}'}")
+    notes.insert(0, page("training.txt", called=called, gpus=gpus, on_cpu=on_cpu, settings=settings, from_sft=from_sft))
     arguments = ["--config-dir", str(CONFIGS), "--config-name", stage, *own, *resume, *overrides]
     command = trainer.command(gpus, [*(["bridge.trainers.on_cpu"] if on_cpu else []), *trainer.modules(config)], arguments, nodes)
     return Plan(**{**vars(made), "command": command, "resume_step": resume_step})
@@ -171,20 +164,12 @@ def choose_hardware(settings: Settings, env: Mapping[str, str], notes: list[str]
     if not gpus and settings.profile in ON_CPU:
         notes.append(f"no GPU visible: on {hardware.cpu_count()} CPU cores, over gloo")
         return settings.gpus or 2, True
-    problem = None
-    if not gpus:
-        problem = (f"no GPU visible (profile {settings.profile} needs one). With Apptainer pass --nv; on Slurm ask for "
-                   "--gpus-per-node; on CPU use PROFILE=rehearsal.")
-    elif settings.gpus and settings.gpus > len(gpus):
-        visible = env.get("CUDA_VISIBLE_DEVICES")
-        problem = (f"GPUS={settings.gpus}, but {len(gpus)} visible"
-                   + (f" (CUDA_VISIBLE_DEVICES={visible})." if visible else ".") + f" Use GPUS={len(gpus)} or less.")
+    if len(gpus) < (settings.gpus or 1):
+        found = [page("too_few_gpus.txt", settings=settings, gpus=gpus, visible=env.get("CUDA_VISIBLE_DEVICES"))]
     else:
-        problem = next(iter(busy_problems(settings, gpus[:settings.gpus])), None)
-    if problem and not dry_run:
-        problems.append(problem)
-    elif problem:
-        notes.append(f"warning: {problem}")
+        found = busy_problems(settings, gpus[:settings.gpus])
+    problems += [] if dry_run else found
+    notes += [f"warning: {problem}" for problem in found if dry_run]
     return settings.gpus or len(gpus) or None, False
 
 
@@ -268,12 +253,9 @@ def step_problems(config: Mapping[str, Any], rows: int) -> list[str]:
     asked, epochs = config["trainer"]["total_training_steps"], config["trainer"]["total_epochs"]
     batch = config["data"]["train_batch_size"]
     in_one = rows // batch
-    if not in_one:
-        return [f"{rows} training rows are less than one batch of {batch}. Use more data, or a smaller data.train_batch_size."]
-    if asked is None or asked <= in_one * epochs:
+    if in_one and (asked is None or asked <= in_one * epochs):
         return []
-    return [f"trainer.total_training_steps={asked} is more than the {in_one * epochs} steps of trainer.total_epochs={epochs}: "
-            f"verl would end there without the last checkpoint. Use trainer.total_epochs={-(-asked // in_one)}, or fewer steps."]
+    return [page("too_few_rows.txt", rows=rows, batch=batch, in_one=in_one, asked=asked, epochs=epochs)]
 
 
 def data_files(config: Mapping[str, Any], key: str) -> list[Path]:
@@ -283,10 +265,7 @@ def data_files(config: Mapping[str, Any], key: str) -> list[Path]:
 
 
 def data_problems(config: Mapping[str, Any], columns: list[str], problems: list[str]) -> tuple[int, int] | None:
-    """Check that the parquet files are there with these columns ("a.b": a field of a struct).
-
-    Returns (training rows, validation rows), None if something is wrong (appended to problems).
-    """
+    """Training and validation rows; None where a file or a column ("a.b": a field of a struct) is missing, said in problems."""
     counts = dict.fromkeys(DATA_KEYS, 0)
     before = len(problems)
     for key in DATA_KEYS:
@@ -338,8 +317,7 @@ def check_continuation(stage: str, settings: Settings, planned: Plan,
                        overrides: Sequence[str]) -> tuple[checkpoints.Checkpoint | None, str | None]:
     """Compare with what the run folder holds. Reads only.
 
-    Returns the checkpoint to continue from (None: a fresh start), and why nothing is left to do (None if something is). A
-    UsageError: the folder holds another configuration's run, or checkpoints of which none can be continued from.
+    Returns the checkpoint to continue from (None: a fresh start), and why nothing is left to do (None if something is).
     """
     recorded, folder = record.read(planned.record_dir), planned.checkpoints
     found = checkpoints.list_checkpoints(folder, planned.saved)
@@ -356,15 +334,8 @@ def check_continuation(stage: str, settings: Settings, planned: Plan,
     if not found and not done:
         # Nothing to continue: a run that failed before its first checkpoint may be started with other settings.
         return None, None
-    # With the setting that a key follows from.
-    lines = [f"{line} ({OWNED[key]})" if (key := line.partition(":")[0]) in OWNED else line
-             for line in record.difference(recorded, planned)]
-    if lines:
-        shown = lines[:12] + ([f"... and {len(lines) - 12} more"] if len(lines) > 12 else [])
-        raise UsageError(
-            f"run {settings.run!r} in {planned.record_dir} was made with other settings, so it is neither continued nor "
-            "overwritten. Use RUN=NAME for a new run, or the settings it had. Different (recorded -> now):\n  "
-            + "\n  ".join(shown))
+    if lines := record.difference(recorded, planned):
+        raise UsageError(page("other_settings.txt", run=settings.run, folder=planned.record_dir, lines=lines, owned=OWNED))
     if done:
         where = f"newest checkpoint: {newest.path}" if newest else "it was to save no checkpoint"
         return newest, f"{stage} of run {settings.run!r} is finished ({where}). Nothing to do; RUN=NAME starts another."
@@ -373,10 +344,8 @@ def check_continuation(stage: str, settings: Settings, planned: Plan,
             folder, [f"{checkpoint.path.name}: {'; '.join(checkpoint.faults[:3])}" for checkpoint in found]))
     lost = checkpoints.not_continued(stage, planned.saved)
     if lost and not any("load_contents" in text for text in overrides):
-        wanted = " ".join(f"{key}=[{','.join(planned.saved[part])}]" for part, key in checkpoints.LOAD_CONTENTS[stage].items()
-                          if part in planned.saved)
-        raise UsageError(f"{newest.path} does not hold all that continuing needs: verl would begin anew with {', '.join(lost)}, "
-                         f"without a word. Merge it as it is, start another run (RUN=NAME), or ask for just that: {wanted}")
+        raise UsageError(page("begun_anew.txt", path=newest.path, lost=lost, saved=planned.saved,
+                              keys=checkpoints.LOAD_CONTENTS[stage]))
     return newest, None
 
 
@@ -391,9 +360,7 @@ def check_disk(stage: str, settings: Settings, planned: Plan, parameters: int, n
     used = sum(checkpoints.size(path) for _, path in checkpoints.step_folders(folder))
     existing = next(place for place in (folder, *folder.parents) if place.is_dir())
     needed, free = max(0, most * one - used), shutil.disk_usage(existing).free
-    kept = "all (KEEP=all: more with every save)" if settings.keep is None else settings.keep
-    notes.append(f"checkpoints: {one / 1e9:.3g} GB each, kept: {kept}; needs {needed / 1e9:.3g} GB, "
-                 f"{free / 1e9:.3g} GB free in {settings.work_dir}")
+    notes.append(page("disk.txt", one=one, keep=settings.keep, needed=needed, free=free, work_dir=settings.work_dir))
     if needed > free:
         raise UsageError(f"too little disk in {settings.work_dir}: {most} checkpoints of {one / 1e9:.3g} GB need "
                          f"{needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free. Make room, or put WORK_DIR elsewhere.")

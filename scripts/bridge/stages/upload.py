@@ -19,8 +19,6 @@ from bridge.stages.model import LOGIN_CURE, hub_errors_explained, is_offline
 
 AGAIN = "Run `make upload` again: files that are there already are not sent twice."
 OFFLINE_CURE = "It needs internet, which a login node has, for instance."
-RIGHTS_CURE = ("Your token may not write there. Use a token with write access (the hub makes one under Settings, Access Tokens), "
-               "and an OWNER that is you or an organisation in which you may write.")
 # Weights of an earlier upload that was cut into other files: transformers would find both.
 STALE = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin",
          "pytorch_model.bin.index.json"]
@@ -68,10 +66,7 @@ def folder_problems(folder: Path, stage: str) -> list[str]:
 
 
 def check_rights(repo: str, public: bool, folder: Path) -> None:
-    """Ask the hub before anything large is sent: whose token, whether it may write there, and who can see it.
-
-    What must not be is a UsageError with the cure.
-    """
+    """Ask the hub before anything large is sent: whose token, whether it may write there, and who can see it."""
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -150,10 +145,10 @@ def main() -> None:
     folder, repo, *public = sys.argv[1:]
     folder = Path(folder)
     refuse(folder_problems(folder, folder.parent.name) or card.term_problems(folder, repo))
-    with hub_errors_explained(f"HF_REPO={repo}", AGAIN, OFFLINE_CURE, RIGHTS_CURE):
+    with hub_errors_explained(f"HF_REPO={repo}", again=AGAIN, offline=OFFLINE_CURE, asks_rights=True):
         check_rights(repo, bool(public), folder)
     # From here on 403 is of a file's link that has expired, for instance.
-    with hub_errors_explained(f"HF_REPO={repo}", AGAIN, OFFLINE_CURE):
+    with hub_errors_explained(f"HF_REPO={repo}", again=AGAIN, offline=OFFLINE_CURE, asks_rights=False):
         address, commit = upload(folder, repo)
     print(f"{address} (commit {commit})")
 

@@ -4,6 +4,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from bridge.errors import read_json
 from bridge.model_folder import check_space
 from bridge.settings import CONFIGS
@@ -81,16 +83,10 @@ def make_tiny(folder: Path, texts: Path) -> None:
                                   initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
     bpe.train_from_iterator((text for row in rows for text in (row["prompt"][-1]["content"], row["extra_info"]["answer"])),
                             trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token=pad, bos_token=bos, eos_token=eos, model_max_length=2048,
-        clean_up_tokenization_spaces=False,
-        chat_template="{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + "
-                      "'<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-    # head_dim 32 is the smallest that vLLM's attention kernels take.
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=2048,
-                         tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id,
-                         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    tiny = yaml.safe_load((CONFIGS / "tiny.yaml").read_text(encoding="utf-8"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=pad, bos_token=bos, eos_token=eos, **tiny["tokenizer"])
+    ends = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    config = LlamaConfig(vocab_size=len(tokenizer), **ends, **tiny["model"])
     torch.manual_seed(SEED)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
