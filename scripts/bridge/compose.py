@@ -1,8 +1,5 @@
-"""Compose verl's configuration with ours, as verl's trainer will, but without importing verl.
-
-verl's trainers find our file by `--config-dir configs --config-name STAGE`; here Hydra reads the same files, so that the
-result can be checked before anything starts.
-"""
+"""Compose verl's configuration with ours without importing verl, so that the result can be checked before anything starts.
+Hydra reads the same files as for verl's trainers, which find ours by `--config-dir configs --config-name STAGE`."""
 
 import importlib.util
 import os
@@ -40,9 +37,7 @@ def quote(value: str) -> str:
 
 def compose(name: str, overrides: list[str], env: Mapping[str, str], folder: Path = CONFIGS) -> dict[str, Any]:
     """Compose NAME.yaml of this folder over verl's tree, resolved.
-
-    overrides: in Hydra's grammar; the last one wins. env: what the interpolations need (WORK_DIR, BRIDGE_*).
-    """
+    overrides: in Hydra's grammar; the last one wins. env: what the interpolations need (WORK_DIR, BRIDGE_*)."""
     with patch.dict(os.environ, env), initialize_config_dir(str(folder), version_base=None):
         config = hydra_compose(name, overrides=[f"hydra.searchpath=[{quote(f'file://{verl_config_dir()}')}]", *overrides])
         return OmegaConf.to_container(config, resolve=True)
@@ -94,11 +89,9 @@ def value_problem(name: str, key: str, value: Any, default: Any) -> str | None:
 
 def compose_checked(name: str, own: list[str], user: list[str], env: Mapping[str, str],
                     owned: Mapping[str, str]) -> dict[str, Any]:
-    """Compose with the door's own overrides and then the user's, after checking the user's.
-
-    owned: keys that only the door sets -> the setting to use instead. A UsageError names every override that does not parse,
-    whose key does not exist or is owned, or that takes away a key, a number or a truth value which is read.
-    """
+    """Compose with the door's own overrides and then the user's. owned: keys that only the door sets -> the setting to use.
+    A UsageError names every override of the user that does not parse, whose key does not exist or is owned, or that takes away
+    a key, a number or a truth value which is read."""
     base = flatten(compose(name, own, env))
     nodes = {key.rsplit(".", i)[0] for key in base for i in range(key.count(".") + 1)}
     problems, keys = [], {}

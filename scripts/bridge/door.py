@@ -37,7 +37,6 @@ def main() -> int:
 
 
 def run(argv: list[str], env: Mapping[str, str]) -> int:
-    """Do what the command line says."""
     if not argv or argv[0] == "help" or {"-h", "--help"} & set(argv):
         print(page("usage.txt", stages=STAGES.values(), tools=TOOLS))
         return 0

@@ -51,9 +51,7 @@ def lock_problems(folder: Path) -> list[str]:
 
 def clean_environment(settings: Settings, env: Mapping[str, str]) -> dict[str, str]:
     """The environment for a stage: the user's, without what harms, with all caches below WORK_DIR.
-
-    Says everything that it changes and that a user might have meant. Also raises the limit of virtual memory.
-    """
+    Says what it changes that a user might have meant. Also raises the limit of virtual memory."""
     cleaned = dict(env)
     variables = yaml.safe_load((CONFIGS / "environment.yaml").read_text(encoding="utf-8"))
     for name, why in variables["unset"].items():

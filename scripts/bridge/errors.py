@@ -15,7 +15,6 @@ from typing import Any
 ROOM = "Make room there, or set WORK_DIR in .env to a folder on a disk with room."
 PERMISSION = "Get the permission, or use a folder of your own."
 SERVER = "The disk or its server failed: run the same command again, and tell the administrator if it stays so."
-# What to do about an error of the file system, by its number.
 CURES = {errno.ENOSPC: ROOM, errno.EDQUOT: ROOM, errno.EACCES: PERMISSION, errno.EROFS: PERMISSION,
          errno.EIO: SERVER, errno.ESTALE: SERVER}
 
@@ -81,11 +80,8 @@ class Tolerance:
 
 
 def exit_status(entry: Callable[[], int | None]) -> int:
-    """Run a program's entry; returns its exit status.
-
-    A UsageError and what the file system refuses become lines on stderr and status 2, Ctrl-C becomes 130. Anything else is
-    the program's own mistake and keeps its traceback.
-    """
+    """Run a program's entry; returns its exit status. A UsageError and what the file system refuses become lines on stderr and
+    status 2, Ctrl-C becomes 130. Anything else is the program's own mistake and keeps its traceback."""
     try:
         return entry() or 0
     except UsageError as error:
@@ -117,9 +113,7 @@ def naming(file: Path) -> Iterator[None]:
 @contextmanager
 def full_disk_explained(cure: Callable[[], str]) -> Iterator[None]:
     """Within this, a full disk is a UsageError with this cure.
-
-    The libraries in Rust keep the words of the system's error only, and tokenizers has no kind of error of its own.
-    """
+    The libraries in Rust keep the words of the system's error only, and tokenizers has no kind of error of its own."""
     try:
         yield
     except Exception as error:
@@ -138,7 +132,6 @@ def read_json(file: Path) -> Any:
 
 
 def sha256(file: Path) -> str:
-    """Hash of a file, read in pieces."""
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

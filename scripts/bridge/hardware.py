@@ -27,9 +27,7 @@ class Gpu:
 
 def visible_gpus(env: Mapping[str, str]) -> list[Gpu]:
     """GPUs that CUDA would see, in the order of the PCI bus: those of the driver that CUDA_VISIBLE_DEVICES names.
-
-    Like CUDA, reads the list up to its first name that is no GPU, and takes the first part of a GPU that is divided (MIG).
-    """
+    Like CUDA, reads the list up to its first name that is no GPU, and takes the first part of a GPU that is divided (MIG)."""
     if not driver_answers():
         return []
     found = {}
@@ -84,7 +82,6 @@ def select_gpus(found: Mapping[str, Gpu], visible: str | None) -> list[Gpu]:
 
 
 def driver_version() -> str | None:
-    """Version of the NVIDIA driver, None without one."""
     return pynvml.nvmlSystemGetDriverVersion() if driver_answers() else None
 
 

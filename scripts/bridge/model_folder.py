@@ -27,10 +27,8 @@ def longest_sequence(folder: Path) -> int | None:
 
 
 def check_model_folder(folder: Path, cure: str) -> list[str]:
-    """Return what is wrong with a Hugging Face model folder, each with the cure; nothing if it is whole.
-
-    Cheap: reads the small files and the headers of the weights, which also shows files that were cut off.
-    """
+    """What is wrong with a Hugging Face model folder, each with the cure; nothing if it is whole.
+    Cheap: reads the small files and the headers of the weights, which also shows files that were cut off."""
     if not folder.is_dir():
         return [f"{folder} does not exist. {cure}"]
     if list(folder.glob("model_world_size_*.pt")):
@@ -104,9 +102,7 @@ def template_files(folder: Path) -> list[Path]:
 
 def weight_files(folder: Path) -> list[Path]:
     """The files of weights that transformers would load, there or not; safetensors before .bin.
-
-    An index that is not of the known form is a ValueError.
-    """
+    An index that is not of the known form is a ValueError."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():
@@ -133,10 +129,8 @@ def tensor_shapes(file: Path) -> dict[str, list[int]]:
 
 
 def parameter_count(folder: Path) -> int:
-    """Number of parameters of a whole model folder; embeddings that are tied count once, even if they are stored twice.
-
-    .bin files have no header: their size and the configuration's dtype tell.
-    """
+    """Parameters of a whole model folder; embeddings that are tied count once, even if they are stored twice.
+    .bin files have no header: their size and the configuration's dtype tell."""
     config = read_json(folder / "config.json")
     shapes, count = {}, 0
     for file in weight_files(folder):

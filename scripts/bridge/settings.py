@@ -1,8 +1,5 @@
-"""Every setting a person may give: read from the environment once, checked all at once.
-
-The explanation of each name is in .env.example. `.env` itself is read on the host (scripts/host/container.sh):
-here there is only the environment.
-"""
+"""Every setting a person may give: read from the environment once, checked all at once. .env.example explains each name.
+`.env` itself is read on the host (scripts/host/container.sh)."""
 
 import os
 import re
@@ -76,15 +73,12 @@ class Settings:
 
     @property
     def run_dir(self) -> Path:
-        """Folder of this run, with one folder a stage."""
         return self.work_dir / "runs" / self.run
 
     def stage_dir(self, stage: str) -> Path:
-        """Folder of one stage of this run."""
         return self.run_dir / stage
 
     def merged_dir(self, stage: str) -> Path:
-        """Folder of the merged Hugging Face model of a stage."""
         return self.stage_dir(stage) / "merged"
 
 
@@ -119,9 +113,7 @@ def repository_problems(name: str, value: str) -> list[str]:
 
 def read(env: Mapping[str, str], several_runs: bool = False) -> Settings:
     """Read and check the settings; an empty value counts as not given. A UsageError names every mistake found.
-
-    several_runs: RUN= is a list by comma.
-    """
+    several_runs: RUN= is a list by comma."""
     problems: list[str] = []
 
     def given(name: str, default: str | None = None) -> str | None:

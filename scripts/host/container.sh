@@ -7,8 +7,7 @@ set -euo pipefail
 # shellcheck source=scripts/host/engine.sh
 source "$(dirname "${BASH_SOURCE[0]}")/engine.sh"
 [[ $# -gt 0 ]] || set -- --help
-# The rehearsal is small and the benchmark is the same for all, whatever .env says of the real run: only what this machine
-# needs is taken from there.
+# The rehearsal and the benchmark are the same for all: of .env they take only what this machine needs.
 machine='WORK_DIR|ENGINE|IMAGE|CUDA_VISIBLE_DEVICES|NCCL_.*|.*_(proxy|PROXY)|SSL_CERT_FILE|REQUESTS_CA_BUNDLE'
 if [[ $1 == rehearse || $1 == bench ]]; then read_settings "$machine"; else read_settings; fi
 resolve_paths
@@ -32,8 +31,7 @@ bind() { # PATH DESTINATION [ro]
 if [[ $ENGINE != none ]]; then
     if [[ ! -d $WORK_DIR ]]; then
         mkdir -- "$WORK_DIR"
-        # A command that is refused leaves nothing behind: what follows holds this open to its end, then the folder goes if it
-        # is empty.
+        # A refused command leaves nothing behind: what follows holds this open to its end, then an empty folder goes.
         # shellcheck disable=SC2034 # it only has to be open
         exec {made}> >(trap '' HUP INT TERM; read -r || rmdir -- "$WORK_DIR" 2> /dev/null)
     fi

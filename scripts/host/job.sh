@@ -26,8 +26,7 @@ stage_pid='' ending=''
 if [[ $stage == sft || $stage == ppo ]]; then
     # One that was left over is for no run; and one may be made before the stage has made its folder.
     mkdir -p -- "${request%/*}" && rm -f -- "$request"
-    # Slurm tells the steps of a job that it is preempted, not its script: so there is a small one, until its input ends. What
-    # the job asked for is in its environment, and would be the step's, too.
+    # Slurm tells a job's steps of a preemption, not its script: so there is a small step, without what the job asked for.
     # shellcheck disable=SC2016 # the step expands it
     exec {watch}> >(env -u SLURM_GPUS -u SLURM_GPUS_PER_NODE -u SLURM_CPUS_PER_GPU -u SLURM_MEM_PER_CPU -u SLURM_MEM_PER_GPU \
         srun --overlap --export=ALL --nodes=1 --ntasks=1 --cpus-per-task=1 --gres=none --mem=0 --immediate=60 --unbuffered \

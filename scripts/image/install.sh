@@ -10,8 +10,7 @@
 set -euo pipefail
 umask 022
 unset PYTHONPATH PYTHONHOME
-# Python cannot write its byte code at run time, since the image is read-only: it is compiled here. With hashes instead of
-# dates, so that two builds are the same to the byte.
+# Byte code is compiled here, since the image is read-only; with hashes instead of dates, so that two builds are the same.
 export PYTHONDONTWRITEBYTECODE=1 PYTHONNOUSERSITE=1 PYC_INVALIDATION_MODE=UNCHECKED_HASH
 site=/opt/venv/lib/python3.11/site-packages
 
@@ -108,8 +107,7 @@ dependencies)
     prove_dependencies
     ;;
 bridge)
-    # What was copied has the modes of a checkout, which may be closed to others. Not of /opt/venv, where all obeyed the umask
-    # above: whatever a step touches, its layer stores once more.
+    # A checkout may be closed to others. Not /opt/venv, which obeyed the umask: what is touched, this layer stores again.
     chmod -R u=rwX,go=rX /opt/bridge
     find /opt/bridge -name __pycache__ -prune -exec rm -rf {} +
     # Editable, so that it finds configs/ and the lock beside it. Debian's venv module brought this pip; the lock, setuptools.

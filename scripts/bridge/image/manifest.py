@@ -1,7 +1,5 @@
 """What an image was made of: written at the end of its build, read by `bridge check` and into run.json.
-
-    python -m bridge.image.manifest COMMIT BASE FLASH_ATTN_WHEEL > /opt/bridge/manifest.json
-"""
+    python -m bridge.image.manifest COMMIT BASE FLASH_ATTN_WHEEL > /opt/bridge/manifest.json"""
 
 import importlib.metadata
 import json
@@ -31,9 +29,7 @@ def packages() -> dict[str, str]:
 
 def make(commit: str, base: str, flash_attn_wheel: str) -> dict[str, Any]:
     """Recipe, lock and packages of the root file system that this runs in. Nothing of the day or the machine is in it.
-
-    base and flash_attn_wheel are NAME@sha256:... of what the lock does not pin.
-    """
+    base and flash_attn_wheel are NAME@sha256:... of what the lock does not pin."""
     debian = subprocess.run(["dpkg-query", "--show", "--showformat", "${Package} ${Version}\n"], check=True,
                             capture_output=True, text=True).stdout
     return {

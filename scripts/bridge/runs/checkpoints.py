@@ -1,16 +1,6 @@
-"""The one module that knows how verl 0.5.0 lays out its checkpoints, and what has to be there for what.
+"""The one module that knows how verl 0.5.0 lays out its checkpoints: docs/architecture.md has the layout, and its source.
 
-    checkpoints/latest_checkpointed_iteration.txt      the tracker: a step, written last (by PPO not atomically)
-    checkpoints/global_step_N/{.,actor,critic}/        SFT: the folder itself; PPO: actor, and critic where there is one
-        {model,optim,extra_state}_world_size_W_rank_R.pt   zip files, one of each a rank, of what the run saves
-        huggingface/                                   config and tokenizer; weights only if hf_model is saved
-        fsdp_config.json                               {"world_size": W}
-    checkpoints/global_step_N/data.pt                  state of the data loader, written last but for shards in the background
-    checkpoints/global_step_N/checksums.json           ours: size and checksum of each file, once all are there
-    checkpoints/global_step_N.set-aside                ours: was not whole when the run went on from an earlier step
-
-Source: verl/utils/checkpoint/fsdp_checkpoint_manager.py and the two trainers. An error of the file system (a stale handle, a
-disk that does not answer) is raised, never taken for a file that is missing or cut short.
+An error of the file system (a disk that does not answer) is raised, never taken for a file that is missing or cut short.
 """
 
 import hashlib
@@ -131,10 +121,7 @@ def is_whole(file: Path) -> bool:
 
 
 def is_value_model(folder: Path) -> bool:
-    """Whether shards are those of a critic. Its config.json names the class of the base model, so the weights' names tell.
-
-    They are in the pickle beside the tensors, which are not read.
-    """
+    """Whether shards are a critic's. Its config.json names the base model's class, so the pickled names of weights tell."""
     shard = next(folder.glob("model_world_size_*_rank_0.pt"))
     with zipfile.ZipFile(shard) as archive:
         names = archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl")))
@@ -202,10 +189,7 @@ def record_checksums(path: Path) -> None:
 
 
 def damage(path: Path, below: str = "") -> list[str]:
-    """Which files of a global_step_N folder (`below`: whose path in it begins so) are not what was saved; read whole.
-
-    Where no checksums were recorded (an older version, or the run ended before it came to that) that is said.
-    """
+    """Which files of a global_step_N folder (`below`: whose path in it begins so) are not what was saved; all are read."""
     record = path / CHECKSUMS
     if not record.is_file():
         say(f"{path.name} has no {CHECKSUMS}: whether its files are what was saved is not known")
@@ -311,9 +295,7 @@ def prune(folder: Path, wanted: Contents, keep: int | None) -> Iterator[Path]:
 
 
 class Housekeeping(Thread):
-    """While a run goes on: records the checksums of each new checkpoint, then prunes. Reading 30 GB takes seconds, so the
-    trainer's output is not kept waiting for it. What fails is said and tried again.
-    """
+    """Beside the trainer, as 30 GB take seconds: records new checkpoints' checksums, then prunes. Failures are tried again."""
 
     SECONDS = 5
 

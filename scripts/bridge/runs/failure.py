@@ -11,10 +11,7 @@ CARRIERS = ("RayTaskError", "ChildFailedError", "RayActorError", "ActorDiedError
 
 
 def reason(log: Path, start: int) -> str | None:
-    """What ended a program and where, from the first traceback in its log beginning at byte `start`; None if there is none.
-
-    The first, since what other ranks say follows from it.
-    """
+    """What ended a program and where, by the first traceback in its log from byte `start` on: the others follow from it."""
     place = None
     try:
         text = log.read_bytes()[start:].decode(errors="replace")

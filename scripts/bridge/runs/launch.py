@@ -27,13 +27,10 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 
 def run(command: list[str], env: Mapping[str, str], log: Path | None, metrics_file: metrics.Metrics | None,
         secrets: list[str], until: Callable[[], bool] = lambda: False, display: Display | None = None) -> int:
-    """Run a command to its end, with this whole environment; its output is appended to the log, and shown.
+    """Run a command to its end, with this whole environment; its output is appended to the log, and shown (or the display is).
 
-    display is shown instead, where there is one; metrics_file gets what verl's console lines say; secrets are replaced by ***
-    should the program print them. `until` is asked some times a second; once true, the child is sent SIGTERM, and that it ends
-    so is no failure.
-
-    Returns the exit status; 0 where `until` ended it, 128 + N if the child (or this program) was ended by signal N.
+    metrics_file gets what verl's console lines say; secrets are replaced by ***. `until` is asked some times a second: if true,
+    the child is sent SIGTERM. Returns the exit status: 0 where `until` ended it, 128 + N where signal N ended it or us.
     """
     # First, since an error here must not end a child that has begun.
     log_file = open(log or os.devnull, "ab", buffering=0)  # noqa: SIM115 - its closing may fail, too
@@ -92,8 +89,7 @@ def end_with_parent(number: int = signal.SIGTERM) -> None:
 
 def copy_output(child: subprocess.Popen, log_file, metrics_file, secrets, is_ending: Callable[[], bool],
                 display: Display | None) -> None:
-    """Copy the child's output to the log and the display (stdout where there is none) until it ends, line by line (a progress
-    bar's \\r ends a line too).
+    """Copy the child's output to log and display (else stdout) until it ends, line by line; a progress bar's \\r ends one too.
 
     A log or metrics that cannot be written (a quota) end no training: that is said, and tried again with the next line.
     """

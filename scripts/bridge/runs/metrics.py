@@ -1,7 +1,6 @@
-"""Read verl's console metrics and keep them as one JSON line a step.
+"""Read verl's console metrics and keep them as one JSON line a step, since verl's tracking has no file backend.
 
-verl's tracking has no file backend; its console backend prints `step:N - key:value - key:value` (verl/utils/logger),
-possibly behind a progress bar or Ray's prefix, and more than once a step (validation).
+Its console prints `step:N - key:value - ...` (verl/utils/logger), also behind Ray's prefix, and more than once a step.
 """
 
 import json

@@ -86,10 +86,7 @@ def duration(seconds: float) -> str:
 
 
 class Display:
-    """Shows a training: on a terminal one block that changes, elsewhere a line a step. What cannot be shown ends no training.
-
-    look: gives the record and the rows of its metrics as they are now.
-    """
+    """Shows a training as `look` gives it: one block on a terminal, else a line a step. What cannot be shown ends no run."""
 
     def __init__(self, stage: str, stage_dir: Path, look: Callable[[], tuple[Mapping[str, Any], Sequence[Mapping[str, float]]]]):
         self.stage, self.stage_dir, self.look = stage, stage_dir, look

@@ -27,8 +27,7 @@ from bridge.plan import Plan
 from bridge.runs import checkpoints
 from bridge.settings import CONFIGS, ROOT, SECRETS
 
-# Keys that may differ when a run is continued: where from, what it is called, and housekeeping. With them what depends on
-# the machine: all that configs/memory/ sets.
+# Keys that may differ when a run is continued (where from, its name, housekeeping), beside those that configs/memory/ sets.
 MAY_DIFFER = ("trainer.project_name", "trainer.experiment_name", "trainer.logger", "trainer.resume_mode",
               "trainer.resume_from_path", "trainer.default_hdfs_dir", "ray_init.num_cpus", "trainer.max_ckpt_to_keep",
               "trainer.validation_data_dir", "trainer.rollout_data_dir",
@@ -160,10 +159,7 @@ def moved(record: Mapping[str, Any], work_dir: Path | str) -> tuple[dict, dict]:
 
 
 def difference(record: Mapping[str, Any], plan: Plan) -> list[str]:
-    """What differs between a recorded run and the one planned, as "key: recorded -> planned" lines.
-
-    A WORK_DIR that was moved is no difference.
-    """
+    """What differs between a recorded run and the planned one: "key: recorded -> planned". A moved WORK_DIR is left out."""
     config, inputs = moved(record, plan.env["WORK_DIR"])
     # Last words of the keys that a preset sets: verl takes some of them over elsewhere.
     of_the_machine = {key.rpartition(".")[2] for file in CONFIGS.glob("memory/*/*.yaml")

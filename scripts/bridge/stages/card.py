@@ -1,7 +1,5 @@
 """The card of a published model (README.md, by configs/model_card.md), and what the licence of its base model asks.
-
-Both come from the records of the stages. Of a path of this machine a card has only the end.
-"""
+Both come from the records of the stages. Of a path of this machine a card has only the end."""
 
 import re
 import shlex

@@ -1,8 +1,5 @@
-"""[image] GSM8K, or data of one's own, as parquet files that verl reads: WORK_DIR/data/gsm8k/{train,test}.parquet.   bridge data
-
-The rows are those of verl 0.5.0's examples/data_preprocess/gsm8k.py, which its wheel does not hold. Where a reward of one's own
-judges the answers (REWARD=), questions and answers are taken as they are.
-"""
+"""[image] GSM8K, or one's own data, as parquet files for verl: WORK_DIR/data/gsm8k/{train,test}.parquet.   bridge data
+Rows are those of verl 0.5.0's examples/data_preprocess/gsm8k.py, which its wheel lacks; with REWARD= texts stay as they are."""
 
 import codecs
 import csv
@@ -116,10 +113,8 @@ def ground_truth(answer: str) -> str:
 
 
 def checked_row(row: object, question: str, answer: str, form: str) -> dict[str, str]:
-    """The question and the answer of a row, or of a line of JSON, by their keys; further keys are left out.
-
-    form: "number": the answer ends in `#### NUMBER`, or is a number; "text": whatever it is. A ValueError says what is wrong.
-    """
+    """The question and the answer of a row, or of a line of JSON, by their keys. A ValueError says what is wrong.
+    form: "number": the answer ends in `#### NUMBER`, or is a number; "text": whatever it is."""
     try:
         row = json.loads(row.decode()) if isinstance(row, bytes) else row
     except (ValueError, RecursionError) as error:
@@ -205,9 +200,8 @@ def from_hub(source: str) -> dict[str, Numbered]:
     name, config = (GSM8K, "main") if source == "hub" else HUB_NAME.fullmatch(source).groups()
     try:
         found = datasets.load_dataset(name, config)
-    # datasets 4.1.0: ConnectionError without a network or offline, FileNotFoundError where the hub (or a proxy in its
-    # place) answers with an error or has no such data set, requests' own for a refused token or a broken download,
-    # ValueError for a configuration that has to be named, or that there is not.
+    # datasets 4.1.0: ConnectionError without a network, FileNotFoundError where the hub (or a proxy) answers with an error,
+    # requests' own for a refused token or a broken download, ValueError for a configuration not named or not there.
     except (ConnectionError, FileNotFoundError, ValueError, requests.exceptions.RequestException) as error:
         said = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise UsageError(*page("no_data_set.txt", name=name, said=said).split("\n")) from error
@@ -285,11 +279,8 @@ def write(splits: dict[str, Rows], folder: Path, *form: str) -> dict[str, Path]:
 
 @cache
 def lengths(files: tuple[Path, ...], columns: tuple[str, ...], model_dir: Path, _digest: str) -> list[list[int]]:
-    """Tokens of the prompt, and of the answer with its end, of each row, as verl counts them: [[prompt ...], [answer ...]].
-
-    columns: of the prompt (a text, or a list of messages) and of the answer; "a.b" is field b of the struct a. _digest: of the
-    files, which may have been made anew.
-    """
+    """Tokens of each row's prompt and of its answer with its end, as verl counts them: [[prompt ...], [answer ...]].
+    columns: of prompt (a text, or messages) and answer; "a.b": field b of struct a. _digest: of the files, which may change."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_dir)

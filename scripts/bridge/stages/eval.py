@@ -1,8 +1,6 @@
 """The eval stage: accuracy on GSM8K's test problems of the base, the SFT and the PPO model, with greedy answers.   bridge eval
-
-The prompt, its tokens and the score are made by verl's own code, as PPO's validation makes them. vLLM answers on a GPU,
-transformers on a CPU. Beside the score (the answer must stand behind "####") the last number of an answer is looked at.
-"""
+verl's own code makes prompts and scores, as in PPO's validation. vLLM answers on a GPU, transformers on a CPU.
+Beside the score (the answer must stand behind "####") the last number of an answer is looked at."""
 
 import json
 import re
@@ -89,9 +87,7 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
 
 def chosen_models(settings: Settings, problems: list[str]) -> tuple[dict[str, Path], list[str]]:
     """The models to evaluate by name, and what to say about those that are not there.
-
-    STAGE= or CKPT= picks one, which then has to be there; else it is those there are of base, sft and ppo.
-    """
+    STAGE= or CKPT= picks one, which then has to be there; else it is those there are of base, sft and ppo."""
     if settings.ckpt and settings.stage not in (None, "ckpt"):
         raise UsageError("CKPT= names a checkpoint by its folder, STAGE= a result of this run. Give one or the other.")
     stage = "ckpt" if settings.ckpt else settings.stage
@@ -203,10 +199,8 @@ def interval(scores: Sequence[float]) -> tuple[float, float]:
 
 
 def evaluate(name: str, folder: Path, data: Path, rows: int, limits: Mapping[str, Any], generate: Callable) -> list[dict]:
-    """Ask one model the first so many problems; returns a row for each answer. generate: of GENERATORS.
-
-    limits: max_prompt_length, max_response_length (tokens) and truncation, in verl's words; reward: file, function, arguments.
-    """
+    """A row for each answer of a model to the first so many problems. generate: of GENERATORS. limits: max_prompt_length,
+    max_response_length (tokens) and truncation, in verl's words; reward: file, function, arguments."""
     from omegaconf import OmegaConf
     from verl.utils import hf_tokenizer
     from verl.utils.dataset.rl_dataset import RLHFDataset

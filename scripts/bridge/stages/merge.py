@@ -1,10 +1,6 @@
-"""The merge stage: the shards of a checkpoint become one Hugging Face model, which is then tried out.
-
+"""The merge stage: verl.model_merger joins a checkpoint's shards into a Hugging Face model, which is completed and tried out.
     python -m bridge.stages.merge [BASE_MODEL_FOLDER] CHECKPOINT_FOLDER OUTPUT_FOLDER
-
-verl's own merger joins the shards (verl.model_merger); what it leaves undone is done and verified here. A training that changed
-no weight is not merged: what verl's merger makes of LoRA's shards is the base model.
-"""
+A training that changed no weight is not merged: what verl's merger makes of LoRA's shards is the base model."""
 
 import os
 import shutil
@@ -153,10 +149,7 @@ def room_in(folder: Path) -> str:
 
 def equal_to_base(shards: Path, base: Path) -> bool | None:
     """Whether every weight of the base model is the same in the shards; None if the base is gone or no name is in both.
-
-    In the precision of the shards: in the merged bf16 a learning rate of 1e-6 changes too little to be seen. Ends with the first
-    weight that differs, mostly the first of all.
-    """
+    In the precision of the shards: in the merged bf16 a learning rate of 1e-6 changes too little to be seen."""
     import torch
     from safetensors import safe_open
     from torch.distributed.tensor import DTensor

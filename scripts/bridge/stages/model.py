@@ -1,9 +1,6 @@
-"""[image] The base model as a Hugging Face folder: from the hub, a local folder, a package, or made up.   bridge model
-
-MODEL=meta-llama/Llama-3.2-1B-Instruct is fetched from the hub (only what is needed of it, whole or not at all), MODEL=/folder
-is checked and used as it is, MODEL=smollm2 is a real small model without a hub, MODEL=tiny a random one for rehearsals,
-MODEL=random:llama-3.2-1b random weights of a real model's shape for measuring speed.
-"""
+"""[image] The base model as a Hugging Face folder: fetched whole from the hub, or a local one.   bridge model
+MODEL=/folder is used as it is, smollm2 is a real small model without a hub, tiny a random one for rehearsals,
+random:llama-3.2-1b random weights of a real model's shape for measuring speed."""
 
 import json
 import os
@@ -193,8 +190,7 @@ def fetch(name: str, info, folder: Path) -> None:
     (folder / SOURCE_FILE).write_text(json.dumps(source))
     model_folder.check_space(folder, sum(sizes[file] for file in wanted))
     for files in ([file for file in wanted if file not in weights], weights):
-        # Weights last: a model without a chat template is refused within seconds. By commit, so that an upload to
-        # the hub in between cannot mix two versions.
+        # Weights last: a model without a chat template is refused within seconds. By commit: uploads cannot mix versions.
         snapshot_download(name, revision=info.sha, local_dir=folder, allow_patterns=files)
         # Where the hub cannot be reached snapshot_download only warns and returns what is there.
         if missing := [file for file in files if not (folder / file).is_file()]:

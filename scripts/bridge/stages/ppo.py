@@ -43,9 +43,7 @@ def folder_problems(folder: str) -> list[str]:
 
 def cpus(config: Mapping[str, Any], gpus: int, cores: int) -> int:
     """What Ray is told of the cores: those that there are, but as many as verl reserves, or it would wait for ever.
-
-    One for each GPU's worker, one for the trainer, one for rewards that are computed beside it.
-    """
+    One for each GPU's worker, one for the trainer, one for rewards that are computed beside it."""
     return max(cores, gpus + 1 + bool(config["reward_model"]["launch_reward_fn_async"]))
 
 

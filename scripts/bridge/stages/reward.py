@@ -1,8 +1,5 @@
-"""[image] A reward of one's own, REWARD=FILE.py:FUNCTION (verl's custom_reward_function): loaded, and tried before PPO.
-
-FUNCTION(data_source, solution_str, ground_truth, extra_info) returns a number, or a dict of which "score" is one; an example
-is in docs/own_data.md.
-"""
+"""[image] A reward of one's own, REWARD=FILE.py:FUNCTION (verl's custom_reward_function): tried before PPO (docs/own_data.md).
+FUNCTION(data_source, solution_str, ground_truth, extra_info) returns a number, or a dict of which "score" is one."""
 
 import json
 import math
@@ -28,9 +25,7 @@ ROWS, PATIENCE = 10, 60
 @cache
 def tried(file: Path, name: str, digest: str, options: str, data: Path) -> str:
     """Try the function in a process of its own, and return what there is to say of it. A UsageError if it does not do.
-
-    A file of another digest is tried anew; options: further arguments of the function (verl's reward_kwargs), as JSON.
-    """
+    A file of another digest is tried anew; options: further arguments of the function (verl's reward_kwargs), as JSON."""
     command = [sys.executable, "-m", "bridge.stages.reward", str(file), name, options, str(data)]
     try:
         result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=PATIENCE)
@@ -85,7 +80,6 @@ def main() -> None:
         for number, row in enumerate(rows, 1):
             try:
                 values.append(score(function, row, "" if kind == "empty ones" else row["extra_info"]["answer"], **options))
-            # As above.
             except Exception as error:
                 where = f"row {number} of {data}, {kind}"
                 raise UsageError(f"REWARD={file}:{name} fails ({where}): {brief(error, file)}") from error

@@ -217,9 +217,7 @@ def limit_gpus(gpus: int, env: Mapping[str, str], own_env: dict[str, str], notes
 
 def interface_problems(env: Mapping[str, str], folder: Path = Path("/sys/class/net")) -> list[str]:
     """NCCL_SOCKET_IFNAME that matches no card of this machine: NCCL would stop minutes later (nccl#1837).
-
-    NCCL's grammar: names or beginnings of names, by comma; "=" before them asks for the whole name, "^" excludes.
-    """
+    Its grammar: names or beginnings of names, by comma; "=" before them asks for the whole name, "^" excludes."""
     wanted = env.get("NCCL_SOCKET_IFNAME", "")
     cards = sorted(card.name for card in folder.iterdir()) if folder.is_dir() else []
     exact, names = wanted.startswith("="), wanted.lstrip("=").split(",")
@@ -315,10 +313,8 @@ def model_fingerprint(folder: Path) -> dict[str, Any]:
 
 def check_continuation(stage: str, settings: Settings, planned: Plan,
                        overrides: Sequence[str]) -> tuple[checkpoints.Checkpoint | None, str | None]:
-    """Compare with what the run folder holds. Reads only.
-
-    Returns the checkpoint to continue from (None: a fresh start), and why nothing is left to do (None if something is).
-    """
+    """Compare with what the run folder holds, and change nothing there.
+    Returns the checkpoint to continue from (None: a fresh start), and why nothing is left to do (None if something is)."""
     recorded, folder = record.read(planned.record_dir), planned.checkpoints
     found = checkpoints.list_checkpoints(folder, planned.saved)
     newest = next((checkpoint for checkpoint in reversed(found) if checkpoint.complete), None)
@@ -328,8 +324,7 @@ def check_continuation(stage: str, settings: Settings, planned: Plan,
                              "with. Give this run another name (RUN=NAME), or move them away.")
         return None, None
     reached = newest.step if newest else 0
-    # A run that was ended between its last save and its end is finished too: verl would train and save one step more.
-    # One whose last checkpoint was damaged or removed since is not.
+    # A run ended after its last save is finished too (verl would do one step more), unless that checkpoint was lost since.
     done = reached >= planned.steps or (recorded["status"] == "finished" and reached >= recorded["last_step"])
     if not found and not done:
         # Nothing to continue: a run that failed before its first checkpoint may be started with other settings.

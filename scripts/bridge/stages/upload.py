@@ -1,7 +1,5 @@
 """[image] The merged model of a stage -> HF_REPO on the hub, private unless PUBLIC=1.   bridge upload
-
-The token comes from HF_TOKEN or an existing login; it is in no command line and in no output.
-"""
+The token comes from HF_TOKEN or an existing login; it is in no command line and in no output."""
 
 import os
 import sys
@@ -97,11 +95,8 @@ def check_rights(repo: str, public: bool, folder: Path) -> None:
 
 def upload(folder: Path, repo: str) -> tuple[str, str]:
     """Send what is missing, in one commit; return the repository's address and the commit.
-
-    upload_folder, not upload_large_folder: after an interruption both send only the large files that are not there yet
-    (the hub knows them by their sha256; Xet by pieces of them). But upload_large_folder commits in pieces, so that others
-    see half a model, retries a refusal for ever, and trusts notes that it keeps in our folder.
-    """
+    upload_large_folder would commit in pieces, so that others see half a model, retry a refusal for ever, and trust notes that
+    it keeps in our folder. After an interruption both send only the large files that are not there yet."""
     from huggingface_hub import HfApi
     from requests.exceptions import RequestException
 

@@ -37,10 +37,8 @@ def smollm2_gguf() -> Path:
 
 def smollm2_tokenizer(gguf: Path):
     """SmolLM2's tokenizer as the hub has it, from the fields of its GGUF.
-
-    transformers 4.51.3's own conversion gives eos <|im_start|> (that is bos), no pad token, a bos before every text, and
-    no splitting of digits: SFT would train on the wrong end of an answer, and PPO's answers would not end.
-    """
+    transformers 4.51.3's own conversion takes bos (<|im_start|>) for eos, has no pad, sets bos before every text and splits no
+    digits: SFT would train on the wrong end of an answer, and PPO's answers would not end."""
     from gguf import GGUFReader
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import GPT2TokenizerFast
@@ -111,10 +109,7 @@ def empty_model(shape: str, **changes: Any):
 
 def make_random(shape: str, folder: Path) -> None:
     """Random weights of a shape, the same every time, with SmolLM2's tokenizer: its vocabulary is smaller than the shape's.
-
-    The rest of the vocabulary has no text: decoding leaves it out. A random model ends an answer only by chance, with one
-    token of the whole vocabulary, so answers have the full length.
-    """
+    Decoding leaves out the rest, which has no text. An answer ends only by chance, so answers have the full length."""
     import torch
 
     tokenizer = smollm2_tokenizer(smollm2_gguf())

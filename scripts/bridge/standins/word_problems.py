@@ -36,11 +36,7 @@ def problem(words: Mapping[str, list], template: Mapping[str, Any], random: Rand
 
 
 def problems() -> dict[str, list[dict[str, str]]]:
-    """The rows of both splits, the same on every machine.
-
-    No question occurs twice, neither within a split nor across them. The templates take turns, so both splits hold
-    each of them.
-    """
+    """The rows of both splits, the same on every machine. No question occurs twice, and both splits hold each template."""
     random, rows = Random(SEED), {}
     words = yaml.safe_load((CONFIGS / "word_problems.yaml").read_text(encoding="utf-8"))
     while len(rows) < TEST_ROWS + TRAIN_ROWS:

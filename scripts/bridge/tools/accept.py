@@ -1,10 +1,7 @@
 """bridge accept: the acceptance test of a node, meant to take ten minutes on 8 GPUs: make accept GPUS=8
-
-The self-test, the bandwidth between the GPUs, four steps of SFT and of PPO that are stopped after the second, continued and
-merged, and PPO once more with vLLM spread over the GPUs; with MODEL, else the tutorial's or a random one. PROFILE=tiny tries the
-test itself without a GPU. Works in WORK_DIR/accept and leaves a page (accept.txt) and accept.json there, to be sent: names of
-host and user, addresses and secrets are masked. What fails is recorded, and the rest goes on.
-"""
+With MODEL, else the tutorial's or a random one. PROFILE=tiny tries the test itself without a GPU. What fails is recorded, and
+the rest goes on. Leaves a page (accept.txt) and accept.json in WORK_DIR/accept, to be sent: names of host and user, addresses
+and secrets are masked."""
 
 import json
 import re
@@ -59,7 +56,6 @@ class Acceptance:
         self.keep(self.results)
 
     def command(self, status: int) -> None:
-        """Take a command's exit status."""
         if status in trial.INTERRUPTED:
             self.interrupted = status
         if status:
@@ -200,10 +196,9 @@ def about(settings: Settings, env: Mapping[str, str], gpus: list[hardware.Gpu]) 
 def to_hide(settings: Settings, env: Mapping[str, str]) -> dict[str, str]:
     """Patterns of what names the host, the person or the place, and of secrets -> the word to put there."""
     texts = {**{secret: "***" for secret in record.secret_values(env)}, f"{settings.work_dir}": "WORK_DIR", f"{Path.home()}": "~"}
-    # Names of hosts and people are hidden as words, since they may be short.
     host = socket.gethostname()
     words = {host: "HOST", host.split(".")[0]: "HOST", env.get("USER") or Path.home().name: "USER"}
-    # A home folder "/" would hide every path's beginning.
+    # Names are hidden as words, since they may be short. A home folder "/" would hide every path's beginning.
     return {**{re.escape(text): word for text, word in texts.items() if text != "/"},
             **{rf"\b{re.escape(name)}\b": word for name, word in words.items() if name},
             r"\b(?!127\.)\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}\b": "ADDRESS"}

@@ -1,10 +1,7 @@
-"""How fast gradients travel: all-reduce over all ranks, one JSON line a size.
-
-    torchrun --nproc_per_node=8 -m bridge.tools.allreduce
+"""How fast all-reduce is over all ranks, one JSON line a size:   torchrun --nproc_per_node=8 -m bridge.tools.allreduce
 
 On GPUs over NCCL, without a GPU over gloo. algbw is bytes / time; busbw = algbw x 2 (n - 1) / n is what each link carries, as
-NVIDIA's nccl-tests count it: comparable between numbers of GPUs, and 0 for one.
-"""
+NVIDIA's nccl-tests count it: comparable between numbers of GPUs, and 0 for one."""
 
 import json
 import os
@@ -15,7 +12,6 @@ from torch.utils.benchmark import Timer
 
 
 def main() -> None:
-    """Measure every size; rank 0 prints."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:

@@ -1,8 +1,6 @@
-"""bridge bench: how fast the trainings are, case by case, on the GPUs of this machine.
-
-Each case of configs/bench.yaml is a training started through the door in WORK_DIR/bench and ended after some steps. bench.json
-there has the results after each, bench.md their tables (configs/pages/bench.md).
-"""
+"""bridge bench: how fast the trainings are, on the GPUs of this machine. Each case of configs/bench.yaml is started through the
+door in WORK_DIR/bench and ended after some steps. bench.json there has the results after each, bench.md their
+tables (configs/pages/bench.md)."""
 
 import time
 from collections.abc import Mapping
@@ -188,5 +186,4 @@ def ratios(results: Mapping[str, Any]) -> dict[str, float]:
 
 
 def by_name(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The cases of both stages by their whole names."""
     return {f"{stage}-{label}": case for stage in ("sft", "ppo") for label, case in results[stage].items()}

@@ -1,7 +1,5 @@
-"""bridge check: one self-test of environment and site, for people, for the image's %test and for the first line of a job.
-
-Prints one line a check: ok, warn or FAIL, with the value seen. Exit status 1 if any failed. `--json` prints the same as JSON.
-"""
+"""bridge check: the self-test of environment and site, also for the image's %test and for the first line of a job.
+Prints one line a check: ok, warn or FAIL, with the value seen. Exit status 1 if any failed. `--json` prints it as JSON."""
 
 import ctypes
 import importlib
@@ -38,15 +36,12 @@ MOST_ERROR = 0.02
 
 @dataclass(frozen=True)
 class Result:
-    """One line of the report."""
-
     check: str
     status: str
     seen: str
 
 
 def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int:
-    """Run all checks and report; returns 1 if any failed."""
     if unknown := [argument for argument in arguments if argument != "--json"]:
         raise UsageError(f"check takes only --json; got {' '.join(unknown)}.")
     # Importing vLLM and others makes cache folders: below WORK_DIR, as in a stage.
@@ -240,7 +235,6 @@ def caches(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
 
 
 def machine(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
-    """GPUs, cores, shared memory, names and the folder to work in."""
     gpus = hardware.visible_gpus(env)
     # The profiles for the CPU take GPUS= for a number of ranks.
     lacking = (settings.gpus or 0) > len(gpus) and settings.profile not in train.ON_CPU

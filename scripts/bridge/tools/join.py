@@ -1,8 +1,6 @@
 """bridge join STAGE: another node's part in a training over several nodes. scripts/host/node.sh starts it on each.
-
-It leaves its address where the nodes meet (trainers.nodes), waits until the first one listens, and then runs that one's command.
-What that says goes into the job's log.
-"""
+It leaves its address where the nodes meet (trainers.nodes), waits until the first one listens, and then runs that one's command
+with its output in the job's log."""
 
 import json
 import os

@@ -1,7 +1,5 @@
 """bridge rehearse: the whole chain, small, with verl's real trainers, on this machine (CPU or one GPU).
-
-Works in WORK_DIR/rehearsal, where it first removes what an earlier one made. The upload is only shown: nothing is sent.
-"""
+Works in WORK_DIR/rehearsal, where it first removes what an earlier one made. The upload is only shown: nothing is sent."""
 
 import json
 import time
@@ -19,8 +17,7 @@ from bridge.tools import trial
 
 # Only shown. A MODEL= that is a Llama wants its name.
 REPOSITORY = "rehearsal/Llama-bridge"
-# The stages (merge stands there twice), and what their environment has besides. A node that is told to stay offline shows the
-# upload, too, and so does one without a login.
+# The stages, and what their environment has besides. A node that is to stay offline, or has no login, shows the upload, too.
 STEPS = {"data": {}, "model": {}, "sft": {}, "merge sft": {"STAGE": "sft"},
          "ppo": {"INIT": "sft"}, "merge ppo": {"STAGE": "ppo"}, "eval": {"LIMIT": "8"},
          "upload": {"STAGE": "ppo", "HF_HUB_OFFLINE": "0", "HF_TOKEN": "nothing-is-sent"}}

@@ -1,8 +1,6 @@
 """bridge report: how runs went, on one page that needs nothing but itself: make report RUN=a,b
-
 WORK_DIR/reports/a,b.html is configs/pages/report.html with its style, its script (which compares the runs), uPlot, and what the
-runs left as JSON. It stays below LIMIT: every part has its room, what matters most comes first, and what is left out is told.
-"""
+runs left as JSON. It stays below LIMIT: every part has its room, what matters most comes first, what is left out is told."""
 
 import json
 from collections import defaultdict
@@ -26,7 +24,6 @@ from bridge.stages.eval import ANSWERS_FILE, RESULT_FILE
 LIMIT, CURVES, RECORDS, SAMPLES = 2_000_000, 400_000, 400_000, 200_000
 # No chart shows more runs, and no file has a longer name.
 MOST_RUNS, LONGEST_NAME = 12, 240
-# What a row of samples has.
 SAMPLE = {"input", "output", "score", "step"}
 # What each run left, of one stage.
 Runs = Mapping[str, dict[str, Any]]
@@ -144,7 +141,6 @@ def records_of(stages: Mapping[str, Runs], most: int) -> list[list]:
 
 
 def whole(names: list[str], stages: Mapping[str, Runs]) -> str:
-    """The page."""
     asked: dict = defaultdict(lambda: defaultdict(dict))
     for name, row in each(stages["eval"], "answers"):
         asked[row.pop("index"), row.pop("prompt"), row.pop("ground_truth")][name][row["model"]] = row

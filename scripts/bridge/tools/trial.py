@@ -27,11 +27,8 @@ LOCK_CURE = "Wait for it, or use another WORK_DIR."
 
 @contextmanager
 def own_folder(own: Settings, env: Mapping[str, str], removed: list[Path], new_model: bool) -> Iterator[None]:
-    """Within this, own.work_dir, a folder of WORK_DIR, is made, marked and locked, and what is to be `removed` is gone.
-
-    new_model: whether it has yet to be made. A UsageError, before anything is removed: settings are wrong, WORK_DIR cannot be
-    written to, the folder is somebody else's or a link, or another process works in it.
-    """
+    """Within this, own.work_dir is made, marked and locked, and `removed` is gone. new_model: whether it has yet to be made.
+    A UsageError, before anything is removed: wrong settings, WORK_DIR not writable, the folder not ours, a link, or in use."""
     refuse(setting_problems(own, env, removed, new_model))
     folder = own.work_dir
     refuse(work_dir_problems(folder.parent) + [
@@ -82,10 +79,7 @@ def made(settings: Settings, *more: Path) -> list[Path]:
 
 
 def remove(paths: list[Path]) -> None:
-    """Remove these folders. A link is removed as such: what it leads to stays.
-
-    A UsageError: a stage works in one of them.
-    """
+    """Remove these folders. What a link leads to stays. A UsageError: a stage works in one of them."""
     stage_dirs = [lock.parent for path in paths if not path.is_symlink() for lock in path.glob("*/.lock")]
     refuse(f"another run works in {stage_dir} ({holder}). {LOCK_CURE}" for stage_dir in stage_dirs
            if not stage_dir.is_symlink() and (holder := record.holder(stage_dir)))
@@ -112,10 +106,8 @@ def stage(name: str, env: Mapping[str, str], arguments: Sequence[str] = (), log:
 
 
 def inputs(settings: Settings, own: Settings, env: Mapping[str, str], borrow_data: bool) -> int:
-    """Show the model of WORK_DIR, and its data if so, in the own folder, where they are there and it has none; make the rest.
-
-    Returns the exit status of what failed, or 0.
-    """
+    """Link WORK_DIR's model, and its data if so, into the own folder, where they are there and it has none; make the rest.
+    Returns the exit status of what failed, or 0."""
     shown = [(settings.data_dir, borrow_data), *([] if is_local(settings.model) else [(settings.model_dir, True)])]
     for path, wanted in shown:
         link = own.work_dir / path.relative_to(settings.work_dir)

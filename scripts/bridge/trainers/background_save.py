@@ -1,10 +1,6 @@
 """Let a training wait for a checkpoint only until it is copied into the host's memory: it is written to disk meanwhile.
-
-    +model.external_lib=bridge.trainers.background_save        (trainers.speedups, and so PROFILE=tuned, has it)
-
-What is written is what verl's FSDPCheckpointManager writes, and verl, unmodified, loads it. A file gets its name once it is
-whole: until then it ends in .partial, and nothing takes the checkpoint for complete. The next save, and the end of the
-training (trainers.stoppable), wait for the one before. What could not be written ends the training at its next step.
++model.external_lib=bridge.trainers.background_save (trainers.speedups has it). Files are as verl's FSDPCheckpointManager makes
+them, and end in .partial until whole. The next save, and the training's end, wait for it. A failure is raised at the next step.
 """
 
 import copy

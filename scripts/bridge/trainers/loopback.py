@@ -1,9 +1,6 @@
 """Run a trainer that listens on the loopback address only:  python -m bridge.trainers.loopback verl.trainer.main_ppo OVERRIDES...
-
-Ray takes work from whoever reaches its ports, the dashboard's and its agent's among them, and does it as the owner of the
-trainer: so they are closed, and the others listen on 127.0.0.1 (other users of the node still reach that: docs/security.md).
-torch's store would listen on all addresses, gloo and NCCL on the network's. And ray.init() waits seconds for the dashboard.
-verl 0.5.0 has no settings for this; its module runs unchanged. Over several nodes (trainers.nodes) it is the node's own address.
+Ray does the work of whoever reaches its ports, as the trainer's owner; torch's store, gloo and NCCL would use the network.
+verl 0.5.0 has no settings for this (docs/security.md). Ray's dashboard is left out. With trainers.nodes: the node's address.
 """
 
 import os
@@ -31,9 +28,7 @@ def close() -> None:
 
 
 def seed() -> None:
-    """Seed this process of a trainer, before it builds a model, where verl draws without a setting: the critic's new head, and
-    the tokens of answers. Without SEED= nothing changes.
-    """
+    """Where SEED= is set, before a model is built: seed what verl does not, the critic's new head and the answers' tokens."""
     if "BRIDGE_SEED" not in os.environ:
         return
     import torch

@@ -1,9 +1,6 @@
 """Run a trainer over several nodes:  python -m bridge.trainers.nodes MODULE ARGUMENTS...   (over one: trainers.loopback)
-
-The door starts it on the first node, `bridge join` the same command on each other one. They meet in a folder that
-scripts/host/job.sh makes: each other node leaves its address there, then the first one says where it listens.
-For SFT that is torchrun's static rendezvous. For PPO it is Ray's cluster, which only who can read that folder can talk to:
-its connections are encrypted, with a key of this run's own. What torch's store, gloo and NCCL send is not (docs/security.md).
+The door starts it on the first node, `bridge join` on the others; they meet in a folder that scripts/host/job.sh makes. SFT is
+torchrun's static rendezvous. PPO is Ray's cluster, encrypted; torch's store, gloo and NCCL are not (docs/security.md).
 """
 
 import json

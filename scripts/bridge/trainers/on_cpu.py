@@ -1,8 +1,6 @@
 """Run one of verl's trainers where there is no GPU:  python -m bridge.trainers.on_cpu verl.trainer.main_ppo OVERRIDES...
-
-verl 0.5.0 takes `trainer.device=cpu`, but assumes CUDA (or NPU) in a few places. This module fills exactly those, in the
-trainer's own process and in every Ray worker, and then runs verl's module unchanged. For rehearsals only: slow, and the
-numbers differ slightly (float32 instead of bf16, other attention kernels).
+verl 0.5.0 takes `trainer.device=cpu`, but assumes CUDA (or NPU) in a few places, which are filled here, in Ray's workers too.
+For rehearsals only: slow, and the numbers differ slightly (float32 instead of bf16, other attention kernels).
 """
 
 import contextlib

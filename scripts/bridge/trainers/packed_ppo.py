@@ -1,8 +1,6 @@
 """[image] PPO without waste: logits of the answers' tokens only, attention told where rows begin, the loss by groups of rows.
-
-verl 0.5.0 removes the padding, but computes the logits of the prompts too, and lets transformers look for the bounds of the
-rows in every layer. Where micro batches are counted in tokens, the loss is another one than with micro batches of so many
-rows: here it is the same. Part of bridge.trainers.speedups; what is computed is verl's.
+verl 0.5.0 computes the prompts' logits too, looks for the rows' bounds in every layer, and has another loss where micro batches
+are counted in tokens than where in rows. Part of bridge.trainers.speedups; what is computed is verl's.
 """
 
 from collections.abc import Callable, Mapping
@@ -39,8 +37,7 @@ def forward_log_probs(actor, micro_batch: Mapping[str, torch.Tensor], temperatur
                       calculate_entropy: bool = False) -> tuple[torch.Tensor | None, torch.Tensor]:
     """What verl's DataParallelPPOActor._forward_micro_batch computes, with logits of the answers' tokens only.
 
-    verl computes those of the prompts too, and throws away what it makes of them. Returns entropy (None unless asked for) and
-    log_probs, [rows, answer tokens].
+    Returns entropy (None unless asked for) and log_probs, [rows, answer tokens].
     """
     from verl.utils.torch_functional import logprobs_from_logits
 
@@ -56,10 +53,7 @@ def forward_log_probs(actor, micro_batch: Mapping[str, torch.Tensor], temperatur
 
 
 def forward_values(critic, micro_batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """What verl's DataParallelPPOCritic._forward_micro_batch computes, without waiting for the GPU in every layer.
-
-    Returns values [rows, answer tokens].
-    """
+    """verl's DataParallelPPOCritic._forward_micro_batch without a wait for the GPU in each layer. [rows, answer tokens]."""
     packed = pack_responses(micro_batch)
 
     def with_cu_seqlens(_model, args: tuple, options: dict) -> tuple[tuple, dict]:
@@ -79,10 +73,9 @@ def forward_values(critic, micro_batch: Mapping[str, torch.Tensor]) -> torch.Ten
 def by_groups(update: Callable) -> Callable:
     """verl's update of actor or critic with the loss of micro batches of rows where they are counted in tokens.
 
-    With micro batches of `ppo_micro_batch_size_per_gpu` rows the loss of a mini batch is the mean of their token means: a token
-    weighs 1 / (tokens of its group of rows). Counted in tokens, verl takes the token mean of all rows that fit, weighed by
-    their number, in which tokens of groups with longer answers than the others weigh more. Here a token keeps its group's
-    weight whichever rows are computed together. Does nothing where the loss is another than verl's default.
+    In a micro batch of `ppo_micro_batch_size_per_gpu` rows a token weighs 1 / (tokens of its group of rows). Counted in tokens,
+    verl weighs tokens of groups with longer answers more. Here a token keeps its group's weight whichever rows are computed
+    together. Does nothing where the loss is another than verl's default.
     """
     def grouped_update(worker, data) -> dict[str, Any]:
         config, rows, mask = worker.config, worker.config.ppo_micro_batch_size_per_gpu, data.batch["response_mask"]

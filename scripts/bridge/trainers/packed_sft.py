@@ -1,11 +1,6 @@
 """[image] Supervised fine-tuning without padding:  torchrun -m bridge.trainers.packed_sft OVERRIDES...   (docs/packed_sft.md)
-
-verl 0.5.0 pads every row to data.max_length and computes on the padding. Here the rows of a batch are laid end to end, several
-micro batches in one forward of at most bridge.packed_tokens_per_gpu tokens. Loss and gradient are those of verl's trainer: a
-micro batch (data.micro_batch_size_per_gpu rows) is there a mean over its response tokens, and the gradient of a step is the
-*sum* of those means; so each token weighs 1 / (response tokens of its group of rows), whichever forward it is in.
-
-What is not said here is verl's: fit, training_step (clipping, learning rate, what is logged), checkpoints, resuming.
+Rows are laid end to end, at most bridge.packed_tokens_per_gpu tokens a forward. As with verl, whose step adds up the means of
+micro batches, a token weighs 1 / (response tokens of its data.micro_batch_size_per_gpu rows). All else is verl's.
 """
 
 from collections.abc import Iterator
@@ -26,10 +21,7 @@ from bridge.trainers.stoppable import stoppable_sft
 
 
 def spread(lengths: list[int], count: int) -> list[list[int]]:
-    """Distribute rows over `count` forwards of about equal length: the longest row first, each to the emptiest forward.
-
-    Returns row numbers, one list a forward. More forwards never make the fullest one fuller.
-    """
+    """Row numbers of `count` about equal forwards: longest row first, each to the emptiest. More make the fullest no fuller."""
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     parts = greedy_partition([lengths[row] for row in order], count, equal_size=False)
     return [[order[place] for place in part] for part in parts]

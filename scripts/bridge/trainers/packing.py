@@ -8,11 +8,9 @@ import torch.nn.functional as F
 
 
 def pack(batch: Mapping[str, torch.Tensor], logits_mask: torch.Tensor) -> dict[str, Any]:
-    """Lay all rows of a batch end to end.
+    """Lay all rows of a batch (input_ids, attention_mask, position_ids: [rows, length]) end to end.
 
-    batch: input_ids, attention_mask and position_ids, [rows, length] each. logits_mask: [rows, length], bool: the tokens whose
-    logits are wanted, each for the prediction of the next one.
-
+    logits_mask: [rows, length], bool: the tokens whose logits are wanted, each for the prediction of the next one.
     Returns input_ids, position_ids [tokens] (the positions start anew in each row); cu_seqlens [rows + 1], int32: where rows
     begin and end; max_seqlen: the longest row's tokens; logits_to_keep [predictions]: by number; labels [predictions]: the next
     token of the same row.
@@ -40,10 +38,7 @@ def group_weights(tokens: torch.Tensor, group_rows: int) -> torch.Tensor:
 
 
 def flash_attention_kwargs(packed: Mapping[str, Any]) -> dict[str, Any]:
-    """What transformers' models hand on to flash attention: attention within each row only.
-
-    With positions alone transformers would look for the bounds in every layer, waiting for the GPU each time.
-    """
+    """Attention within each row only. With positions alone transformers waits for the GPU in every layer, to find bounds."""
     cu_seqlens, max_seqlen = packed["cu_seqlens"], packed["max_seqlen"]
     return {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, "max_length_q": max_seqlen, "max_length_k": max_seqlen}
 

@@ -1,7 +1,6 @@
-"""Closes Ray's agent for runtime environments: over several nodes it listens on all addresses, without encryption.
+"""Closes Ray's agent for runtime environments: over several nodes it listens on all addresses, and installs what it is told.
 
-Whoever reaches it could let it install what he likes. It imports this, where RAY_RUNTIME_ENV_PLUGINS names it, before it listens,
-and then answers its own node only: the raylet there is all that asks it.
+It imports this, where RAY_RUNTIME_ENV_PLUGINS names it, before it listens, and then answers its own node's raylet only.
 """
 
 from aiohttp import web

@@ -1,7 +1,6 @@
 """[image] What the tuned profile changes inside the trainer's processes: the same arithmetic with fewer kernels and less waiting.
 
-verl imports this module in every process that trains before it builds a model (its own hook, `model.external_lib`); importing
-it applies everything. On a machine without a GPU it changes nothing.
+verl imports it before a model is built (`model.external_lib`): that applies everything. Without a GPU it changes nothing.
 """
 
 import gc
@@ -18,8 +17,7 @@ from bridge.trainers import packed_ppo
 def fuse_layers(model_type: str) -> None:
     """Let transformers build models of this type from Liger's fused RMSNorm, RoPE and SwiGLU; a type it does not know stays.
 
-    Actor and critic both, which verl's own `use_liger` is not: it reaches the actor only. Liger's loss stays out: verl
-    computes log-probabilities from the logits.
+    verl's own `use_liger` reaches the actor only. Liger's loss stays out: verl computes log-probabilities from the logits.
     """
     from liger_kernel.transformers.monkey_patch import _apply_liger_kernel
 
@@ -39,10 +37,7 @@ def fuse_adamw() -> None:
 
 
 def inspect_models_in_process() -> None:
-    """Let vLLM look at a model's class in this process, which needs it anyway.
-
-    vLLM's own way is a second Python, so that CUDA stays untouched in the first: it imports torch and vLLM anew.
-    """
+    """Let vLLM look at a model's class in this process. Its own way, a second Python (to spare CUDA), imports all anew."""
     from vllm.model_executor.models import registry
 
     registry._run_in_subprocess = lambda look: look()

@@ -1,9 +1,6 @@
 """verl's trainers, which save and end after a step when asked to:  python -m bridge.trainers.stoppable MODULE OVERRIDES...
-
-MODULE is verl.trainer.fsdp_sft_trainer or verl.trainer.main_ppo; trainers.packed_sft does it by itself. Who wants a run to end
-(a job before its time limit, say) makes the file `stop-requested` in the folder of its stage. The trainer looks for it after
-each step, saves that step unless it has, leaves the file `stopped`, and ends as if it were done; the door tells the two apart.
-What is trained stays verl's.
+MODULE is verl.trainer.fsdp_sft_trainer or verl.trainer.main_ppo; trainers.packed_sft does it by itself. If a step finds the
+file `stop-requested` in the stage's folder, the trainer saves, leaves `stopped` (by which the door knows), and ends.
 """
 
 import faulthandler
@@ -111,10 +108,9 @@ def stoppable_sft(trainer: type) -> type:
 
 
 class UntilAsked:
-    """The batches of a PPO trainer of verl's: none after the step in which it was asked to stop.
+    """The batches of a PPO trainer of verl's: none after the step in which it was asked to stop; after a resume, those to come.
 
-    After a resume they are those that would have come. verl draws the order of the rows from a generator of its own, which the
-    loader's state does not hold: it would begin with the first epoch's order again, and repeat and leave out rows.
+    The loader's state lacks verl's generator of the order of rows: the first epoch's would come again, and rows be left out.
     """
 
     def __init__(self, trainer: Any):
