@@ -173,8 +173,8 @@ def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
         say(f"{name} was asked to stop ({request}) and did: the same command continues it")
     elif status:
         if log and status < 128 and status != hang.HUNG:
-            if display:
-                say("the last lines of the log:\n" + "\n".join(f"    {line}" for line in failure.last_lines(log, TAIL, start)))
+            if display and any(lines := failure.last_lines(log, TAIL, start)):
+                say("the last lines of the log:\n" + "\n".join(f"    {line}" for line in lines))
             if why := failure.reason(log, start):
                 say(why)
         ended = {hang.HUNG: "hung"}.get(status, "was ended by a signal" if status > 128 else "failed")

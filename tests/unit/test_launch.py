@@ -242,3 +242,16 @@ def test_a_suspended_job_does_not_hang(monkeypatch, tmp_path):
     assert watch.hanging_for() is None
     now[0] = watch.looked = now[0] + 100
     assert watch.hanging_for() is None
+
+
+def test_the_end_of_a_log_is_this_attempts_and_stops_where_torchrun_begins(tmp_path):
+    log = tmp_path / "log.txt"
+    log.write_text("of the attempt before\n")
+    start = log.stat().st_size
+    assert failure.last_lines(log, 20, start) == [""]
+    with log.open("a") as more:
+        more.write("one\ntwo\nWatchdog caught collective operation timeout\nE1130 failed (exitcode: -6) local_rank: 1\n"
+                   "Traceback\n")
+    assert failure.last_lines(log, 3, start) == ["two", "Watchdog caught collective operation timeout",
+                                                 "E1130 failed (exitcode: -6) local_rank: 1"]
+    assert failure.last_lines(tmp_path / "none", 3) == [""]

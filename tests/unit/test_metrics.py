@@ -90,3 +90,12 @@ def test_what_a_full_disk_did_not_take_is_written_with_the_next_line_and_till_th
 def test_a_damaged_line_ends_what_is_read(tmp_path, end):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + end)
     assert metrics.read(tmp_path / "metrics.jsonl") == [{"step": 1}]
+
+
+def test_a_validation_at_the_begin_of_a_resumed_run_is_of_the_step_before(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "time": 5.0, "loss": 1.0}\n')
+    kept = metrics.Metrics(tmp_path / "metrics.jsonl", 2)
+    kept.add(2, {"val": 0.5})
+    kept.add(3, {"loss": 0.9})
+    first, second = metrics.read(tmp_path / "metrics.jsonl")
+    assert first == {"step": 2, "time": 5.0, "loss": 1.0, "val": 0.5} and (second["step"], second["loss"]) == (3, 0.9)

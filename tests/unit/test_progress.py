@@ -129,6 +129,26 @@ def test_a_terminal_gets_one_block_that_changes(tmp_path):
     assert "\x1b[1A" in shown
 
 
+def test_of_the_flood_only_our_own_words_and_what_tells_of_trouble_are_shown(tmp_path):
+    program = r"""
+print("Jim crosses a bridge: how long does he walk?")
+print("\x1b[36m(WorkerDict pid=7, ip=10.0.0.1)\x1b[0m bridge: too little memory is free")
+print("n1:7:7 [0] NCCL WARN socketStartConnect failed"); print("n1:7:7 [0] NCCL WARN socketStartConnect failed")"""
+    door = subprocess.run([sys.executable, "-c", DOOR, str(tmp_path), program], env=SHELL, capture_output=True, text=True,
+                          check=False, timeout=60)
+    assert door.stdout == "bridge: too little memory is free\nn1:7:7 [0] NCCL WARN socketStartConnect failed\n"
+
+
+def test_a_display_that_fails_is_said_and_ends_no_training(tmp_path):
+    broken = DOOR.replace("kept.before + kept.rows", "1 / 0")
+    assert broken != DOOR
+    door = subprocess.run([sys.executable, "-c", broken, str(tmp_path), "print('step:1 - train/loss:2.0')"], env=SHELL,
+                          capture_output=True, text=True, check=False, timeout=60)
+    assert door.returncode == 0, door.stderr
+    assert door.stderr.count("the training goes on, but is shown no more: ZeroDivisionError") == 1
+    assert "step:1" in (tmp_path / "log.txt").read_text()
+
+
 def test_a_dumb_terminal_gets_lines(tmp_path):
     _, shown = terminal([sys.executable, "-c", DOOR, str(tmp_path), "print('step:1 - train/loss:2.0')"], TERM="dumb")
     assert shown.startswith("sft step 1/3, loss 2.000") and "\x1b" not in shown
@@ -168,6 +188,17 @@ def test_follow_shows_a_run_from_its_files_until_it_has_ended(run_folder):
     record.write_json(folder / "run.json", {**running(), "status": "failed"}, [])
     said = follower.communicate(timeout=60)[1]
     assert follower.returncode == 0 and f"sft of run 'mine': failed; the log is {folder / 'log.txt'}" in said
+
+
+def test_follow_ends_when_nobody_reads_any_more(run_folder):
+    follower = subprocess.Popen([sys.executable, "-m", "bridge", "follow"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                env={**SHELL, "WORK_DIR": str(run_folder), "RUN": "mine"}, text=True)
+    follower.stdout.readline()
+    follower.stdout.close()
+    write_whole(run_folder / "runs" / "mine" / "sft" / "metrics.jsonl",
+                "".join(json.dumps(row) + "\n" for row in rows(1, 2, 3, **{"train/loss": 1.5})))
+    assert follower.wait(timeout=60) == 0
+    follower.stderr.close()
 
 
 def test_follow_takes_what_was_begun_last_unless_a_stage_is_named(run_folder):

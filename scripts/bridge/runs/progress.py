@@ -99,13 +99,18 @@ class Display:
         self.looking, self.saved = Tolerance("looking for checkpoints"), 0
 
     def __enter__(self) -> "Display":
-        self.seen = self.state(self.look()[1][-1:])
-        self.attempt(lambda: self.live and self.live.start())
+        self.attempt(self.begin)
         return self
 
     def __exit__(self, *_) -> None:
         self.update(at_once=True)
         self.attempt(lambda: self.live and self.live.stop())
+
+    def begin(self) -> None:
+        """Show nothing of what there was before."""
+        self.seen = self.state(self.look()[1][-1:])
+        if self.live:
+            self.live.start()
 
     def attempt(self, work: Callable[[], object]) -> None:
         """Do what shows something, until that fails."""
