@@ -120,10 +120,10 @@ def test_a_message_of_what_is_installed_is_in_it(message):
 
 
 def test_the_exit_statuses_are_the_programs():
-    # 2 and 137 are not its own: a mistake of usage, and SIGKILL.
+    # 1, 2 and 137 are not its own: a failure, a mistake of usage, and SIGKILL.
     found = re.findall(r"^\| (\d+) \| (.*) \|$", PAGE.read_text(), re.MULTILINE)
-    assert [int(status) for status, _ in found] == [2, STOPPED, hang.HUNG, 128 + SIGKILL]
-    assert "asked to" in found[1][1] and "hung" in found[2][1]
+    assert [int(status) for status, _ in found] == [1, 2, STOPPED, hang.HUNG, 128 + SIGKILL]
+    assert "asked to" in found[2][1] and "hung" in found[3][1]
 
 
 def test_a_message_is_ours_or_somebody_elses():
