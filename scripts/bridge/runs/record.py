@@ -121,9 +121,10 @@ def machine(env: Mapping[str, str]) -> dict[str, Any]:
 
 def keep_previous(folder: Path) -> None:
     """At a fresh start: what an earlier try left in the log, the metrics and the samples stays, as previous-log.txt and so on."""
-    shutil.rmtree(folder / "previous-samples", ignore_errors=True)
     for name in ("log.txt", "metrics.jsonl", "samples"):
         if (folder / name).exists():
+            if name == "samples" and (folder / "previous-samples").exists():
+                shutil.rmtree(folder / "previous-samples")
             os.replace(folder / name, folder / f"previous-{name}")
 
 
