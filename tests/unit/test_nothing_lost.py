@@ -349,6 +349,12 @@ def test_a_fresh_start_keeps_the_log_and_metrics_of_the_try_before(tmp_path):
     assert everything(tmp_path) == {f"previous-{name}": f"{name} of before".encode() for name in ("log.txt", "metrics.jsonl")}
     record.keep_previous(tmp_path)
     assert len(everything(tmp_path)) == 2
+    for step in ("10", "20"):
+        (tmp_path / "samples").mkdir()
+        (tmp_path / "samples" / f"{step}.jsonl").touch()
+        record.keep_previous(tmp_path)
+    # Only those of the last try: a report would mix them.
+    assert [file.name for file in tmp_path.glob("*samples/*")] == ["20.jsonl"] and not (tmp_path / "samples").exists()
 
 
 def test_each_new_checkpoint_gets_its_checksums_once_it_is_whole_and_the_oldest_goes(tmp_path):
