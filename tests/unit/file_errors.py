@@ -26,7 +26,7 @@ from shards import plan, started, write_checkpoint
 
 from bridge import door, settings
 from bridge.errors import Tolerance, UsageError
-from bridge.runs import checkpoints, metrics, record
+from bridge.runs import checkpoints, metrics, progress, record
 from bridge.stages import merge, train
 
 CODE = str(Path(door.__file__).parent)
@@ -214,7 +214,7 @@ class Scenario:
         planned, machine, config = train.plan, record.machine(self.env), plan(self.env, "sft", *OVERRIDES).config
         train.compose_checked = lambda *_: deepcopy(config)
         record.machine = lambda _env: machine
-        checkpoints.Housekeeping.SECONDS = 3600
+        checkpoints.Housekeeping.SECONDS = progress.CHECKPOINTS = 3600
         Tolerance.PAUSES = (0, 0)
         # One after the other, so that "the third" is always the same.
         checkpoints.ThreadPoolExecutor = lambda _threads: ThreadPoolExecutor(1)

@@ -94,7 +94,7 @@ class Display:
         self.live = None
         if self.console.is_terminal and not self.console.is_dumb_terminal:
             self.live = Live(console=self.console, auto_refresh=False)
-        self.looked = self.looked_for_saves = 0.0
+        self.looked, self.looked_for_saves = 0.0, time.monotonic()
         self.shown, self.seen, self.told, self.lost = time.monotonic(), (), set[str](), False
         self.looking, self.saved = Tolerance("looking for checkpoints"), 0
 

@@ -28,6 +28,7 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
     with progress.Display(folder.name, folder, look) as display:
         # The newest line that was there before is shown as well.
         display.seen = display.state(found["rows"][:-1])
+        display.update(at_once=True)
         while not display.lost and found["recorded"]["status"] == "running":
             display.update()
             time.sleep(progress.REFRESH)
