@@ -11,12 +11,18 @@ import pytest
 
 from door import ROOT, left_running
 
-# The ring named FAILS fails; the one named HANGS does not end.
+# The ring named FAILS fails, and waits before that for the one named HANGS to begin, which does not end.
 STAND_IN = """#!/usr/bin/env bash
 said="${0##*/} $*${HF_TOKEN:+ planted}"
 echo "$said"
-[[ -z ${FAILS:-} || $said != *"$FAILS"* ]] || exit 3
-[[ -z ${HANGS:-} || $said != *"$HANGS"* ]] || sleep 600
+if [[ -n ${FAILS:-} && $said == *"$FAILS"* ]]; then
+    until [[ -z ${HANGS:-} || -e $0.hangs ]]; do sleep 0.05; done
+    exit 3
+fi
+if [[ -n ${HANGS:-} && $said == *"$HANGS"* ]]; then
+    touch "$0.hangs"
+    sleep 600
+fi
 """
 
 
