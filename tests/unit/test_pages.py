@@ -10,7 +10,9 @@ import pytest
 from test_configs import TUTORIAL
 
 from bridge import pages
+from bridge.runs import progress
 from bridge.tools import bench
+from bridge.trainers import stoppable
 from door import ROOT
 
 DOCS = ROOT / "docs"
@@ -242,3 +244,11 @@ def test_the_table_of_the_tutorial_counts_the_tutorials_settings(page):
         typed = len(TUTORIAL[stage].split())
         (told,) = (text for ours, text in rows.items() if ours.startswith(f"`make {stage} "))
         assert re.findall(r"\d+", told) == [str(typed + lines), str(typed)]
+
+
+def test_the_limits_of_watching_and_of_a_build_are_the_programs():
+    runs, image = ((DOCS / name).read_text() for name in ("runs.md", "image.md"))
+    assert f"answers to {stoppable.SAMPLED} problems" in runs and f"has {stoppable.SAMPLES_BYTES // 10**6} MB" in runs
+    assert "Five minutes without a step" in runs and progress.SILENCE == 300
+    [needed] = re.findall(r"need_space (\d+) \"\$store\"", (ROOT / "scripts" / "host" / "build.sh").read_text())
+    assert f"and {needed} GiB in its store" in image

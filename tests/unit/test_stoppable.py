@@ -95,7 +95,8 @@ for trainer.global_steps in (10, 20):
         scores=[row % 2 for row in range(30)],
         reward_extra_infos_dict={"acc": list(range(30)), **({"no JSON": [{1}] * 30} if own else {})},
         dump_path=folder)
-found = {file.name: [json.loads(line) for line in file.read_text().splitlines()] for file in sorted(folder.glob("*"))}
+found = {file.name: [json.loads(line) for line in file.read_text().splitlines()]
+         for file in sorted(folder.glob("*")) if file.is_file()}
 print({name: (len(rows), rows[19]) for name, rows in found.items()})
 """
 
@@ -121,9 +122,8 @@ def test_no_more_are_kept_once_they_are_too_large_and_all_in_a_folder_of_the_use
 def test_samples_that_cannot_be_written_end_no_training(tmp_path, monkeypatch):
     (tmp_path / stoppable.SAMPLES).mkdir()
     (tmp_path / stoppable.SAMPLES / "gone").symlink_to("nowhere")
-    with pytest.raises(AssertionError, match="FileNotFoundError: .*gone"):
-        # Of the script's own look at what was written; both dumps have come to their end.
-        samples(monkeypatch, tmp_path, tmp_path / stoppable.SAMPLES, 10**6)
+    # How much is there already cannot be told.
+    assert samples(monkeypatch, tmp_path, tmp_path / stoppable.SAMPLES, 10**6) == {}
     (tmp_path / "file").mkdir()
     (tmp_path / "file" / stoppable.SAMPLES).write_text("a file where the folder should be")
     assert samples(monkeypatch, tmp_path / "file", tmp_path / "file" / stoppable.SAMPLES, 10**6) == {}
