@@ -58,7 +58,7 @@ def apply() -> None:
     speedups = sys.modules.get("bridge.trainers.speedups")
     if speedups is None:
         return
-    from liger_kernel.ops import rms_norm, rope, swiglu
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
     from verl.workers.rollout.vllm_rollout import vllm_rollout_spmd
     from vllm.worker.multi_step_model_runner import MultiStepModelRunner
 
@@ -69,11 +69,9 @@ def apply() -> None:
     counted(speedups, "freeze_gc")
     counted(vllm_rollout_spmd, "LLM", "make_engine")
     counted(torch.optim.AdamW, "__init__", torch.optim.AdamW.__name__)
-    # How fuse_layers is seen.
-    for module, names in ((rms_norm, ("rms_norm_forward", "rms_norm_backward")), (rope, ("rope_forward", "rope_backward")),
-                          (swiglu, ("swiglu_forward", "swiglu_backward"))):
-        for name in names:
-            counted(module, name)
+    # What torch.compile has made of the layer's forward.
+    assert hasattr(LlamaDecoderLayer.forward, "_torchdynamo_orig_callable")
+    counted(LlamaDecoderLayer, "forward", "compiled_layer")
     exposed = SimpleNamespace(model=MultiStepModelRunner.model.fget)
     counted(exposed, "model", "multi_step_model")
     MultiStepModelRunner.model = property(exposed.model)

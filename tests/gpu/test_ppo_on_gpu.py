@@ -18,8 +18,7 @@ HERE = Path(__file__).parent
 STEPS = 3
 # Everything of bridge.trainers.speedups, by what is called when it works. With a model of which the head has 64 elements.
 DRIVEN = {
-    "rms_norm_forward", "rms_norm_backward", "rope_forward", "rope_backward", "swiglu_forward",
-    "swiglu_backward", "FusedAdamW", "make_engine", "inspect_models_in_process", "freeze_gc", "multi_step_model",
+    "compiled_layer", "FusedAdamW", "make_engine", "inspect_models_in_process", "freeze_gc", "multi_step_model",
     "pack_responses", "prediction_mask", "unpack", "forward_log_probs", "forward_values", "flash_attention_kwargs", "pack",
     "packed_logits", "averages_groups", "group_weights"}
 

@@ -8,26 +8,58 @@ def test_without_a_gpu_nothing_is_changed():
     assert run_python(script) == "True"
 
 
-def test_actor_and_critic_are_built_from_the_fused_layers():
-    kinds = run_python("""
-from bridge.trainers import speedups
-speedups.fuse_layers("llama")
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification
-config = LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
-print({type(layer).__module__.split(".")[0] for kind in (LlamaForCausalLM, LlamaForTokenClassification)
-       for layer in (kind(config).model.norm, kind(config).model.layers[0].mlp)})
-""")
-    assert kinds == "{'liger_kernel'}"
-
-
-def test_the_loss_is_left_to_verl():
+def test_layers_in_fsdp_are_compiled_once_for_actor_and_critic_and_compute_the_same():
+    # Without Inductor's kernels, which take a minute of C++ here: what Dynamo and autograd make of the layers is the same.
     assert run_python("""
-from transformers import LlamaForCausalLM
-before = LlamaForCausalLM.forward
+import functools, torch
+from torch._dynamo.utils import counters
+from torch.distributed import HashStore, init_process_group
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from bridge.trainers import speedups
-speedups.fuse_layers("llama")
-print(LlamaForCausalLM.forward is before)
-""") == "True"
+
+init_process_group("gloo", rank=0, world_size=1, store=HashStore())
+config = LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=32)
+
+def computed():
+    found = []
+    for kind in LlamaForCausalLM, LlamaForTokenClassification:
+        torch.manual_seed(1)
+        # As verl's critic has it.
+        wrap = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={LlamaDecoderLayer})
+        model = FullyShardedDataParallel(kind(config), auto_wrap_policy=wrap, use_orig_params=False,
+                                         device_id=torch.device("cpu"))
+        for tokens in 7, 9, 11:
+            ids = torch.arange(tokens)[None]
+            with torch.no_grad():
+                found.append(model(input_ids=ids, use_cache=False).logits)
+            logits = model(input_ids=ids, use_cache=False).logits
+            logits.square().sum().backward()
+            found += [logits.detach(), *(part.grad.clone() for part in model.parameters())]
+            model.zero_grad()
+    return found
+
+before = computed()
+torch.compile = functools.partial(torch.compile, backend="aot_eager")
+speedups.compile_layers(config)
+for one, other in zip(before, computed(), strict=True):
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+print(counters["stats"]["unique_graphs"] <= 4, dict(counters["graph_break"]), len(before))
+""") == "True {} 30"
+
+
+def test_a_model_that_is_not_of_transformers_is_not_compiled_and_that_is_said():
+    assert run_python("""
+import contextlib, io, torch
+from transformers import PretrainedConfig
+from bridge.trainers import speedups
+torch.compile = None
+with contextlib.redirect_stderr(io.StringIO()) as said:
+    speedups.compile_layers(type("Own", (PretrainedConfig,), {"model_type": "own"})())
+print(said.getvalue().strip())
+""") == "bridge: own: not one of transformers' own models: its layers are not compiled"
 
 
 def test_adamw_is_fused_unless_the_caller_chooses():

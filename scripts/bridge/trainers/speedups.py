@@ -5,24 +5,33 @@ verl imports it before a model is built (`model.external_lib`): that applies eve
 
 import gc
 import os
+import sys
 from importlib import import_module
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+from torch.distributed.fsdp import fully_sharded_data_parallel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from bridge.errors import say
 from bridge.trainers import packed_ppo
 
 
-def fuse_layers(model_type: str) -> None:
-    """Let transformers build models of this type from Liger's fused RMSNorm, RoPE and SwiGLU; a type it does not know stays.
+def compile_layers(config: PretrainedConfig) -> None:
+    """Let the decoder layers of transformers' models of this kind be compiled: fused kernels, started with far less Python.
 
-    verl's own `use_liger` reaches the actor only. Liger's loss stays out: verl computes log-probabilities from the logits.
+    All layers, the actor's and the critic's, share what is compiled: once with and once without gradients, and once more when
+    the number of tokens has changed for the first time.
     """
-    from liger_kernel.transformers.monkey_patch import _apply_liger_kernel
-
-    _apply_liger_kernel(model_type, rope=True, rms_norm=True, swiglu=True, cross_entropy=False,
-                        fused_linear_cross_entropy=False)
+    if (model := AutoModelForCausalLM._model_mapping.get(type(config), None)) is None:
+        say(f"{config.model_type}: not one of transformers' own models: its layers are not compiled")
+        return
+    for name in model._no_split_modules:
+        layer = getattr(sys.modules[model.__module__], name)
+        layer.forward = torch.compile(layer.forward)
+    # FSDP marks what it wraps, so that Dynamo has less to compare, and Dynamo refuses the mark where use_orig_params is false,
+    # as in verl's critic. Without it Dynamo takes them for ordinary modules.
+    fully_sharded_data_parallel._annotate_modules_for_dynamo = lambda *_: None
 
 
 def fuse_adamw() -> None:
@@ -88,7 +97,7 @@ def replace_engine() -> None:
 
 def apply() -> None:
     """All of the above."""
-    fuse_layers(AutoConfig.from_pretrained(os.environ["BRIDGE_MODEL_DIR"]).model_type)
+    compile_layers(AutoConfig.from_pretrained(os.environ["BRIDGE_MODEL_DIR"]))
     fuse_adamw()
     packed_ppo.apply()
     replace_engine()
