@@ -6,6 +6,7 @@
 #   ... tests/gpu/learning.sh curves [STEPS]            PPO with both profiles and two seeds, side by side on one GPU, once that is done
 #   ... tests/gpu/learning.sh ppo PROFILE-SEED [STEPS]  one of them, where there are more GPUs (CUDA_VISIBLE_DEVICES gives it one)
 #   ... tests/gpu/learning.sh sft PROFILE-SEED          SFT to compare the profiles with, likewise: two orders of the rows
+#   MINUTES=20 ... tests/gpu/learning.sh gain           does PPO, and GRPO, add to its SFT? Three seeds; in WORK_DIR/gain (gain.py)
 # A log for each in WORK_DIR/learning. The curves, later and elsewhere:
 #   WORK_DIR=/folder make report RUN=tutorial-1,tutorial-2,tuned-1,tuned-2
 #
@@ -115,8 +116,12 @@ sft() { # PROFILE-SEED
     PROFILE=${1%-*} stage "$1" sft "${order[@]}"
 }
 
+gain() {
+    exec ../../scripts/host/container.sh shell -c 'exec python gain.py "$@"' gain "${MINUTES:-20}"
+}
+
 case ${1:-} in
-chain | prepare) "$@" ;;
+chain | prepare | gain) "$@" ;;
 curves | ppo | sft)
     [[ -f $logs/prepared ]] || { echo "$logs/prepared is not there: run $0 prepare first." >&2; exit 2; }
     "$@"
@@ -130,7 +135,7 @@ curves | ppo | sft)
     exit $status
     ;;
 *)
-    sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
     exit 2
     ;;
 esac
