@@ -24,7 +24,6 @@ Without a GPU (PROFILE=tiny MODEL=tiny) it goes the same way in small: a random 
 import gzip
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -51,8 +50,10 @@ KEPT = ("step", "time", ACCURACY, "critic/score/mean", "response_length/mean", "
         "perf/max_memory_reserved_gb")
 SEEDS = (1, 2, 3)
 DRAWS = 100_000
-# Seconds that are kept for what follows: merging and asking the models after the last training; a run's start.
-AFTER, START = 120, 70
+# Seconds that are kept: to merge and ask the models after the last training; for GRPO, once PPO has come halfway.
+AFTER, GRPO = 120, 300
+# Seconds of training (and of its start) below which none is begun.
+LEAST = 130
 # Bytes of a log that are kept.
 LOG_END = 60_000
 # Share of the GPU's memory for each vLLM that asks a model (its cache has shared_gpu's size).
@@ -171,11 +172,13 @@ def generator(temperature: float) -> Callable:
 
 
 def ask(folder: str, data: str, output: str, temperature: str) -> None:
-    """`gain.py ask MODEL DATA OUTPUT TEMPERATURE`: the scores of a model's answers to all rows of a file, and the answers."""
+    """`gain.py ask MODEL DATA OUTPUT TEMPERATURE`: the scores of a model's answers to all rows of a file, and greedy answers."""
     answers = evaluation.evaluate(Path(output).name, Path(folder), Path(data), parquet.read_metadata(data).num_rows, limits(),
                                   generator(float(temperature)))
-    with gzip.open(f"{output}.jsonl.gz", "wt", encoding="utf-8") as file:
-        file.writelines(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+    # Of the tries only the scores count.
+    if not float(temperature):
+        with gzip.open(f"{output}.jsonl.gz", "wt", encoding="utf-8") as file:
+            file.writelines(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
     write_whole(Path(f"{output}.json"), json.dumps({**evaluation.summary(answers), "scores": [row["score"] for row in answers]}))
 
 
@@ -221,11 +224,12 @@ class Campaign:
         self.began = time.monotonic()
         self.until = self.began + 60 * minutes
         self.work = Path(os.environ["WORK_DIR"]).absolute()
-        self.folder, self.logs = self.work / "gain", self.work / "gain" / "logs"
+        self.folder, self.logs, self.large = self.work / "gain", self.work / "gain" / "logs", self.work / "gain-data"
         if (self.folder / "gain.json").exists():
             raise UsageError(f"{self.folder / 'gain.json'} is there already, and the test problems are asked once. Move "
                              "the folder away, or use another WORK_DIR=.")
-        self.logs.mkdir(parents=True, exist_ok=True)
+        for folder in (self.logs, self.large):
+            folder.mkdir(parents=True, exist_ok=True)
         gpus = hardware.visible_gpus(os.environ)
         self.size = SIZES["gpu" if gpus else "cpu"]
         self.jobs: list[Job] = []
@@ -261,11 +265,17 @@ class Campaign:
         """Start a stage of the bridge program."""
         return self.start(f"{run}-{stage}{env.get('STAGE', '')}", ["bridge", stage, *overrides], RUN=run, **env)
 
-    def wait(self, jobs: Iterable[Job], needed: bool = True) -> list[Job]:
-        """Wait for jobs, and return those that went well. needed: a failure ends the campaign."""
+    def wait(self, jobs: Iterable[Job], needed: bool = True, seconds: float | None = None) -> list[Job]:
+        """Wait for jobs, at most so long, and return those that went well. needed: a failure ends the campaign."""
         jobs = list(jobs)
+        # The last ones may be a little late.
+        by = time.monotonic() + (max(60, self.left()) if seconds is None else seconds)
         while any(job.running for job in jobs):
             time.sleep(0.2)
+            if time.monotonic() > by:
+                for job in jobs:
+                    job.end()
+                    job.kill()
         for job in jobs:
             seconds = round(time.monotonic() - job.began)
             self.known["seconds"][job.name] = seconds
@@ -294,7 +304,7 @@ class Campaign:
     def data(self) -> dict[str, Path]:
         """The files of problems: kept ones to train on, held-out ones, the test's."""
         made = self.work / "data" / "gsm8k"
-        files = {name: self.folder / f"{name}.parquet" for name in ("all", "held_out", "solved")}
+        files = {name: self.large / f"{name}.parquet" for name in ("all", "held_out", "solved")}
         files["test"] = made / "test.parquet"
         if not files["all"].exists():
             rows = parquet.read_table(made / "train.parquet")
@@ -313,7 +323,7 @@ class Campaign:
         with torch.no_grad():
             for parameter in critic.score.parameters():
                 parameter.zero_()
-        folder = self.work / "gain-critic"
+        folder = self.large / "critic"
         critic.save_pretrained(folder)
         AutoTokenizer.from_pretrained(weights).save_pretrained(folder)
         return folder
@@ -334,7 +344,7 @@ class Campaign:
         rows, jobs = parquet.read_table(files["all"]), []
         for part in range(self.size.askers):
             mine = np.arange(part, len(rows), self.size.askers).repeat(self.size.tries)
-            parquet.write_table(rows.take(mine), file := self.work / f"gain-tries-{part}.parquet")
+            parquet.write_table(rows.take(mine), file := self.large / f"tries-{part}.parquet")
             jobs.append(self.ask(f"tries-{part}", weights, file, 0.8))
         return jobs
 
@@ -473,7 +483,8 @@ class Campaign:
 
     def run(self) -> None:
         """From the data to the test."""
-        self.wait([self.stage("gain", "data"), self.stage("gain", "model")])
+        for stage in ("data", "model"):
+            self.wait([self.stage("gain", stage)])
         files = self.data()
         self.wait([self.stage("gain", "sft", *self.size.sft, f"data.train_files={files['all']}",
                               f"data.val_files={files['held_out']}", "trainer.logger=[console]", SEED="1")])
@@ -486,7 +497,7 @@ class Campaign:
             # What needs no tries warms the caches of the others' start meanwhile.
             if setting.problems == "all":
                 self.train(name, "ppo", SEEDS[0], setting, critic, files)
-        self.choose_problems(files, tried=len(self.wait(tries, needed=False)) == len(tries))
+        self.choose_problems(files, tried=len(self.wait(tries, needed=False, seconds=0.15 * self.left())) == len(tries))
         for name, setting in candidates.items():
             if name not in self.runs:
                 self.train(name, "ppo", SEEDS[0], setting, critic, files)
@@ -501,7 +512,7 @@ class Campaign:
         while True:
             running = [name for names in of.values() for name in names if self.runs[name][0].running]
             # GRPO gets a while at the end, if PPO has come halfway.
-            late = self.left() < AFTER + (300 if self.halfway(of["ppo"]) else 0)
+            late = self.left() < AFTER + (GRPO if self.halfway(of["ppo"]) else 0)
             if not finished and not any(algo == "ppo" for algo, _ in waiting) and (
                     late or not any(name in running for name in of["ppo"])):
                 for name in of["ppo"]:
@@ -530,12 +541,12 @@ class Campaign:
     def start_waiting(self, waiting: list[tuple[str, int]], of: dict[str, list[str]], running: int,
                       *how: Any) -> list[tuple[str, int]]:
         """Start what there is room and time for; returns the rest."""
-        while waiting and running < self.size.side_by_side and self.left() > AFTER + START + 60:
+        while waiting and running < self.size.side_by_side and self.left() > AFTER + LEAST:
             algo, seed = waiting.pop(0)
             of[algo].append(name := f"gain-{algo}-{seed}")
             self.train(name, algo, seed, *how)
             running += 1
-        return waiting if self.left() > AFTER + START + 60 else []
+        return waiting if self.left() > AFTER + LEAST else []
 
     def halfway(self, names: list[str]) -> bool:
         """Whether all seeds are there and each was validated in half of its steps."""
@@ -558,9 +569,6 @@ def campaign(minutes: str) -> None:
     finally:
         whole.close()
         whole.note("over")
-        for file in whole.work.glob("gain-tries-*.parquet"):
-            file.unlink()
-        shutil.rmtree(whole.work / "gain-critic", ignore_errors=True)
 
 
 if __name__ == "__main__":
