@@ -38,7 +38,7 @@ from pyarrow import parquet
 from bridge import compose, hardware, settings
 from bridge.environment import clean_environment
 from bridge.errors import UsageError, exit_status, say, write_whole
-from bridge.runs import metrics
+from bridge.runs import checkpoints, metrics
 from bridge.stages import eval as evaluation
 from bridge.stages import train
 
@@ -99,7 +99,7 @@ class Size(NamedTuple):
 
 SIZES = {
     "gpu": Size(
-        held_out=1000, sft=("trainer.total_epochs=5", "optim.lr=3e-4"), tries=4, askers=3, batch=512, mini=128, answers=8,
+        held_out=1000, sft=("trainer.total_epochs=5", "optim.lr=3e-4"), tries=4, askers=4, batch=512, mini=128, answers=8,
         every=8, decide=16, steps=64, side_by_side=3, overrides=(
             # Four trainings have to fit beside each other.
             "memory/ppo=80gb",
@@ -424,10 +424,12 @@ class Campaign:
 
     def common_steps(self, names: Sequence[str]) -> list[int]:
         """Steps that all of these runs were validated and saved at, in order."""
-        def whole(name: str, step: int) -> bool:
-            return (self.work / "runs" / name / "ppo" / "checkpoints" / f"global_step_{step}" / "actor" / "huggingface").is_dir()
+        def saved(name: str) -> set[int]:
+            folder = self.work / "runs" / name / "ppo" / "checkpoints"
+            return {found.step for found in checkpoints.list_checkpoints(folder, checkpoints.mergeable("ppo"), loader=False)
+                    if found.complete}
 
-        found = [{step for step in self.curve(name) if step > 0 and whole(name, step)} for name in names]
+        found = [self.curve(name).keys() & saved(name) for name in names]
         return sorted(set.intersection(*found)) if found else []
 
     def decide(self, names: list[str]) -> str:
@@ -435,14 +437,12 @@ class Campaign:
         by = time.monotonic() + max(60, 0.3 * (self.left() - AFTER))
         while time.monotonic() < by:
             self.look(names)
-            alive = [name for name in names if self.runs[name][0].running or self.curve(name)]
-            if not alive:
-                raise UsageError(f"no candidate trains; the logs are in {self.logs}.")
-            if all(max(self.curve(name), default=-1) >= self.size.decide or not self.runs[name][0].running for name in alive):
+            if all(max(self.curve(name), default=0) >= self.size.decide or not self.runs[name][0].running for name in names):
                 break
-        judged = [name for name in names if any(self.curve(name))] or [name for name in names if self.runs[name][0].running]
+        going = [name for name in names if not self.runs[name][0].process.poll()]
+        judged = [name for name in going if any(self.curve(name))] or going
         if not judged:
-            raise UsageError(f"no candidate was validated; the logs are in {self.logs}.")
+            raise UsageError(f"no candidate trains; the logs are in {self.logs}.")
         steps = sorted(set.intersection(*({step for step in self.curve(name) if step} for name in judged)))[-2:]
         means = {name: float(np.mean([self.curve(name)[step] for step in steps])) if steps else 0.0 for name in judged}
         best = max(judged, key=means.__getitem__)
@@ -467,8 +467,11 @@ class Campaign:
         jobs = {self.stage(name, "merge", STAGE="ppo", STEP=str(step)): name for name in names}
         merged = [jobs[job] for job in self.wait(jobs, needed=False)]
         jobs = {self.ask(f"test-{name}", self.work / "runs" / name / "ppo" / "merged", files["test"]): name for name in merged}
+        if "sft" not in self.known["asked"]:
+            jobs[self.ask("test-sft", self.work / "runs" / "gain" / "sft" / "merged", files["test"])] = "sft"
         asked = [jobs[job] for job in self.wait(jobs, needed=False)]
         self.take(asked)
+        asked = [name for name in asked if name != "sft"]
         if asked and "sft" in self.known["asked"]:
             tested = permutation_test([self.answered("test-sft")["scores"]],
                                       [self.answered(f"test-{name}")["scores"] for name in asked])
@@ -504,7 +507,7 @@ class Campaign:
         asking = self.ask("test-sft", weights, files["test"])
         best = self.decide(list(candidates))
         setting = self.runs[best][1]
-        self.take(job.name.removeprefix("ask-test-") for job in self.wait([asking], needed=False))
+        self.take(job.name.removeprefix("ask-test-") for job in self.wait([asking], needed=False, seconds=60))
 
         of: dict[str, list[str]] = {"ppo": [best], "grpo": []}
         waiting = [("ppo", seed) for seed in SEEDS[1:]] + [("grpo", seed) for seed in SEEDS]
