@@ -72,7 +72,7 @@ class Setting(NamedTuple):
 
 
 # The first is the one that is believed in.
-CANDIDATES = (Setting("solved", 1.0, 3e-5), Setting("solved", 1.0, 1e-5), Setting("solved", 0.7, 3e-5), Setting("all", 1.0, 3e-5))
+CANDIDATES = (Setting("solved", 1.0, 3e-5), Setting("all", 1.0, 3e-5), Setting("solved", 0.7, 3e-5), Setting("solved", 1.0, 1e-5))
 
 
 class Size(NamedTuple):
@@ -81,6 +81,8 @@ class Size(NamedTuple):
     held_out: int
     # Of SFT.
     sft: tuple[str, ...]
+    # How many of CANDIDATES.
+    candidates: int
     # Times that the SFT model tries each training problem, by so many processes.
     tries: int
     askers: int
@@ -99,8 +101,8 @@ class Size(NamedTuple):
 
 SIZES = {
     "gpu": Size(
-        held_out=1000, sft=("trainer.total_epochs=5", "optim.lr=3e-4"), tries=4, askers=4, batch=512, mini=128, answers=8,
-        every=8, decide=16, steps=64, side_by_side=3, overrides=(
+        held_out=1000, candidates=4, sft=("trainer.total_epochs=5", "optim.lr=3e-4"), tries=4, askers=4, batch=512, mini=128,
+        answers=8, every=8, decide=16, steps=64, side_by_side=3, overrides=(
             # Four trainings have to fit beside each other.
             "memory/ppo=80gb",
             *(f"{key}=16384" for key in ("actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
@@ -114,8 +116,8 @@ SIZES = {
             # Ray starts a process for each before it is asked.
             "ray_init.num_cpus=4")),
     "cpu": Size(
-        held_out=24, sft=("trainer.save_freq=-1", "trainer.total_training_steps=4"), tries=1, askers=1, batch=8, mini=4,
-        answers=2, every=1, decide=1, steps=2, side_by_side=1, overrides=("ray_init.num_cpus=4",)),
+        held_out=24, candidates=2, sft=("trainer.save_freq=-1", "trainer.total_training_steps=4"), tries=1, askers=1, batch=8,
+        mini=4, answers=2, every=1, decide=1, steps=2, side_by_side=1, overrides=("ray_init.num_cpus=4",)),
 }
 
 
@@ -495,7 +497,8 @@ class Campaign:
         weights = self.work / "runs" / "gain" / "sft" / "merged"
         tries = self.try_problems(weights, files)
         critic = self.make_critic(weights)
-        candidates = {f"gain-candidate-{letter}": setting for letter, setting in zip("abcd", CANDIDATES, strict=True)}
+        candidates = {f"gain-candidate-{letter}": setting for letter, setting in
+                      zip("abcd", CANDIDATES[:self.size.candidates], strict=False)}
         for name, setting in candidates.items():
             # What needs no tries warms the caches of the others' start meanwhile.
             if setting.problems == "all":
