@@ -77,4 +77,7 @@ def apply() -> None:
     MultiStepModelRunner.model = property(exposed.model)
 
 
+if "SHARE_GPU" in os.environ:
+    import shared_gpu  # noqa: F401 - importing it does it
+
 apply()
