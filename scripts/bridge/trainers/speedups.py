@@ -10,7 +10,9 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from torch._subclasses import meta_utils
 from torch.distributed.fsdp import fully_sharded_data_parallel
+from torch.distributed.fsdp._flat_param import FlatParameter
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from bridge.errors import say
@@ -29,9 +31,13 @@ def compile_layers(config: PretrainedConfig) -> None:
     for name in model._no_split_modules:
         layer = getattr(sys.modules[model.__module__], name)
         layer.forward = torch.compile(layer.forward)
-    # FSDP marks what it wraps, so that Dynamo has less to compare, and Dynamo refuses the mark where use_orig_params is false,
-    # as in verl's critic. Without it Dynamo takes them for ordinary modules.
+    # FSDP marks what it wraps, and Dynamo refuses the mark where use_orig_params is false, as in verl's critic. Without it
+    # Dynamo takes them for ordinary modules.
     fully_sharded_data_parallel._annotate_modules_for_dynamo = lambda *_: None
+    # Weights are views of FSDP's flat parameter. In a forward that is bfloat16, and the gradient that it has from the micro batch
+    # before is float32: Dynamo, which looks at it, would fail. No layer's forward depends on it.
+    plain = meta_utils.safe_grad
+    meta_utils.safe_grad = lambda tensor: None if isinstance(tensor, FlatParameter) else plain(tensor)
 
 
 def fuse_adamw() -> None:
