@@ -142,21 +142,18 @@ class Display:
             self.looked_for_saves = now
             self.looking(self.look_for_saves)
         if self.live:
-            return self.live.update(self.block(recorded, self.fields(recorded, rows)), refresh=True)
+            told = fields(self.stage, recorded, rows, self.saved, time.time())
+            return self.live.update(self.block(recorded, told), refresh=True)
         new = len(rows)
         while new and self.state(rows[new - 1:new]) > self.seen:
             new -= 1
         # Where nothing is new for long, the last line once more.
         counts = range(new + 1, len(rows) + 1) or [len(rows)] * (now - self.shown > SILENCE)
         for count in counts:
-            text = ", ".join(" ".join(found) for found in self.fields(recorded, rows[:count]).items())
-            print(f"{self.stage} {text}", flush=True)
+            told = fields(self.stage, recorded, rows[:count], self.saved, time.time())
+            print(self.stage, ", ".join(" ".join(found) for found in told.items()), flush=True)
             self.shown = now
         self.seen = self.state(rows[-1:])
-
-    def fields(self, recorded: Mapping[str, Any], rows: Sequence[Mapping[str, float]]) -> dict[str, str]:
-        """What is told now."""
-        return fields(self.stage, recorded, rows, self.saved, time.time())
 
     def look_for_saves(self) -> None:
         """Take in the newest checkpoint that the door has seen whole."""
