@@ -220,9 +220,7 @@ def set_aside(path: Path) -> Path:
 
 def set_aside_damaged(folder: Path, wanted: Contents) -> list[str]:
     """Read the newest complete checkpoint whole; while it is damaged, put it aside and take the one before.
-
-    Returns what was done. If all are damaged, that is a UsageError, and nothing was touched.
-    """
+    Returns what was done. If all are damaged, that is a UsageError, and nothing was touched."""
     faults: dict[Path, list[str]] = {}
     for checkpoint in reversed([found for found in list_checkpoints(folder, wanted) if found.complete]):
         say(f"comparing {checkpoint.path.name} with the checksums of when it was saved")

@@ -40,9 +40,7 @@ METRICS = {
 def fields(stage: str, recorded: Mapping[str, Any], rows: Sequence[Mapping[str, float]], saved: int,
            now: float) -> dict[str, str]:
     """What is told of a training, {word: value}.
-
-    recorded: its run.json; rows: of its metrics.jsonl; saved: step of the newest whole checkpoint, 0 for none; now: s since 1970.
-    """
+    recorded: its run.json; rows: of metrics.jsonl; saved: step of the newest whole checkpoint (0: none); now: s since 1970."""
     attempt, total = recorded["attempts"][-1], recorded.get("steps")
     step = max(attempt["from_step"], *(row["step"] for row in rows[-1:]), 0)
     found = {"step": f"{step}/{total}" if total else str(step)}
