@@ -5,7 +5,6 @@ import importlib.util
 import os
 import re
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -60,12 +59,6 @@ def leaf(config: Mapping[str, Any], key: str) -> Any:
     return config
 
 
-@cache
-def verls_own(name: str) -> dict[str, Any]:
-    """The configuration of verl's own trainer, without a line of ours."""
-    return compose(f"{name}_trainer", [], {}, verl_config_dir())
-
-
 def value_problem(name: str, key: str, value: Any, default: Any) -> str | None:
     """What is wrong with the value of a key which has this default; checks and trainers count on its being there and its kind."""
     number = isinstance(value, int | float) and not isinstance(value, bool) and value == value
@@ -74,7 +67,8 @@ def value_problem(name: str, key: str, value: Any, default: Any) -> str | None:
         return f"{key} would be gone, and it is read"
     if value is None:
         # verl takes null where its own default is null.
-        problem = "cannot be null" if default is not None and leaf(verls_own(name), key) not in (None, ...) else None
+        verls_own = leaf(compose(f"{name}_trainer", [], {}, verl_config_dir()), key)
+        problem = "cannot be null" if default is not None and verls_own not in (None, ...) else None
     elif isinstance(default, bool):
         problem = None if isinstance(value, bool) else "is True or False"
     elif (default is None or isinstance(default, int) and default > 0) and COUNT.fullmatch(key):

@@ -73,7 +73,7 @@ def run_stage(name: str, env: Mapping[str, str], overrides: list[str], dry_run: 
     from bridge.runs import checkpoints, record
 
     if dry_run and stage.trains and (working := record.holder(plan.record_dir)):
-        say(f"another run works in {plan.record_dir} ({working})")
+        say(f"another run works in {plan.record_dir} ({working}). Until it has ended, a second is refused; RUN=NAME is another")
     # One that was killed after its last save has a record that says otherwise.
     if plan.finished and (dry_run or not stage.trains or record.read(plan.record_dir)["status"] == "finished"):
         say(plan.finished)
@@ -113,7 +113,7 @@ def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
     recorded = record.begin(plan, env)
     log = plan.record_dir / "log.txt" if plan.keep_log else None
     request, answer = plan.record_dir / stoppable.REQUEST, plan.record_dir / stoppable.ANSWER
-    metrics = housekeeping = display = None
+    metrics = housekeeping = display = newest = None
     env = {**env, **plan.env}
     if "RAY_TMPDIR" in plan.env:
         env["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-", dir=plan.env["RAY_TMPDIR"])
@@ -158,7 +158,7 @@ def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
             shutil.rmtree(env["RAY_TMPDIR"], ignore_errors=True)
 
     def end() -> None:
-        nonlocal status
+        nonlocal status, newest
         newest = checkpoints.newest_complete(plan.checkpoints, plan.saved) if plan.checkpoints else None
         step = newest.step if newest else 0
         lacking = plan.checkpoints and checkpoints.newer_incomplete(plan.checkpoints, plan.saved, step)
@@ -171,6 +171,9 @@ def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
     Tolerance("writing run.json").at_last(end)
     if status == STOPPED:
         say(f"{name} was asked to stop ({request}) and did: the same command continues it")
+    elif status == 0 and plan.checkpoints:
+        where = f" Its newest checkpoint is {newest.path}. Next: make merge STAGE={name}" if newest else ""
+        say(f"{name} has made all its steps.{where}")
     elif status:
         if log and status < 128 and status != hang.HUNG:
             if display and any(lines := failure.last_lines(log, TAIL, start)):

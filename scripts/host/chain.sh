@@ -26,7 +26,7 @@ read_chain() { # STAGE[,STAGE...]: fills jobs, here (stages for this machine), l
             last=${#before} previous=$stage
         fi
         if is_training "$stage"; then unmerged=$stage; elif [[ $stage == "merge:$unmerged" ]]; then unmerged=''; fi
-        [[ $stage != ppo || $seen != *,sft,*merge:sft,* ]] || from=${INIT:-sft}
+        [[ $stage != ppo || $seen != *,merge:sft,* ]] || from=${INIT:-sft}
         # Where no node reaches the internet, this machine has to.
         if ! needs_internet "$stage" || [[ -n ${NET_PARTITION:-} ]]; then jobs+=("$stage")
         elif [[ $stage == upload* ]]; then later=${stage/:/ STAGE=}

@@ -114,6 +114,13 @@ def test_without_slurm_it_says_so(standin):
     assert result.returncode == 2 and "no Slurm here" in result.stderr
 
 
+@pytest.mark.parametrize(("given", "start"), [((), "sft"), (("INIT=base",), "base")])
+def test_ppo_after_a_merge_of_sft_starts_from_it_without_an_sft_in_the_chain(standin, given, start):
+    result = standin.make("submit", "CHAIN=merge:sft,ppo", "GPUS=1", "ARGS=--dry-run", *given)
+    assert result.returncode == 0 and f"bridge: INIT={start}: PPO starts from" in result.stderr, result.stderr
+    assert f"INIT={start} " in result.stdout.splitlines()[-1]
+
+
 def test_what_the_stage_itself_would_refuse_is_refused_now(standin):
     result = standin.make("submit", "STAGE=sft", "GPUS=1", WOULD_FAIL="2")
     assert result.returncode == 2

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import sys
+import sysconfig
 import types
 from pathlib import Path
 
@@ -58,6 +60,17 @@ def test_what_is_a_warning_is_counted_as_one_and_not_as_passed(monkeypatch, caps
     assert check.run(some_settings, {}, ["--json"]) == failed
     report = json.loads(capsys.readouterr().out)
     assert (report["passed"], report["ok"], report["warnings"], report["failed"]) == (not failed, 2, 1, failed)
+
+
+def test_a_flash_attn_that_does_not_import_fails_in_one_line_with_the_cure(monkeypatch, some_settings, tmp_path):
+    # As an extension that is none for this Python: the loader refuses it.
+    (tmp_path / f"flash_attn{sysconfig.get_config_var('EXT_SUFFIX')}").write_text("cut short")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    monkeypatch.setattr(manifest, "packages", lambda: {"flash-attn": "2.7.4"})
+    [(status, seen)] = statuses(check.flash_attention(some_settings, {})).values()
+    assert status == "FAIL" and seen.startswith("2.7.4 does not import: ") and "file too short" in seen
+    assert "build the image anew" in seen and "\n" not in seen
 
 
 @pytest.mark.parametrize(("cores", "gpus", "status"), [(1, 8, "warn"), (16, 8, "ok"), (1, 0, "ok")])

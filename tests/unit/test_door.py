@@ -359,6 +359,7 @@ def test_a_finished_run_whose_last_checkpoint_is_gone_is_not_taken_for_finished(
     result = bridge("sft", "--dry-run", **env)
     assert result.returncode == 0 and "is finished" not in result.stderr
     assert "trainer.resume_mode=disable" in result.stdout
+    assert "checkpoints held step 64 and is empty: this run begins anew" in result.stderr
 
 
 def test_a_damaged_record_is_named_without_a_traceback(env):
@@ -457,6 +458,7 @@ def test_two_runs_in_one_folder_at_once_are_refused(env):
         # A dry run says it, too, and is in nobody's way.
         result = bridge("sft", "--dry-run", **env)
         assert result.returncode == 0 and f"another run works in {folder} (process {holder.pid} on " in result.stderr
+        assert "a second is refused; RUN=NAME is another" in result.stderr
     finally:
         holder.kill()
         holder.communicate()

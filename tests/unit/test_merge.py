@@ -176,6 +176,19 @@ def test_the_plan_names_the_model_that_the_training_started_from(env, base, stag
     assert len(planned.command) == 6 and "not compared" in planned.notes[-1]
 
 
+def test_a_checkpoint_of_a_training_that_goes_on_is_called_perhaps_not_the_last(env, base):
+    run = Path(env["WORK_DIR"]) / "runs" / "default" / "sft"
+    write_shards(run / "checkpoints" / "global_step_2", trained(base), base, None)
+    trains = subprocess.Popen([sys.executable, "-c", "import sys\nfrom pathlib import Path\nfrom bridge.runs import record\n"
+                               "with record.locked(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()", str(run)],
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert trains.stdout.readline() == "held\n"
+    said = "\n".join(merge.plan(settings.read(env), {}).notes)
+    assert f"warning: sft still trains (process {trains.pid} on " in said and "step 2 may not be its last" in said
+    trains.communicate()
+    assert "still trains" not in "\n".join(merge.plan(settings.read(env), {}).notes)
+
+
 # ---- killed, and full
 
 class Killed(BaseException):

@@ -102,7 +102,8 @@ def test_a_node_with_another_model_or_other_packages_does_not_join(env):
 
 def test_a_node_on_which_somebody_has_rays_folder_does_not_join(env, tmp_path):
     (taken := tmp_path / "ray-taken").mkdir()
-    assert f"{taken}: File exists." in joining(env, temporary=str(taken))
+    said = joining(env, temporary=str(taken))
+    assert f"{taken} is there already: RAY_TMPDIR={tmp_path} is not this node's own. Name one on a local disk" in said
     assert taken.is_dir()
 
 

@@ -190,6 +190,14 @@ def test_follow_shows_a_run_from_its_files_until_it_has_ended(run_folder):
     assert follower.returncode == 0 and f"sft of run 'mine': failed; the log is {folder / 'log.txt'}" in said
 
 
+def test_follow_says_that_there_is_no_step_yet(run_folder):
+    (run_folder / "runs" / "mine" / "sft" / "metrics.jsonl").unlink()
+    record.write_json(run_folder / "runs" / "mine" / "sft" / "run.json", {**running(), "status": "failed"}, [])
+    result = subprocess.run([sys.executable, "-m", "bridge", "follow"], env={**SHELL, "WORK_DIR": str(run_folder), "RUN": "mine"},
+                            capture_output=True, text=True, check=False, timeout=60)
+    assert "sft of run 'mine' is failed, and has made no step yet" in result.stderr, result.stderr
+
+
 def test_follow_ends_when_nobody_reads_any_more(run_folder):
     follower = subprocess.Popen([sys.executable, "-m", "bridge", "follow"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                 env={**SHELL, "WORK_DIR": str(run_folder), "RUN": "mine"}, text=True)

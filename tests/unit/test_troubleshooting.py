@@ -38,7 +38,7 @@ ELSEWHERE = {
               "Requested time limit is invalid (missing or exceeds some limit)", "oom-kill event(s)", "(Priority)", "(Resources)",
               "(PartitionTimeLimit)"),
     "Apptainer": ("Something went wrong trying to read the squashfs image",),
-    "the system": ("no space left on device", "No space left on device", "Disk quota exceeded"),
+    "the system": ("Bus error", "no space left on device", "No space left on device", "Disk quota exceeded"),
 }
 
 

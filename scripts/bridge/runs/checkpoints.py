@@ -78,11 +78,6 @@ def mergeable(stage: str) -> dict[str, tuple[str, ...]]:
     return {"actor" if stage == "ppo" else ".": ("model",)}
 
 
-def not_continued(stage: str, saved: Contents) -> list[str]:
-    """What verl would begin anew, in silence, where a run that saves this is continued: "critic: optimizer"."""
-    return [f"{part if stage == 'ppo' else stage}: {kind}" for part, kinds in saved.items() for kind in ALL if kind not in kinds]
-
-
 def expected_size(saved: Contents, parameters: int) -> int:
     """Bytes of one checkpoint. For 1.236e9 parameters: SFT 14.8 GB, PPO 29.7 GB, without a critic 14.8 GB."""
     return parameters * sum(SHARDS[kind][1] if kind in SHARDS else HF_MODEL_BYTES for kinds in saved.values() for kind in kinds)
@@ -225,9 +220,7 @@ def set_aside(path: Path) -> Path:
 
 def set_aside_damaged(folder: Path, wanted: Contents) -> list[str]:
     """Read the newest complete checkpoint whole; while it is damaged, put it aside and take the one before.
-
-    Returns what was done. If all are damaged, that is a UsageError, and nothing was touched.
-    """
+    Returns what was done. If all are damaged, that is a UsageError, and nothing was touched."""
     faults: dict[Path, list[str]] = {}
     for checkpoint in reversed([found for found in list_checkpoints(folder, wanted) if found.complete]):
         say(f"comparing {checkpoint.path.name} with the checksums of when it was saved")

@@ -90,9 +90,7 @@ def end_with_parent(number: int = signal.SIGTERM) -> None:
 def copy_output(child: subprocess.Popen, log_file, metrics_file, secrets, is_ending: Callable[[], bool],
                 display: Display | None) -> None:
     """Copy the child's output to log and display (else stdout) until it ends, line by line; a progress bar's \\r ends one too.
-
-    A log or metrics that cannot be written (a quota) end no training: that is said, and tried again with the next line.
-    """
+    A log or metrics that cannot be written (a quota) end no training: that is said, and tried again with the next line."""
     logging, recording = Tolerance("writing to log.txt"), Tolerance("writing to metrics.jsonl")
     hidden = [secret.encode() for secret in secrets if secret]
     pending, stop_at = b"", None

@@ -40,9 +40,7 @@ METRICS = {
 def fields(stage: str, recorded: Mapping[str, Any], rows: Sequence[Mapping[str, float]], saved: int,
            now: float) -> dict[str, str]:
     """What is told of a training, {word: value}.
-
-    recorded: its run.json; rows: of its metrics.jsonl; saved: step of the newest whole checkpoint, 0 for none; now: s since 1970.
-    """
+    recorded: its run.json; rows: of metrics.jsonl; saved: step of the newest whole checkpoint (0: none); now: s since 1970."""
     attempt, total = recorded["attempts"][-1], recorded.get("steps")
     step = max(attempt["from_step"], *(row["step"] for row in rows[-1:]), 0)
     found = {"step": f"{step}/{total}" if total else str(step)}
@@ -142,21 +140,18 @@ class Display:
             self.looked_for_saves = now
             self.looking(self.look_for_saves)
         if self.live:
-            return self.live.update(self.block(recorded, self.fields(recorded, rows)), refresh=True)
+            told = fields(self.stage, recorded, rows, self.saved, time.time())
+            return self.live.update(self.block(recorded, told), refresh=True)
         new = len(rows)
         while new and self.state(rows[new - 1:new]) > self.seen:
             new -= 1
         # Where nothing is new for long, the last line once more.
         counts = range(new + 1, len(rows) + 1) or [len(rows)] * (now - self.shown > SILENCE)
         for count in counts:
-            text = ", ".join(" ".join(found) for found in self.fields(recorded, rows[:count]).items())
-            print(f"{self.stage} {text}", flush=True)
+            told = fields(self.stage, recorded, rows[:count], self.saved, time.time())
+            print(self.stage, ", ".join(" ".join(found) for found in told.items()), flush=True)
             self.shown = now
         self.seen = self.state(rows[-1:])
-
-    def fields(self, recorded: Mapping[str, Any], rows: Sequence[Mapping[str, float]]) -> dict[str, str]:
-        """What is told now."""
-        return fields(self.stage, recorded, rows, self.saved, time.time())
 
     def look_for_saves(self) -> None:
         """Take in the newest checkpoint that the door has seen whole."""

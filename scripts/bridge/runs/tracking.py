@@ -18,8 +18,7 @@ def wandb_server(env: Mapping[str, str]) -> str:
 def go_offline(config: Mapping[str, Any], env: Mapping[str, str], own_env: dict[str, str], notes: list[str],
                dry_run: bool) -> None:
     """Let W&B be offline where it has no key, unless the user has said what it shall do, and where its server does not answer:
-    it would try for 90 s, and then end one rank of all.
-    """
+    it would try for 90 s, and then end one rank of all."""
     netrc, server = Path(env.get("NETRC") or Path.home() / ".netrc"), wandb_server(env)
     # `wandb login` leaves its key there.
     has_login = netrc.is_file() and server.split("//")[-1].split("/")[0] in netrc.read_text()

@@ -38,6 +38,8 @@ def plan(settings: Settings, env: Mapping[str, str]) -> Plan:
         checkpoint = checkpoint_of(settings, stage)
         notes = [f"warning: {newer.path.name} is newer but incomplete ({newer.faults[0]})" for newer in
                  list_mergeable(settings, stage) if newer.step > checkpoint.step and settings.step is None]
+        if working := record.holder(settings.stage_dir(stage)):
+            notes.append(f"warning: {stage} still trains ({working}): step {checkpoint.step} may not be its last")
         shards = checkpoint.path / next(iter(checkpoints.mergeable(stage)))
     output, base = settings.merged_dir(stage), base_of(shards)
     if base is None:

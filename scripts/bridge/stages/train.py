@@ -331,6 +331,8 @@ def check_continuation(stage: str, settings: Settings, planned: Plan,
     done = reached >= planned.steps or (recorded["status"] == "finished" and reached >= recorded["last_step"])
     if not found and not done:
         # Nothing to continue: a run that failed before its first checkpoint may be started with other settings.
+        if recorded["last_step"]:
+            planned.notes.append(f"warning: {folder} held step {recorded['last_step']} and is empty: this run begins anew")
         return None, None
     if lines := record.difference(recorded, planned):
         raise UsageError(page("other_settings.txt", run=settings.run, folder=planned.record_dir, lines=lines, owned=OWNED))
@@ -340,7 +342,8 @@ def check_continuation(stage: str, settings: Settings, planned: Plan,
     if newest is None:
         raise UsageError(checkpoints.none_usable(
             folder, [f"{checkpoint.path.name}: {'; '.join(checkpoint.faults[:3])}" for checkpoint in found]))
-    lost = checkpoints.not_continued(stage, planned.saved)
+    lost = [f"{part if stage == 'ppo' else stage}: {kind}" for part, kinds in planned.saved.items()
+            for kind in checkpoints.ALL if kind not in kinds]
     if lost and not any("load_contents" in text for text in overrides):
         raise UsageError(page("begun_anew.txt", path=newest.path, lost=lost, saved=planned.saved,
                               keys=checkpoints.LOAD_CONTENTS[stage]))

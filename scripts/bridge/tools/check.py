@@ -168,7 +168,12 @@ def flash_attention(settings: Settings, env: Mapping[str, str]) -> Iterator[Resu
     if version is None:
         yield Result("flash-attn", "FAIL" if gpus else "warn", "not installed: training on a GPU needs the image")
         return
-    importlib.import_module("flash_attn")
+    try:
+        importlib.import_module("flash_attn")
+    except ImportError as error:
+        yield Result("flash-attn", "FAIL", f"{version} does not import: {str(error).splitlines()[0]}. It was built for another "
+                     "torch or Python: build the image anew, without FLASH_ATTN_WHEEL= or with the right one")
+        return
     yield Result("flash-attn", "ok", version)
     if gpus:
         yield flash_attention_kernels()
@@ -239,7 +244,7 @@ def machine(settings: Settings, env: Mapping[str, str]) -> Iterator[Result]:
     # The profiles for the CPU take GPUS= for a number of ranks.
     lacking = (settings.gpus or 0) > len(gpus) and settings.profile not in train.ON_CPU
     yield Result("GPUs visible", "FAIL" if lacking else "ok" if gpus else "warn", (f"GPUS={settings.gpus}, but " * lacking) + (
-        ", ".join(f"{gpu.name} ({gpu.memory / 2**30:.0f} GiB)" for gpu in gpus) or "none: only the rehearsal runs here"))
+        ", ".join(f"{gpu.name} ({gpu.memory / 2**30:.0f} GiB)" for gpu in gpus) or "none: PROFILE=rehearsal trains on CPU"))
     cores = hardware.cpu_count()
     few = hardware.core_problem(cores, settings.gpus or len(gpus)) if gpus else None
     yield Result("CPU cores", "warn" if few else "ok", few or str(cores))

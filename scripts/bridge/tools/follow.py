@@ -25,6 +25,8 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
         tolerance(read)
         return found["recorded"], found["rows"]
 
+    if not found["rows"]:
+        say(f"{folder.name} of run {settings.run!r} is {found['recorded']['status']}, and has made no step yet")
     with progress.Display(folder.name, folder, look) as display:
         # The newest line that was there before is shown as well.
         display.seen = display.state(found["rows"][:-1])

@@ -65,7 +65,11 @@ def run(settings: Settings, env: Mapping[str, str], arguments: list[str]) -> int
         own["CUDA_VISIBLE_DEVICES"] = ",".join(gpu.device for gpu in hardware.visible_gpus(env)[:gpus])
     if folder := read_json(nodes.listening())["temporary"]:
         # Ray's folder has one name on all nodes, and is each node's own: nobody else has made it.
-        os.mkdir(folder, mode=0o700)
+        try:
+            os.mkdir(folder, mode=0o700)
+        except FileExistsError:
+            raise UsageError(f"{host}: {folder} is there already: RAY_TMPDIR={Path(folder).parent} is not this node's own. "
+                             "Name one on a local disk of each node, or leave it out (/tmp).") from None
         record.keep_ray_folder(folder)
         own["RAY_TMPDIR"] = folder
     say(f"node {number} ({host}, {address}) joins" + (f"; warning: {few}" if few else ""))
