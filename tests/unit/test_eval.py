@@ -196,7 +196,7 @@ def SamplingParams(**arguments): return arguments
         "eval", prepared / "data" / "gsm8k" / "test.parquet", tmp_path, "3", "vllm",
         json.dumps({"max_prompt_length": 384, "max_response_length": 48, "truncation": "error"}),
         *(f"{name}={prepared / 'models' / 'tiny'}" for name in ("base", "sft")),
-        env={"PYTHONPATH": str(tmp_path)})
+        env={"PYTHONPATH": str(tmp_path)}, preloaded=None)
     assert result.returncode == 0, result.stderr
     processes = (tmp_path / "processes").read_text().split()
     assert len(processes) == len(set(processes)) == 2
