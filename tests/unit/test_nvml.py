@@ -38,7 +38,8 @@ def node(tmp_path_factory) -> dict[str, str]:
 
 def looks(env: dict[str, str], *visible: dict[str, str]) -> list[list]:
     """The driver and the GPUs, with each of these settings: of one new Python, since the library's place is read at its start."""
-    found = subprocess.run([sys.executable, "-c", LOOK, json.dumps(visible)], env=env, capture_output=True, text=True, check=False)
+    found = subprocess.run([sys.executable, "-c", LOOK, json.dumps(visible)], env=env, capture_output=True, text=True,
+                           check=False)
     assert found.returncode == 0, found.stderr
     return [json.loads(line) for line in found.stdout.splitlines()]
 
