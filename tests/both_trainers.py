@@ -17,6 +17,7 @@ from unittest.mock import patch
 
 import torch
 
+from door import TRAINER
 from ranks import in_a_process, in_ranks, prepare, whole
 
 # Cut off by the longest rows; some are cut off, so that one has no padding at all.
@@ -154,7 +155,8 @@ def work(device: str, work_dir: Path, variants: list[str], out: Path) -> None:
 
 def both_trainers(device: str, ranks: int, variants: list[str]) -> dict[str, dict[str, Any]]:
     """Run the variants in processes of their own; returns what OUT.pt holds."""
-    return in_a_process(Path(__file__), "--device", device, "--ranks", str(ranks), "--variants", *variants, "--out")
+    return in_a_process(Path(__file__), "--device", device, "--ranks", str(ranks), "--variants", *variants, "--out",
+                        preloaded=TRAINER if device == "cpu" else None)
 
 
 def main() -> None:

@@ -9,8 +9,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
+from unittest.mock import patch
 
+from bridge import door
+from bridge.errors import exit_status
 from bridge.runs import metrics, record
 from bridge.trainers import stoppable
 
@@ -68,7 +73,8 @@ class Preloaded:
 
 
 # What the door imports, and what the trainers do.
-DOOR = Preloaded("hydra", "omegaconf", "psutil", "pyarrow.parquet", "pynvml", "requests", "yaml")
+DOOR = Preloaded("hydra", "jinja2", "omegaconf", "pandas", "psutil", "pyarrow.parquet", "pynvml", "requests", "unittest.mock",
+                 "xxhash", "yaml")
 TRAINER = Preloaded("torch", "transformers.models.llama.modeling_llama", "verl.trainer.fsdp_sft_trainer", "vllm",
                     "verl.workers.fsdp_workers", "verl.trainer.main_ppo")
 
@@ -76,6 +82,15 @@ TRAINER = Preloaded("torch", "transformers.models.llama.modeling_llama", "verl.t
 def bridge(*arguments: str, timeout: float = 600, **env: str) -> subprocess.CompletedProcess:
     """Run the door to its end; returns what it printed and its exit status."""
     return DOOR.run("-m", "bridge", *arguments, env={**SHELL, **env}, timeout=timeout)
+
+
+def asked(*arguments: str, **env: str) -> subprocess.CompletedProcess:
+    """What bridge() would return where nothing is started: a dry run, or what is refused. In this process, so that what many
+    tests ask for is composed, imported and counted once. A stage that would start is an error."""
+    with redirect_stdout(StringIO()) as stdout, redirect_stderr(StringIO()) as stderr, patch.object(
+            door, "run_plan", side_effect=AssertionError("it would start")):
+        status = exit_status(lambda: door.run([*arguments], {**SHELL, **env}))
+    return subprocess.CompletedProcess(arguments, status, stdout.getvalue(), stderr.getvalue())
 
 
 def recorded(**changes) -> dict:
@@ -149,14 +164,14 @@ def ended(work_dir: Path, stage: str, *arguments: str, when: Callable[[], bool],
     """Start a stage and end it so, once it is time; returns its status."""
     said = work_dir / f"{env['RUN']}.out"
     with open(said, "wb") as output:
-        door = subprocess.Popen([sys.executable, "-m", "bridge", stage, *arguments], stdout=output, stderr=subprocess.STDOUT,
+        started = subprocess.Popen([sys.executable, "-m", "bridge", stage, *arguments], stdout=output, stderr=subprocess.STDOUT,
                                 env={**SHELL, "WORK_DIR": str(work_dir), **env})
         deadline = time.monotonic() + timeout
         while not when():
-            assert door.poll() is None and time.monotonic() < deadline, said.read_text()[-3000:]
+            assert started.poll() is None and time.monotonic() < deadline, said.read_text()[-3000:]
             time.sleep(0.1)
-        how(door)
-        return door.wait(timeout=120)
+        how(started)
+        return started.wait(timeout=120)
 
 
 def left_running(work_dir: Path) -> list[str]:

@@ -71,12 +71,15 @@ def stamp(time: float) -> str:
 def evaluation(folder: Path, scores: dict[str, list[float]], length: int = 0, text: str = "") -> None:
     """What an evaluation leaves: each model's scores, a number a problem; answers have about `length` characters, and `text`."""
     answers, chance = [], random.Random(0)
+    # Each answer has its own piece of it.
+    words = " ".join(chance.choices(("so", "then", "apples", "計算", "we add", "is", "12"), k=length))
     for model, its in scores.items():
         for index, score in enumerate(its):
             number, more = index + 3, index % 7 + 2
             truth, prompt = str(number + more), QUESTIONS[0].format(n=number, m=more)
             said = truth if score else str(number - more)
-            filler = " ".join(chance.choices(("so", "then", "apples", "計算", "we add", "is", "12"), k=length // 5))
+            begin = chance.randrange(2 * length + 1)
+            filler = words[begin:begin + length]
             answers.append({
                 "model": model, "index": index, "prompt": f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n",
                 "response": f"{number}+{more}={said}. {filler}{text}\n#### {said}", "score": float(score), "extracted": said,

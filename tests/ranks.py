@@ -10,24 +10,27 @@ from typing import Any
 
 import torch
 
+from door import TRAINER, Preloaded
+
 # Small, with heads and layers enough that all of FSDP's units and the grouped attention take part.
 SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
          "head_dim": 64}
 
 
 def prepare(work_dir: Path, **shape: int) -> Path:
-    """Let the door make data and a tokenizer; put a random Llama beside the tokenizer. Returns the model's folder."""
+    """Let the stages make data and a tokenizer; put a random Llama beside the tokenizer. Returns the model's folder."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    for stage in ("data", "model"):
-        subprocess.run([sys.executable, "-m", "bridge", stage], check=True, stdout=subprocess.DEVNULL, env={
-            **os.environ, "WORK_DIR": str(work_dir), "DATA_SOURCE": "builtin", "MODEL": "tiny"})
-    folder = work_dir / "models" / "tiny"
+    from bridge.stages import data, model
+
+    gsm8k, folder = work_dir / "data" / "gsm8k", work_dir / "models" / "tiny"
+    data.main(["builtin", str(gsm8k)])
+    model.make("tiny", folder, gsm8k / "train.parquet")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, **{**SHAPE, **shape}))
+    llama = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, **{**SHAPE, **shape}))
     # Logits that spread as a trained model's do: else every token's loss is ln(vocabulary), and any weighting gives that mean.
-    model.get_input_embeddings().weight.data *= 3
-    model.save_pretrained(folder)
+    llama.get_input_embeddings().weight.data *= 3
+    llama.save_pretrained(folder)
     return folder
 
 
@@ -50,17 +53,22 @@ def in_ranks(ranks: int, device: str, work: Callable, *arguments: Any) -> None:
             start_method="fork" if device == "cpu" else "spawn")
 
 
-def in_a_process(script: Path, *arguments: str) -> Any:
+def in_a_process(script: Path, *arguments: str, preloaded: Preloaded | None = TRAINER) -> Any:
     """Run a script that writes to its last argument, which is added here; returns what torch.load finds there.
 
-    In a process of its own: what it changes of transformers and verl, it changes for good.
+    In a process of its own: what it changes of transformers and verl, it changes for good. On a GPU a new Python: what was
+    imported where there is none stays so.
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.pt"
-        result = subprocess.run([sys.executable, script, *arguments, str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if preloaded:
+            result = preloaded.run(str(script), *arguments, str(out), env=env, timeout=1800)
+        else:
+            result = subprocess.run([sys.executable, script, *arguments, str(out)], capture_output=True, text=True, check=False,
+                                    env=env)
         if result.returncode:
-            raise RuntimeError(result.stdout[-6000:])
+            raise RuntimeError((result.stdout + result.stderr)[-6000:])
         return torch.load(out)
 
 

@@ -86,7 +86,7 @@ def compose_checked(name: str, own: list[str], user: list[str], env: Mapping[str
     """Compose with the door's own overrides and then the user's. owned: keys that only the door sets -> the setting to use.
     A UsageError names every override of the user that does not parse, whose key does not exist or is owned, or that takes away
     a key, a number or a truth value which is read."""
-    base = flatten(compose(name, own, env))
+    base = flatten(config := compose(name, own, env))
     nodes = {key.rsplit(".", i)[0] for key in base for i in range(key.count(".") + 1)}
     problems, keys = [], {}
     for text in user:
@@ -111,7 +111,7 @@ def compose_checked(name: str, own: list[str], user: list[str], env: Mapping[str
             keys[key] = text
     refuse(problems)
     try:
-        config = compose(name, own + user, env)
+        config = compose(name, own + user, env) if user else config
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise UsageError(f"the overrides {' '.join(user)} do not compose: {error}") from error
     for changed, text in keys.items():

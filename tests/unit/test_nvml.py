@@ -13,10 +13,11 @@ from door import SHELL
 
 SOURCE = Path(__file__).with_name("fake_nvml.c")
 LOOK = """
-import json, os
+import json, os, sys
 from bridge import hardware
-gpus = hardware.visible_gpus(os.environ)
-print(json.dumps([hardware.driver_version(), [[gpu.device, gpu.name, gpu.memory, gpu.memory_used] for gpu in gpus]]))
+for visible in json.loads(sys.argv[1]):
+    gpus = hardware.visible_gpus({**os.environ, **visible})
+    print(json.dumps([hardware.driver_version(), [[gpu.device, gpu.name, gpu.memory, gpu.memory_used] for gpu in gpus]]))
 """
 GPUS = [[device, "a fake GPU", 80 << 30, 1 << 30] for device in ("0", "1")]
 
@@ -35,16 +36,32 @@ def node(tmp_path_factory) -> dict[str, str]:
     return node_with(tmp_path_factory.mktemp("fake-nvml"))
 
 
-def look(env: dict[str, str]) -> list:
-    found = subprocess.run([sys.executable, "-c", LOOK], env=env, capture_output=True, text=True, check=False)
+def looks(env: dict[str, str], *visible: dict[str, str]) -> list[list]:
+    """The driver and the GPUs, with each of these settings: of one new Python, since the library's place is read at its start."""
+    found = subprocess.run([sys.executable, "-c", LOOK, json.dumps(visible)], env=env, capture_output=True, text=True,
+                           check=False)
     assert found.returncode == 0, found.stderr
-    return json.loads(found.stdout)
+    return [json.loads(line) for line in found.stdout.splitlines()]
 
 
-@pytest.mark.parametrize(("visible", "gpus"), [
-    (None, GPUS), ("1", GPUS[1:]), ("GPU-fake-1,0", GPUS[::-1]), ("-1", []), ("2,0", [])])
-def test_nvml_is_asked_for_the_gpus_and_the_driver(node, visible, gpus):
-    assert look(node if visible is None else {**node, "CUDA_VISIBLE_DEVICES": visible}) == ["570.00.fake", gpus]
+def look(env: dict[str, str]) -> list:
+    [found] = looks(env, {})
+    return found
+
+
+VISIBLE = [(None, GPUS), ("1", GPUS[1:]), ("GPU-fake-1,0", GPUS[::-1]), ("-1", []), ("2,0", [])]
+
+
+@pytest.fixture(scope="module")
+def looked(node) -> dict[str | None, list]:
+    """What is seen by each value of CUDA_VISIBLE_DEVICES."""
+    values = [value for value, _ in VISIBLE]
+    return dict(zip(values, looks(node, *({"CUDA_VISIBLE_DEVICES": value} if value else {} for value in values)), strict=True))
+
+
+@pytest.mark.parametrize(("visible", "gpus"), VISIBLE)
+def test_nvml_is_asked_for_the_gpus_and_the_driver(looked, visible, gpus):
+    assert looked[visible] == ["570.00.fake", gpus]
 
 
 SITE = """

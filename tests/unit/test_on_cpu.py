@@ -1,8 +1,8 @@
 """What verl's trainers need where there is no GPU, one patch at a time; that the whole trains is in tests/rehearsal."""
 
 import os
-import subprocess
-import sys
+
+from door import TRAINER, run_python
 
 OFFLOADED = """
 import torch
@@ -21,9 +21,7 @@ with torch.no_grad():
 
 
 def test_a_model_whose_weights_are_offloaded_computes_without_a_gpu():
-    # A process of its own, since it changes torch.
-    result = subprocess.run([sys.executable, "-c", OFFLOADED], capture_output=True, text=True, check=False)
-    assert (result.returncode, result.stdout) == (0, "(2, 4)\n"), result.stderr
+    assert run_python(OFFLOADED) == "(2, 4)"
 
 
 ANSWERED = """
@@ -48,8 +46,7 @@ print(tuple(HFRollout(model, config).generate_sequences(rows).batch["responses"]
 
 
 def test_each_row_is_answered_once_though_several_answers_to_a_prompt_are_wanted():
-    result = subprocess.run([sys.executable, "-c", ANSWERED], capture_output=True, text=True, check=False)
-    assert (result.returncode, result.stdout) == (0, "(5, 4) 5\n"), result.stderr
+    assert run_python(ANSWERED) == "(5, 4) 5"
 
 
 def test_a_seed_gives_each_rank_its_own_numbers_and_without_one_nothing_changes():
@@ -57,8 +54,8 @@ def test_a_seed_gives_each_rank_its_own_numbers_and_without_one_nothing_changes(
     for env in ({}, {"BRIDGE_SEED": "7"}, {"BRIDGE_SEED": "7", "RANK": "1"}, {"BRIDGE_SEED": "8", "RANK": "3"}):
         script = ("import torch\nfrom bridge.trainers import loopback\nplain = torch.cuda.manual_seed\nloopback.seed()\n"
                   "print(torch.initial_seed(), torch.cuda.manual_seed is plain)")
-        result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True,
-                                env={**os.environ, **env})
+        result = TRAINER.run("-c", script, env={**os.environ, **env})
+        assert result.returncode == 0, result.stderr
         drawn[tuple(env.values())] = result.stdout.split()
     default, *own = drawn.values()
     assert default[1] == "True" and int(default[0]) > 100

@@ -11,7 +11,7 @@ from bridge.errors import UsageError
 from bridge.runs import metrics, record
 from bridge.stages import eval as evaluation
 from bridge.stages import reward
-from door import TRAINER, bridge
+from door import TRAINER, asked, bridge
 
 GOOD = "def digits(data_source, solution_str, ground_truth, extra_info):\n    return sum(map(str.isdigit, solution_str)) / 100\n"
 
@@ -35,35 +35,37 @@ def mine(tmp_path_factory) -> dict[str, str]:
 
 
 def test_a_dry_run_says_how_long_the_rows_are_and_what_the_reward_gives(mine):
-    result = bridge("ppo", "--dry-run", **mine)
+    result = asked("ppo", "--dry-run", **mine)
     assert result.returncode == 0, result.stderr
     assert "prompts: 23 to 24 tokens, data.max_prompt_length=384" in result.stderr
     assert "answers there: 4 to 5 tokens, data.max_response_length=48" in result.stderr
     # Of "yes 3" and "yes 33".
     assert "REWARD=judge.py:digits gives the first 10 rows their own answers: 0.0" in result.stderr
     assert "custom_reward_function.path=" in result.stdout and mine["REWARD"].partition(":")[0] in result.stdout
-    assert "rows: 27 to 29 tokens, data.max_length=256" in bridge("sft", "--dry-run", **mine).stderr
+    assert "rows: 27 to 29 tokens, data.max_length=256" in asked("sft", "--dry-run", **mine).stderr
 
 
 def test_answers_without_numbers_need_a_reward(mine):
-    result = bridge("ppo", "--dry-run", **{**mine, "REWARD": ""})
+    result = asked("ppo", "--dry-run", **{**mine, "REWARD": ""})
     assert result.returncode == 2 and "Say what judges them: REWARD=FILE.py:FUNCTION." in result.stderr
-    assert bridge("sft", "--dry-run", **{**mine, "REWARD": ""}).returncode == 0
+    assert asked("sft", "--dry-run", **{**mine, "REWARD": ""}).returncode == 0
 
 
-def test_rows_longer_than_a_limit_are_refused_with_the_limit_that_fits(tmp_path):
+def test_rows_longer_than_a_limit_are_refused_with_the_limit_that_fits(mine, tmp_path):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "models").symlink_to(Path(mine["WORK_DIR"], "models"))
     env = own_data(tmp_path / "work", [*(f"Question {number}?" for number in range(99)), "long " * 500 + "?"])
     for stage, key in (("sft", "max_length"), ("ppo", "max_prompt_length")):
         more = ["data.truncation=error"]
-        result = bridge(stage, "--dry-run", *more, **env)
+        result = asked(stage, "--dry-run", *more, **env)
         assert result.returncode == 2 and "verl stops at the 1 of 100 that are longer" in result.stderr
         fits = result.stderr.partition(f"Use data.{key}=")[2].partition(",")[0]
-        result = bridge(stage, "--dry-run", f"data.{key}={fits}", *more, **env)
+        result = asked(stage, "--dry-run", f"data.{key}={fits}", *more, **env)
         assert result.returncode == 0, result.stderr
     # One less does not.
-    assert bridge(stage, "--dry-run", f"data.{key}={int(fits) - 1}", *more, **env).returncode == 2
+    assert asked(stage, "--dry-run", f"data.{key}={int(fits) - 1}", *more, **env).returncode == 2
     # Cut off, as the small profiles have it: said, since an answer's end may be what is cut.
-    assert "1 of 100 are longer; data.max_length=" in bridge("sft", "--dry-run", **env).stderr
+    assert "1 of 100 are longer; data.max_length=" in asked("sft", "--dry-run", **env).stderr
 
 
 @pytest.mark.parametrize(("program", "said"), [
@@ -81,7 +83,7 @@ def test_rows_longer_than_a_limit_are_refused_with_the_limit_that_fits(tmp_path)
 ])
 def test_a_reward_that_does_not_do_is_refused_with_its_place(mine, tmp_path, program, said):
     (tmp_path / "judge.py").write_text(program)
-    result = bridge("ppo", "--dry-run", **{**mine, "REWARD": f"{tmp_path / 'judge.py'}:digits"})
+    result = asked("ppo", "--dry-run", **{**mine, "REWARD": f"{tmp_path / 'judge.py'}:digits"})
     assert result.returncode == 2 and said in result.stderr and "Traceback" not in result.stderr
     assert str(tmp_path / "judge.py") in result.stderr
 
@@ -169,7 +171,7 @@ def test_the_trial_loads_and_calls_the_reward_as_verl_does(mine, tmp_path, progr
 
 @pytest.mark.parametrize(("value", "said"), [("judge.py", "FILE.py:F"), ("judge:f", "FILE.py:F"), (":f", "FILE.py:F")])
 def test_a_reward_that_is_not_named_so_is_refused(mine, value, said):
-    result = bridge("ppo", "--dry-run", **{**mine, "REWARD": value})
+    result = asked("ppo", "--dry-run", **{**mine, "REWARD": value})
     assert result.returncode == 2 and f"REWARD={value!r} is not of the form {said}" in result.stderr
 
 

@@ -11,7 +11,7 @@ from bridge import settings
 from bridge.door import TOOLS
 from bridge.stages import reward
 from bridge.stages.table import STAGES
-from door import ROOT, SHELL, bridge
+from door import ROOT, SHELL, asked
 
 PAGES = [ROOT / name for name in ("README.md", "README.ja.md", "CONTRIBUTING.md")] + sorted((ROOT / "docs").rglob("*.md"))
 HOST = ROOT / "scripts" / "host"
@@ -51,7 +51,7 @@ def tried(stage: str, arguments: list[str], env: dict[str, str]) -> None:
     """A dry run of one stage, where one needs no result of a training."""
     assert stage in STAGES or stage in TOOLS
     if stage in STAGES and (STAGES[stage].trains or stage in ("data", "model")):
-        result = bridge(stage, *arguments, *(["--dry-run"] if "--dry-run" not in arguments else []), **env)
+        result = asked(stage, *arguments, *(["--dry-run"] if "--dry-run" not in arguments else []), **env)
         assert result.returncode == 0, result.stderr
 
 

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from bridge import environment
 from bridge.errors import UsageError
 from bridge.settings import CONFIGS, read
 from bridge.tools import report
-from door import DOOR, bridge, run_python
+from door import SHELL, bridge
 from made_runs import NASTY, evaluation, full, nasty, odd, samples, training
 
 
@@ -198,6 +200,9 @@ def test_a_list_is_for_the_report_alone(tmp_path):
 
 def test_it_starts_quickly():
     heavy = "{'torch', 'vllm', 'transformers', 'pandas', 'scipy', 'wandb'}"
-    assert run_python(f"import sys, bridge.tools.report; print({heavy} & {{*sys.modules}})", preloaded=DOOR) == "set()"
+    # In a Python that has imported nothing yet.
+    found = subprocess.run([sys.executable, "-c", f"import sys, bridge.tools.report; print({heavy} & {{*sys.modules}})"],
+                           env=SHELL, capture_output=True, text=True, check=True)
+    assert found.stdout == "set()\n"
 
 
