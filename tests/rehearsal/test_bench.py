@@ -13,6 +13,7 @@ from door import DOOR, SHELL, left_running
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 
 CASES = """
+warm_up: 1
 steps: {sft: 4, ppo: 2}
 cases:
   - {name: sft-tiny, profile: tiny}

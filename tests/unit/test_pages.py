@@ -102,6 +102,23 @@ def test_the_speed_of_an_eighth_is_what_its_files_say():
         assert f"PPO {ppo_h200[-1]}" in page.read_text() and f"SFT {sft_h200[-1]}" in page.read_text()
 
 
+def test_what_compiled_layers_gain_is_what_their_file_says():
+    measured, rows = load("compiled.json"), []
+    for stage, layers in (("ppo", "liger"), ("ppo", "compiled"), ("sft", "compiled")):
+        case = measured[stage][layers]
+        updates = [f"{case['phases'][name]:.2f}" for name in ("update_critic", "update_actor")] if stage == "ppo" else ["-"]
+        rows.append([f"{case['first_step_seconds']:.1f}", ", ".join(f"{step:.2f}" for step in case["seconds_of_each_step"]),
+                     ", ".join(updates)])
+    page = (DOCS / "benchmarks.md").read_text()
+    assert [row[1:] for row in cells(page, "| `tuned`, an eighth, seconds")] == rows
+    liger, compiled = measured["mini_batch"].values()
+    pairs = list(zip(liger["loss_and_gradient_norm"], compiled["loss_and_gradient_norm"], strict=True))
+    apart = [max(abs(one[place] / other[place] - 1) for one, other in pairs) for place in (0, 1)]
+    assert apart[0] < 2e-4 and apart[1] < 6e-4 and len(pairs) == 12
+    kernels = [round(one["kernels_milliseconds"]) for one in (compiled, liger)]
+    assert f"kernels of a mini batch {kernels[0]} instead of {kernels[1]} ms" in page
+
+
 def test_what_a_save_takes_is_what_its_file_says():
     measured, rows = load("saves.json"), []
     for case in ("verl", "background", "eighth"):

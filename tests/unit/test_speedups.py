@@ -50,6 +50,32 @@ print(counters["stats"]["unique_graphs"] <= 4, dict(counters["graph_break"]), le
 """) == "True {} 30"
 
 
+def test_a_layer_can_be_compiled_anew_between_micro_batches():
+    # In bfloat16: FSDP's gradient of the micro batch before is float32 then, and the weights in a forward are not.
+    assert run_python("""
+import functools, torch
+from torch.distributed import HashStore, init_process_group
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from bridge.trainers import speedups
+
+init_process_group("gloo", rank=0, world_size=1, store=HashStore())
+config = LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=32)
+torch.compile = functools.partial(torch.compile, backend="aot_eager")
+speedups.compile_layers(config)
+wrap = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={LlamaDecoderLayer})
+model = FullyShardedDataParallel(LlamaForCausalLM(config), auto_wrap_policy=wrap, device_id=torch.device("cpu"),
+                                 mixed_precision=MixedPrecision(torch.bfloat16, torch.float32, torch.float32))
+norms = []
+for tokens in 7, 9, 11:
+    model(input_ids=torch.arange(tokens)[None], use_cache=False).logits.float().square().sum().backward()
+    norms.append(model.model.layers[0]._flat_param.grad.norm().item())
+print(norms == sorted(set(norms)), model.model.layers[0]._flat_param.grad.dtype)
+""") == "True torch.float32"
+
+
 def test_a_model_that_is_not_of_transformers_is_not_compiled_and_that_is_said():
     assert run_python("""
 import contextlib, io, torch

@@ -118,8 +118,8 @@ def measure(case: Case, settings: Settings, env: Mapping[str, str], gpus: list[h
 
 
 def ppo_figures(rows: list[dict], config: Mapping[str, Any], gpus: int) -> dict[str, Any]:
-    """Figures of a PPO run from its lines of metrics, the first left out."""
-    measured = rows[1:]
+    """Figures of a PPO run from its lines of metrics, the warm-up left out."""
+    measured = rows[CASES["warm_up"]:]
     means = {key: fmean(row[key] for row in measured) for key in measured[0] if all(key in row for row in measured)}
     given, answers = config["data"], config["actor_rollout_ref"]["rollout"]["n"]
     positions = given["train_batch_size"] * answers * (given["max_prompt_length"] + given["max_response_length"])
@@ -135,9 +135,9 @@ def ppo_figures(rows: list[dict], config: Mapping[str, Any], gpus: int) -> dict[
 
 
 def sft_figures(rows: list[dict], config: Mapping[str, Any], gpus: int, parameters: int, peak: float | None) -> dict[str, Any]:
-    """Figures of an SFT run from its lines of metrics, the first left out."""
-    data, tokens = config["data"], fmean(row["perf/total_num_tokens"] for row in rows[1:])
-    figures = speed([row["time"] - before["time"] for before, row in pairwise(rows)], tokens,
+    """Figures of an SFT run from its lines of metrics, the warm-up left out."""
+    data, tokens = config["data"], fmean(row["perf/total_num_tokens"] for row in rows[CASES["warm_up"]:])
+    figures = speed([row["time"] - before["time"] for before, row in pairwise(rows[CASES["warm_up"] - 1:])], tokens,
                     data["train_batch_size"] * data["max_length"], gpus)
     return {**figures, "first_step_seconds": round(rows[0]["perf/time_per_step"], 3),
             "row_tokens": round(tokens / data["train_batch_size"], 1),

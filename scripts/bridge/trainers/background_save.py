@@ -159,8 +159,7 @@ def init(manager: FSDPCheckpointManager, *arguments, **options) -> None:
 def save_checkpoint(manager: FSDPCheckpointManager, local_path: str | None, *arguments, **options) -> None:
     """verl's method with torch.save exchanged for a Writer's. Without a path it is only waited."""
     manager.writer.wait()
-    on_gpu = fsdp_checkpoint_manager.is_cuda_available
-    torch.save = manager.writer.save
+    torch.save, on_gpu = manager.writer.save, fsdp_checkpoint_manager.is_cuda_available
     # verl would let FSDP copy the weights into ordinary memory first.
     fsdp_checkpoint_manager.is_cuda_available = False
     try:

@@ -31,8 +31,9 @@ def compile_layers(config: PretrainedConfig) -> None:
     for name in model._no_split_modules:
         layer = getattr(sys.modules[model.__module__], name)
         layer.forward = torch.compile(layer.forward)
-    # FSDP marks what it wraps, and Dynamo refuses the mark where use_orig_params is false, as in verl's critic. Without it
-    # Dynamo takes them for ordinary modules.
+    # Each size that changes for the first time is compiled anew. At the limit Dynamo would go back to the plain code.
+    torch._dynamo.config.cache_size_limit = 64
+    # Dynamo refuses what FSDP marks where use_orig_params is false, as in verl's critic. Without the mark it takes it.
     fully_sharded_data_parallel._annotate_modules_for_dynamo = lambda *_: None
     # Weights are views of FSDP's flat parameter. In a forward that is bfloat16, and the gradient that it has from the micro batch
     # before is float32: Dynamo, which looks at it, would fail. No layer's forward depends on it.
