@@ -8,29 +8,40 @@ def test_without_a_gpu_nothing_is_changed():
     assert run_python(script) == "True"
 
 
-def test_layers_in_fsdp_are_compiled_once_for_actor_and_critic_and_compute_the_same():
-    # Without Inductor's kernels, which take a minute of C++ here: what Dynamo and autograd make of the layers is the same.
-    assert run_python("""
-import functools, torch
+# Llamas in FSDP1 as verl's critic has them. Without Inductor's kernels, which take a minute of C++ here: what Dynamo and autograd
+# make of the layers is the same.
+WRAPPED = """
+import functools, tempfile, torch
 from torch._dynamo.utils import counters
-from torch.distributed import HashStore, init_process_group
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed import FileStore, HashStore, all_reduce, init_process_group
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from bridge.trainers import speedups
 
-init_process_group("gloo", rank=0, world_size=1, store=HashStore())
 config = LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=32)
+
+def wrapped(kind, **options):
+    torch.manual_seed(1)
+    wrap = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={LlamaDecoderLayer})
+    return FullyShardedDataParallel(kind(config), auto_wrap_policy=wrap, use_orig_params=False, device_id=torch.device("cpu"),
+                                    **options)
+
+def compile_layers():
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")
+    speedups.compile_layers(config)
+"""
+
+
+def test_layers_are_compiled_once_for_actor_and_critic_and_compute_the_same():
+    assert run_python(WRAPPED + """
+init_process_group("gloo", rank=0, world_size=1, store=HashStore())
 
 def computed():
     found = []
     for kind in LlamaForCausalLM, LlamaForTokenClassification:
-        torch.manual_seed(1)
-        # As verl's critic has it.
-        wrap = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={LlamaDecoderLayer})
-        model = FullyShardedDataParallel(kind(config), auto_wrap_policy=wrap, use_orig_params=False,
-                                         device_id=torch.device("cpu"))
+        model = wrapped(kind)
         for tokens in 7, 9, 11:
             ids = torch.arange(tokens)[None]
             with torch.no_grad():
@@ -42,33 +53,58 @@ def computed():
     return found
 
 before = computed()
-torch.compile = functools.partial(torch.compile, backend="aot_eager")
-speedups.compile_layers(config)
+compile_layers()
 for one, other in zip(before, computed(), strict=True):
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 print(counters["stats"]["unique_graphs"] <= 4, dict(counters["graph_break"]), len(before))
 """) == "True {} 30"
 
 
+def test_layers_whose_weights_come_and_go_compute_the_same():
+    # Two ranks, each with half of every weight: gathered for a forward, given back, and gathered again for the backward.
+    assert run_python(WRAPPED + """
+def train(rank, compiled, folder):
+    init_process_group("gloo", rank=rank, world_size=2, store=FileStore(f"{folder}/store-{compiled}", 2))
+
+    def reduce_scatter(output, whole, **_options):
+        # gloo has none.
+        all_reduce(whole)
+        output.copy_(whole.chunk(2)[rank])
+
+    torch.distributed.reduce_scatter_tensor = reduce_scatter
+    if compiled:
+        compile_layers()
+    model, found = wrapped(LlamaForCausalLM), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for tokens in 7, 9, 11:
+        ids = torch.arange(tokens)[None] + rank
+        with torch.no_grad():
+            found.append(model(input_ids=ids, use_cache=False).logits)
+        for micro_batch in ids, ids.roll(1):
+            model(input_ids=micro_batch, use_cache=False).logits.square().sum().backward()
+        found += [model.clip_grad_norm_(1.0), *(part.grad.clone() for part in model.parameters())]
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not compiled or counters["stats"]["unique_graphs"] and not counters["graph_break"]
+    torch.save(found, f"{folder}/{rank}-{compiled}.pt")
+
+with tempfile.TemporaryDirectory() as folder:
+    for compiled in False, True:
+        torch.multiprocessing.start_processes(train, (compiled, folder), nprocs=2, start_method="fork")
+    for rank in 0, 1:
+        plain, found = (torch.load(f"{folder}/{rank}-{compiled}.pt") for compiled in (False, True))
+        for one, other in zip(plain, found, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+print(len(plain))
+""") == "15"
+
+
 def test_a_layer_can_be_compiled_anew_between_micro_batches():
     # In bfloat16: FSDP's gradient of the micro batch before is float32 then, and the weights in a forward are not.
-    assert run_python("""
-import functools, torch
-from torch.distributed import HashStore, init_process_group
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
-from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-from bridge.trainers import speedups
-
+    assert run_python(WRAPPED + """
 init_process_group("gloo", rank=0, world_size=1, store=HashStore())
-config = LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=32)
-torch.compile = functools.partial(torch.compile, backend="aot_eager")
-speedups.compile_layers(config)
-wrap = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={LlamaDecoderLayer})
-model = FullyShardedDataParallel(LlamaForCausalLM(config), auto_wrap_policy=wrap, device_id=torch.device("cpu"),
-                                 mixed_precision=MixedPrecision(torch.bfloat16, torch.float32, torch.float32))
-norms = []
+compile_layers()
+model, norms = wrapped(LlamaForCausalLM, mixed_precision=MixedPrecision(torch.bfloat16, torch.float32, torch.float32)), []
 for tokens in 7, 9, 11:
     model(input_ids=torch.arange(tokens)[None], use_cache=False).logits.float().square().sum().backward()
     norms.append(model.model.layers[0]._flat_param.grad.norm().item())
