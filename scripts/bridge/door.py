@@ -172,8 +172,9 @@ def run_plan(name: str, plan: Plan, env: Mapping[str, str]) -> int:
     if status == STOPPED:
         say(f"{name} was asked to stop ({request}) and did: the same command continues it")
     elif status == 0 and plan.checkpoints:
-        where = f" Its newest checkpoint is {newest.path}. Next: make merge STAGE={name}" if newest else ""
-        say(f"{name} has made all its steps.{where}")
+        found = f" Its newest checkpoint is {newest.path}." if newest else ""
+        more = f" Next: make merge STAGE={name} RUN={plan.record_dir.parent.name}" if newest and "BRIDGE_TRIAL" not in env else ""
+        say(f"{name} has made all its steps.{found}{more}")
     elif status:
         if log and status < 128 and status != hang.HUNG:
             if display and any(lines := failure.last_lines(log, TAIL, start)):

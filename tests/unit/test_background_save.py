@@ -132,8 +132,6 @@ from concurrent.futures import wait
 from bridge.trainers.background_save import save_checkpoint as save
 parameter = torch.nn.Parameter(torch.zeros(3))
 manager = types.SimpleNamespace(optimizer=torch.optim.AdamW([parameter]), world_size=1)
-background_save.verls_init = lambda manager: None
-background_save.init(manager)
 background_save.verls_save = lambda manager, path: torch.save(manager.optimizer.state_dict(), path)
 save(manager, "{tmp_path}/there.pt")
 save(manager, "{tmp_path}/not/there.pt")
@@ -147,40 +145,3 @@ for again in (manager.optimizer.step, lambda: save(manager, "{tmp_path}/there.pt
         assert "{tmp_path}/not" in str(error), error
 print(os.listdir("{tmp_path}"))
 """) == "['there.pt']"
-
-
-def test_memory_for_the_first_save_is_taken_as_the_training_starts():
-    assert run_python(COPIES + """
-import os, types
-from concurrent.futures import wait
-background_save.verls_init = lambda manager: None
-
-def started(optimizer=True):
-    model = torch.nn.Linear(100, 50)
-    made = torch.optim.AdamW(model.parameters()) if optimizer else None
-    manager = types.SimpleNamespace(model=model, optimizer=made, world_size=1, rank=0)
-    background_save.init(manager)
-    return manager
-
-assert not hasattr(started(optimizer=False), "writer")
-assert not started().writer.copies
-os.environ["BRIDGE_SAVES"] = "1"
-manager = started()
-wait(manager.writer.reserved)
-memory = {name: copy.memory for name, copy in manager.writer.copies.items()}
-manager.model(torch.zeros(1, 100)).sum().backward()
-manager.optimizer.step()
-
-def save(manager, folder):
-    for name, tree in ("model", manager.model.state_dict()), ("optim", manager.optimizer.state_dict()):
-        torch.save(tree, f"{folder}/{name}_world_size_1_rank_0.pt")
-
-background_save.verls_save = save
-import tempfile
-with tempfile.TemporaryDirectory() as folder:
-    background_save.save_checkpoint(manager, folder)
-    manager.writer.wait()
-    found = torch.load(f"{folder}/optim_world_size_1_rank_0.pt")["state"][0]["exp_avg"]
-assert torch.equal(found, manager.optimizer.state_dict()["state"][0]["exp_avg"])
-print(len(memory), all(manager.writer.copies[name].memory is taken for name, taken in memory.items()))
-""") == "2 True"

@@ -54,7 +54,7 @@ def test_answers_without_numbers_need_a_reward(mine):
 def test_rows_longer_than_a_limit_are_refused_with_the_limit_that_fits(mine, tmp_path):
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "models").symlink_to(Path(mine["WORK_DIR"], "models"))
-    env = own_data(tmp_path / "work", [*(f"Question {number}?" for number in range(99)), "long " * 500 + "?"])
+    env = own_data(tmp_path / "work", [*(f"Question {number}?" for number in range(99)), "long " * 300 + "?"])
     for stage, key in (("sft", "max_length"), ("ppo", "max_prompt_length")):
         more = ["data.truncation=error"]
         result = asked(stage, "--dry-run", *more, **env)

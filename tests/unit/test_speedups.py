@@ -121,7 +121,20 @@ torch.compile = None
 with contextlib.redirect_stderr(io.StringIO()) as said:
     speedups.compile_layers(type("Own", (PretrainedConfig,), {"model_type": "own"})())
 print(said.getvalue().strip())
-""") == "bridge: own: not one of transformers' own models: its layers are not compiled"
+""") == "bridge: own: no language model of transformers' own: its layers are not compiled"
+
+
+def test_layers_that_are_another_modules_are_left_as_they_are():
+    assert run_python("""
+import torch
+from transformers import Gemma3TextConfig
+from transformers.models.gemma3 import modeling_gemma3
+from bridge.trainers import speedups
+compiled = []
+torch.compile = lambda function: compiled.append(function) or function
+speedups.compile_layers(Gemma3TextConfig())
+print(compiled == [modeling_gemma3.Gemma3DecoderLayer.forward])
+""") == "True"
 
 
 def test_adamw_is_fused_unless_the_caller_chooses():

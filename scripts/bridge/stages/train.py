@@ -86,8 +86,6 @@ def plan(stage: str, settings: Settings, env: Mapping[str, str], overrides: list
         # The rest is checked without them, so that all mistakes are named at once.
         problems += error.problems
         config, overrides = compose(stage, own, own_env), []
-    if (config["trainer"]["save_freq"] or 0) > 0:
-        own_env["BRIDGE_SAVES"] = "1"  # trainers.background_save takes its memory while the training starts
     problems += whole_run_problems(stage, config) + trainer.setting_problems(config, overrides)
     rows = data_problems(config, trainer.columns(config), problems)
     name_problem = None if from_sft else model.name_problem(settings.model)

@@ -7,8 +7,8 @@ import copy
 import mmap
 import os
 import zipfile
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import accumulate
 from typing import Any
@@ -22,9 +22,7 @@ from bridge.errors import say
 from bridge.hardware import free_memory
 
 ALIGNMENT = 64  # bytes
-torch_save, verls_init, verls_save = torch.save, FSDPCheckpointManager.__init__, FSDPCheckpointManager.save_checkpoint
-# Takes memory for all models of this process, one piece after the other: each looks at what is free then.
-taking = ThreadPoolExecutor(1, "checkpoint-memory")
+torch_save, verls_save = torch.save, FSDPCheckpointManager.save_checkpoint
 
 
 def mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -57,11 +55,14 @@ class HostCopy:
         self.size, self.memory = 0, None
 
     def of(self, tree: Any, ranks: int) -> Any | None:
-        """The tree with all tensors in this memory. None where it cannot be had."""
+        """The tree with all tensors in this memory. None where copies of so many ranks would take over half of what is free."""
         found: dict[tuple, torch.Tensor] = {}
         mapped(tree, lambda tensor: found.setdefault(key(tensor), tensor))
         sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in found.values()]
-        self.reserve(sum(sizes), ranks)
+        if sum(sizes) > self.size and ranks * (HostCopy.taken + 2 * sum(sizes)) <= free_memory(os.environ):
+            # A limit that is not seen (ulimit -v) ends here.
+            with suppress(OSError):
+                self.take(sum(sizes))
         if sum(sizes) > self.size:
             return None
         copies = {place: self.copy(tensor, end - size)
@@ -77,13 +78,6 @@ class HostCopy:
         flat = torch.frombuffer(self.memory, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
         return flat.view(tensor.shape).copy_(tensor, non_blocking=True)
 
-    def reserve(self, size: int, ranks: int) -> None:
-        """Take so many bytes, unless they are there or copies of so many ranks would take over half of what is free."""
-        if size > self.size and ranks * (HostCopy.taken + 2 * size) <= free_memory(os.environ):
-            # A limit that is not seen (ulimit -v) ends here.
-            with suppress(OSError):
-                self.take(size)
-
     def take(self, size: int) -> None:
         """Take so many bytes; where there is a GPU, such that it writes into them by itself."""
         self.memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -94,8 +88,7 @@ class HostCopy:
         # Processes that load data are forks: what the GPU writes to must not become theirs.
         self.memory.madvise(mmap.MADV_DONTFORK)
         if torch.cuda.is_available():
-            # All pages are there before the driver, which holds up others meanwhile, pins them.
-            whole = torch.frombuffer(self.memory, dtype=torch.uint8).zero_()
+            whole = torch.frombuffer(self.memory, dtype=torch.uint8)
             torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(whole.data_ptr(), size, 0))
 
 
@@ -104,16 +97,10 @@ class Writer:
 
     def __init__(self, ranks: int):
         self.ranks, self.copies, self.writing = ranks, {}, []
-        self.pool, self.reserved = ThreadPoolExecutor(3, "checkpoint"), []
-
-    def reserve(self, files: Mapping[str, int]) -> None:
-        """Take memory for files of about so many bytes each, beside what the process does meanwhile: ten seconds for 30 GB."""
-        self.reserved = [taking.submit(self.copies.setdefault(name, HostCopy()).reserve, size, self.ranks)
-                         for name, size in files.items()]
+        self.pool = ThreadPoolExecutor(3, "checkpoint")
 
     def save(self, tree: Any, file: str) -> None:
         """torch.save, later; at once where the memory does not suffice for a copy."""
-        wait(self.reserved)
         copied = self.copies.setdefault(os.path.basename(file), HostCopy()).of(tree, self.ranks)
         if copied is None:
             say(f"{file}: too little memory is free for a copy, so that the training waits until it is written")
@@ -141,25 +128,15 @@ class Writer:
         self.writing = []
 
 
-def init(manager: FSDPCheckpointManager, *arguments, **options) -> None:
-    """verl's, with a Writer for a model that is trained. If checkpoints will be saved, it takes its memory now."""
-    verls_init(manager, *arguments, **options)
-    if manager.optimizer is None:
-        return
-    local = os.environ.get("RAY_LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or manager.world_size
-    manager.writer = Writer(int(local))
-    manager.optimizer.register_step_pre_hook(lambda *_: manager.writer.check())
-    if "BRIDGE_SAVES" in os.environ:
-        # This rank's part of the weights, and AdamW's two moments of each; what is rounded up is little.
-        size = round(1.01 * sum(getattr(part, "_local_tensor", part).nbytes for part in manager.model.parameters()))
-        manager.writer.reserve({f"{kind}_world_size_{manager.world_size}_rank_{manager.rank}.pt": copies * size
-                                for kind, copies in (("model", 1), ("optim", 2))})
-
-
 def save_checkpoint(manager: FSDPCheckpointManager, local_path: str | None, *arguments, **options) -> None:
     """verl's method with torch.save exchanged for a Writer's. Without a path it is only waited."""
+    if not hasattr(manager, "writer"):
+        local = os.environ.get("RAY_LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or manager.world_size
+        manager.writer = Writer(int(local))
+        manager.optimizer.register_step_pre_hook(lambda *_: manager.writer.check())
     manager.writer.wait()
-    torch.save, on_gpu = manager.writer.save, fsdp_checkpoint_manager.is_cuda_available
+    on_gpu = fsdp_checkpoint_manager.is_cuda_available
+    torch.save = manager.writer.save
     # verl would let FSDP copy the weights into ordinary memory first.
     fsdp_checkpoint_manager.is_cuda_available = False
     try:
@@ -168,4 +145,4 @@ def save_checkpoint(manager: FSDPCheckpointManager, local_path: str | None, *arg
         torch.save, fsdp_checkpoint_manager.is_cuda_available = torch_save, on_gpu
 
 
-FSDPCheckpointManager.__init__, FSDPCheckpointManager.save_checkpoint = init, save_checkpoint
+FSDPCheckpointManager.save_checkpoint = save_checkpoint

@@ -26,11 +26,12 @@ def compile_layers(config: PretrainedConfig) -> None:
     the number of tokens has changed for the first time.
     """
     if (model := AutoModelForCausalLM._model_mapping.get(type(config), None)) is None:
-        say(f"{config.model_type}: not one of transformers' own models: its layers are not compiled")
+        say(f"{config.model_type}: no language model of transformers' own: its layers are not compiled")
         return
-    for name in model._no_split_modules:
-        layer = getattr(sys.modules[model.__module__], name)
-        layer.forward = torch.compile(layer.forward)
+    for name in model._no_split_modules or ():
+        # Gemma 3 names layers of its eyes, too, which are another module's.
+        if layer := getattr(sys.modules[model.__module__], name, None):
+            layer.forward = torch.compile(layer.forward)
     # Each size that changes for the first time is compiled anew. At the limit Dynamo would go back to the plain code.
     torch._dynamo.config.cache_size_limit = 64
     # Dynamo refuses what FSDP marks where use_orig_params is false, as in verl's critic. Without the mark it takes it.
