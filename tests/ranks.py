@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from door import TRAINER, Preloaded
+from door import Preloaded
 
 # Small, with heads and layers enough that all of FSDP's units and the grouped attention take part.
 SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -53,11 +53,11 @@ def in_ranks(ranks: int, device: str, work: Callable, *arguments: Any) -> None:
             start_method="fork" if device == "cpu" else "spawn")
 
 
-def in_a_process(script: Path, *arguments: str, preloaded: Preloaded | None = TRAINER) -> Any:
+def in_a_process(script: Path, *arguments: str, preloaded: Preloaded | None = None) -> Any:
     """Run a script that writes to its last argument, which is added here; returns what torch.load finds there.
 
-    In a process of its own: what it changes of transformers and verl, it changes for good. On a GPU a new Python: what was
-    imported where there is none stays so.
+    In a process of its own: what it changes of transformers and verl, it changes for good. preloaded: a fork of a Python that has
+    imported them; then it may change nothing that must be changed before they are imported, as bridge.trainers.on_cpu does.
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.pt"
