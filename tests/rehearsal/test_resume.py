@@ -38,6 +38,8 @@ def uninterrupted(work_dir) -> list[dict]:
     """Metrics of an sft that ran through: 64 steps, an epoch ends at 32."""
     result = run(work_dir, "sft", RUN="through")
     assert result.returncode == 0, result.stderr[-3000:]
+    # Here a user has started it.
+    assert "checkpoints/global_step_64. Next: make merge STAGE=sft RUN=through" in result.stderr
     return metrics.read(work_dir / "runs" / "through" / "sft" / "metrics.jsonl")
 
 
